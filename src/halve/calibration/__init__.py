@@ -1,0 +1,14 @@
+"""Text to windows of tokens, and room for what the model makes of them."""
+
+from halve.calibration.corpora import Corpus, load_corpus
+from halve.calibration.hidden import allocate_hidden, default_budget
+from halve.calibration.windows import cut_segments, draw_windows
+
+__all__ = [
+    "Corpus",
+    "allocate_hidden",
+    "cut_segments",
+    "default_budget",
+    "draw_windows",
+    "load_corpus",
+]

@@ -1,0 +1,229 @@
+"""Text by name: for calibration, and other text for evaluation.
+
+`c4`, `wikitext2` and `ptb` are taken and cut as the SparseGPT paper does it; any other
+name is a data set of the hub; a path is a local .txt, .jsonl or .parquet file;
+`stdlib` is the source code of the running Python's own library, always there.
+"""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from halve.errors import CalibrationError, SourceError
+
+Part = Literal["calibration", "evaluation"]
+
+# Documents of an unknown data set that are enough to draw windows from.
+_MOST_DOCUMENTS = 20_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, and how they become one text where one is needed.
+
+    Attributes:
+        name: As the user gave it.
+        documents: In a fixed order.
+        separator: Joins them.
+        by_document: Whether calibration windows are drawn inside single documents, as
+            the paper does for C4, or from the joined text.
+        token_limit: In sequences of the length asked for: the paper judges on the
+            first 256 of C4. None for all.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+    separator: str
+    by_document: bool = False
+    token_limit: int | None = None
+
+    @property
+    def text(self) -> str:
+        """All documents, joined."""
+        return self.separator.join(self.documents)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the joined text."""
+        return hashlib.sha256(self.text.encode("utf-8", "replace")).hexdigest()
+
+
+def load_corpus(name: str, part: Part) -> Corpus:
+    """Return the text that a name stands for.
+
+    Args:
+        name: c4, wikitext2, ptb, stdlib, a file, or a data set of the hub
+            (`owner/name`, or `owner/name:configuration`).
+        part: The training text, or the text to judge on. A file serves both.
+
+    Raises:
+        SourceError: No such file or data set, or no way to the hub.
+        CalibrationError: There is no text in it.
+    """
+    corpus = _load(name, part)
+    if not any(document.strip() for document in corpus.documents):
+        raise CalibrationError(
+            f"There is no text in {name}.", "Name a file or data set with text."
+        )
+    return corpus
+
+
+def _load(name: str, part: Part) -> Corpus:
+    if name in _NAMED:
+        return _NAMED[name](part)
+    path = Path(name).expanduser()
+    if path.suffix in _READERS or path.exists():
+        return _from_file(name, path)
+    return _from_hub(name, part)
+
+
+def _c4(part: Part) -> Corpus:
+    if part == "calibration":
+        files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+        documents = _hub_rows("allenai/c4", "train", "text", data_files=files)
+        return Corpus("c4", documents, " ", by_document=True)
+    files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    documents = _hub_rows("allenai/c4", "validation", "text", data_files=files)
+    return Corpus("c4", documents[:1100], " ", token_limit=256)
+
+
+def _wikitext2(part: Part) -> Corpus:
+    source = ("Salesforce/wikitext", _SPLITS[part], "text")
+    rows = _hub_rows(*source, name="wikitext-2-raw-v1")
+    return Corpus("wikitext2", rows, " " if part == "calibration" else "\n\n")
+
+
+def _ptb(part: Part) -> Corpus:
+    source = ("ptb-text-only/ptb_text_only", _SPLITS[part], "sentence")
+    rows = _hub_rows(*source, revision="refs/convert/parquet")
+    return Corpus("ptb", rows, " ")
+
+
+_SPLITS = {"calibration": "train", "evaluation": "test"}
+# Neither prose in quantity nor code as people write it; see the bundled model's README.
+_NOT_SOURCES = (
+    "site-packages",
+    "/test/",
+    "/tests/",
+    "/idlelib/",
+    "topics.py",
+    "/encodings/",
+)
+
+
+def _stdlib(part: Part) -> Corpus:
+    """One module a document; a tenth of them, chosen by hash, is for evaluation."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    wanted = part == "evaluation"
+    documents = [
+        text
+        for path in sorted(root.rglob("*.py"))
+        if not any(part in f"/{path.relative_to(root)}" for part in _NOT_SOURCES)
+        and _is_held_out(path.relative_to(root).as_posix()) == wanted
+        and (text := _read_source(path))
+    ]
+    return Corpus("stdlib", tuple(documents), "\n", by_document=not wanted)
+
+
+def _is_held_out(relative_path: str) -> bool:
+    return int(hashlib.sha256(relative_path.encode()).hexdigest(), 16) % 10 == 0
+
+
+def _read_source(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _from_file(name: str, path: Path) -> Corpus:
+    if not path.is_file():
+        raise SourceError(f"There is no file {path}.", "Check the path of the text.")
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise CalibrationError(
+            f"{path} is not a kind of text that Halve reads.",
+            f"Name a file that ends in {', '.join(_READERS)}.",
+        )
+    try:
+        documents = reader(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(
+            f"{path} cannot be read as {path.suffix} ({error!s:.200}).",
+            "A .jsonl needs an object with a `text` on each line, a .parquet a column "
+            "`text`, a .txt UTF-8.",
+        ) from error
+    single = path.suffix == ".txt"
+    return Corpus(name, documents, "\n\n", by_document=not single)
+
+
+def _read_txt(path: Path) -> tuple[str, ...]:
+    return (path.read_text("utf-8"),)
+
+
+def _read_jsonl(path: Path) -> tuple[str, ...]:
+    lines = path.read_text("utf-8").splitlines()
+    return tuple(str(json.loads(line)["text"]) for line in lines if line.strip())
+
+
+def _read_parquet(path: Path) -> tuple[str, ...]:
+    from pyarrow import parquet  # noqa: PLC0415  (slow to import, seldom needed)
+
+    column = parquet.read_table(path, columns=["text"]).column("text")
+    return tuple(str(text) for text in column.to_pylist())
+
+
+_READERS: dict[str, Callable[[Path], tuple[str, ...]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _from_hub(name: str, part: Part) -> Corpus:
+    """Take the first text column of any data set, streamed, up to a fixed count."""
+    repository, _, configuration = name.partition(":")
+    options = {"name": configuration} if configuration else {}
+    rows = _hub_rows(repository, _SPLITS[part], None, streaming=True, **options)
+    return Corpus(name, rows, "\n\n", by_document=part == "calibration")
+
+
+def _hub_rows(
+    repository: str,
+    split: str,
+    column: str | None,
+    **options: Any,  # noqa: ANN401
+) -> tuple[str, ...]:
+    from datasets import load_dataset  # noqa: PLC0415  (slow to import)
+
+    try:
+        rows = load_dataset(repository, split=split, **options)
+        if column is None:
+            rows = islice(rows, _MOST_DOCUMENTS)
+        return tuple(str(_text_of(row, column)) for row in rows)
+    except Exception as error:  # the library raises whatever its network layer raises
+        raise SourceError(
+            f"The data set {repository} (split {split}) could not be loaded "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}).",
+            "Check the name and the network, or pass a local .txt, .jsonl or .parquet "
+            "file, or `stdlib`.",
+        ) from error
+
+
+def _text_of(row: Any, column: str | None) -> Any:  # noqa: ANN401
+    if column is not None:
+        return row[column]
+    return next(v for k, v in row.items() if k == "text" or isinstance(v, str))
+
+
+_NAMED: dict[str, Callable[[Part], Corpus]] = {
+    "c4": _c4,
+    "wikitext2": _wikitext2,
+    "ptb": _ptb,
+    "stdlib": _stdlib,
+}

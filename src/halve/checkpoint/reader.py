@@ -1,0 +1,259 @@
+"""Lazy in: what lies in a checkpoint, and its tensors one by one.
+
+Reads safetensors and, with `weights_only`, `pytorch_model.bin`; whole or in shards.
+Headers are validated by the libraries before anything is allocated; the index by us.
+Files are opened for each read and closed after it, so that no mapping of the whole
+checkpoint counts against the memory of the process.
+"""
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from halve.errors import CheckpointError
+
+# (index, single file) of each format, the preferred first, as transformers prefers.
+_FORMATS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its header describes it.
+
+    Attributes:
+        name: As in the checkpoint.
+        shard: File that holds it, a bare name inside the folder.
+        shape: As stored.
+        dtype: As stored.
+    """
+
+    name: str
+    shard: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a folder, by name, in the order of their shards.
+
+    Attributes:
+        folder: Where the files lie.
+        tensors: All of them, from headers alone.
+    """
+
+    folder: Path
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Read the index and all headers; no tensor is read.
+
+        Raises:
+            CheckpointError: No weights; a shard that is missing, damaged, outside the
+                folder, or not as the index says.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        indexed = _indexed_shards(folder)
+        for shard, promised in indexed.items():
+            for info in _header(folder, shard):
+                if info.name in tensors:
+                    other = tensors[info.name].shard
+                    raise CheckpointError(
+                        f"Tensor {info.name} lies in both {other} and {shard} of "
+                        f"{folder}.",
+                        "Download the checkpoint again, into an empty folder.",
+                    )
+                tensors[info.name] = info
+            _check_promise(folder, shard, promised, tensors)
+        return cls(folder, tensors)
+
+    @property
+    def shards(self) -> list[str]:
+        """File names, each once."""
+        return list(dict.fromkeys(info.shard for info in self.tensors.values()))
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors by name, as stored, in memory of their own.
+
+        Raises:
+            CheckpointError: A shard has become unreadable.
+        """
+        by_shard: dict[str, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self.tensors[name].shard, []).append(name)
+        found: dict[str, Tensor] = {}
+        for shard, wanted in by_shard.items():
+            found |= _read(self.folder / shard, wanted)
+        return found
+
+
+def _indexed_shards(folder: Path) -> dict[str, set[str] | None]:
+    """Return shard -> tensor names promised by the index (None without an index)."""
+    for index, single in _FORMATS:
+        if (folder / index).is_file():
+            return _shards_of_index(folder, index)
+        if (folder / single).is_file():
+            _check_inside(folder, single, "the folder")
+            return {single: None}
+    raise CheckpointError(
+        f"There are no weights in {folder}: neither model.safetensors nor "
+        "pytorch_model.bin, nor an index of either.",
+        "Name the folder of a complete checkpoint.",
+    )
+
+
+def _shards_of_index(folder: Path, index: str) -> dict[str, set[str] | None]:
+    try:
+        weight_map = json.loads((folder / index).read_text("utf-8"))["weight_map"]
+        items = [(str(name), str(shard)) for name, shard in weight_map.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"The index {folder / index} cannot be read ({error!r}).",
+            "Download the checkpoint again.",
+        ) from error
+    shards: dict[str, set[str] | None] = {}
+    for name, shard in items:
+        promised = shards.setdefault(shard, set())
+        assert promised is not None
+        promised.add(name)
+    for shard in shards:
+        _check_inside(folder, shard, index)
+    return shards
+
+
+def _check_inside(folder: Path, shard: str, index: str) -> None:
+    """Refuse a shard outside the folder, or a link out of it, and one not there."""
+    path = folder / shard
+    if shard in {"", ".", ".."} or Path(shard).name != shard or "\\" in shard:
+        raise CheckpointError(
+            f"{index} of {folder} names the file {shard!r}, which is not a bare file "
+            "name inside the folder.",
+            "Do not use this checkpoint; it may be hostile.",
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{index} of {folder} names {shard}, which is not there.",
+            "Download the missing file.",
+        )
+    if not any(path.resolve().is_relative_to(home) for home in _homes(folder)):
+        raise CheckpointError(
+            f"{shard} in {folder} is a link out of the folder.",
+            "Copy the file itself into the folder.",
+        )
+
+
+def _homes(folder: Path) -> Iterator[Path]:
+    """Yield the folders whose files belong to a checkpoint.
+
+    The hub's cache links `snapshots/REVISION/FILE` to `blobs/HASH`.
+    """
+    home = folder.resolve()
+    yield home
+    if home.parent.name == "snapshots":
+        yield home.parent.parent / "blobs"
+
+
+def _check_promise(
+    folder: Path,
+    shard: str,
+    promised: set[str] | None,
+    tensors: dict[str, TensorInfo],
+) -> None:
+    missing = sorted(name for name in promised or () if name not in tensors)
+    if missing:
+        raise CheckpointError(
+            f"The index of {folder} says that {shard} holds {missing[0]}, which is not "
+            "in it.",
+            "Download the checkpoint again.",
+        )
+
+
+def _header(folder: Path, shard: str) -> Iterator[TensorInfo]:
+    path = folder / shard
+    if path.suffix != ".safetensors":
+        for name, tensor in _unpickled(path, "meta").items():
+            yield TensorInfo(name, shard, tuple(tensor.shape), tensor.dtype)
+        return
+    with _opened(path) as file:
+        for name in sorted(file.keys()):
+            part = file.get_slice(name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            if dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"Tensor {name} of {path} has the dtype {dtype}, which Halve does "
+                    "not read.",
+                    "Convert the checkpoint to bfloat16 first.",
+                )
+            yield TensorInfo(name, shard, shape, _DTYPES[dtype])
+
+
+def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        stored = _unpickled(path, "cpu")
+        return {name: stored[name].clone().contiguous() for name in names}
+    with _opened(path) as file:
+        return {name: file.get_tensor(name).clone() for name in names}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _unpickled(path: Path, device: str) -> dict[str, Tensor]:
+    """Load a pickled state dict with `weights_only`; files before torch 1.6 unmapped."""
+    try:
+        try:
+            stored = torch.load(path, device, weights_only=True, mmap=True)
+        except RuntimeError:
+            stored = torch.load(path, device, weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as e:
+        raise _damaged(path, e) from e
+    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else None
+    if not stored or not all(isinstance(t, Tensor) for t in stored.values()):
+        raise _damaged(path, TypeError("not a mapping of names to tensors"))
+    return stored
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+    return CheckpointError(
+        f"{path} is damaged or not what its name says "
+        f"({type(error).__name__}: {reason}).",
+        "Download the file again.",
+    )

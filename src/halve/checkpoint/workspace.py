@@ -1,0 +1,248 @@
+"""A folder in the making: `OUT.partial`, which becomes `OUT` by one rename.
+
+The order of writes is the promise. A shard is renamed into place before its line is
+added to the ledger; `halve.json` comes after everything else; the rename of the folder
+comes last. So `OUT` is absent or whole, and a run that was killed anywhere is resumed
+from its ledger to the same bytes.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from halve.checkpoint.files import (
+    copy_file,
+    sha256,
+    sync,
+    write_errors,
+    write_shard,
+    write_text,
+)
+from halve.errors import OutputError
+
+RECORD = "halve.json"
+_LEDGER = "ledger.jsonl"
+_INDEX = "model.safetensors.index.json"
+# What travels along with the weights: config, tokenizer, generation settings, licence.
+_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
+_SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A shard that is on the disk.
+
+    Attributes:
+        file: Its name.
+        sha256: Of its bytes.
+        note: What was recorded with it.
+    """
+
+    file: str
+    sha256: str
+    note: dict[str, Any] | None
+
+
+class Workspace:
+    """The locked folder of a run.
+
+    Attributes:
+        folder: `OUT.partial`.
+        committed: Shards that are done, by file name.
+    """
+
+    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        self.out = out
+        self.folder = partial_of(out)
+        self.identity = identity
+        self.committed: dict[str, Committed] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier run wrote everything and died before the last rename."""
+        return (self.folder / RECORD).is_file()
+
+    def commit(
+        self, file: str, tensors: dict[str, Tensor], note: dict[str, Any] | None
+    ) -> None:
+        """Write a shard and then its line in the ledger."""
+        digest = write_shard(self.folder / file, tensors)
+        self._append({"file": file, "sha256": digest, "note": note})
+        self.committed[file] = Committed(file, digest, note)
+
+    def finish(self, source: Path, record: str, sizes: dict[str, dict[str, int]]) -> None:
+        """Write index, side files and `halve.json`; then make the folder `OUT`.
+
+        Args:
+            source: Folder of the model that the side files come from.
+            record: Text of `halve.json`.
+            sizes: Shard -> tensor -> bytes.
+        """
+        write_text(self.folder / _INDEX, _index(sizes))
+        for path in side_files(source):
+            copy_file(path, self.folder / path.name)
+        write_text(self.folder / RECORD, record)
+        self.publish()
+
+    def publish(self) -> None:
+        """Make a complete folder `OUT`."""
+        with write_errors(self.out):
+            (self.folder / _LEDGER).unlink(missing_ok=True)
+            sync(self.folder)
+            self.folder.rename(self.out)
+            sync(self.out.parent)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        path = self.folder / _LEDGER
+        with write_errors(path), path.open("a", encoding="utf-8") as ledger:
+            ledger.write(json.dumps(line) + "\n")
+            ledger.flush()
+            os.fsync(ledger.fileno())
+
+    def _resume(self) -> None:
+        """Take over what an earlier run with the same identity has done."""
+        path = self.folder / _LEDGER
+        lines = list(_whole_lines(path))
+        if not lines:
+            self._check_unused()
+            path.unlink(missing_ok=True)
+            self._append({"identity": self.identity})
+            sync(self.folder)
+            return
+        check_identity(self.folder, lines[0]["identity"], self.identity)
+        for line in lines[1:]:
+            shard = Committed(**line)
+            file = self.folder / shard.file
+            if file.is_file() and sha256(file) == shard.sha256:
+                self.committed[shard.file] = shard
+
+    def _check_unused(self) -> None:
+        foreign = [p.name for p in self.folder.iterdir() if p.name != _LEDGER]
+        if foreign and not self.is_complete:
+            raise OutputError(
+                f"{self.folder} exists, and it is not the work of Halve "
+                f"({foreign[0]} is in it).",
+                "Remove it or choose another output folder.",
+            )
+
+
+@contextmanager
+def open_workspace(out: Path, identity: dict[str, Any]) -> Iterator[Workspace]:
+    """Lock `OUT.partial`, made if it is not there, and take over what is in it.
+
+    Args:
+        out: Where the result will be; must not exist, or be an empty folder.
+        identity: What tells this run from others; compared with what is found.
+
+    Raises:
+        OutputError: `OUT` exists; another run holds the lock; the folder holds another
+            run's work; or it cannot be written.
+    """
+    check_free(out)
+    workspace = Workspace(out, identity)
+    with write_errors(workspace.folder):
+        workspace.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(workspace.folder):
+        if workspace.is_complete:
+            record = json.loads((workspace.folder / RECORD).read_text("utf-8"))
+            check_identity(workspace.folder, record["identity"], identity)
+        else:
+            workspace._resume()
+        yield workspace
+
+
+def partial_of(out: Path) -> Path:
+    """Return the folder that becomes `out`."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_free(out: Path) -> None:
+    """Raise OutputError where `out` is taken."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(
+            f"{out} exists already.", "Remove it or choose another output folder."
+        )
+
+
+def check_space(out: Path, wanted: int) -> None:
+    """Raise OutputError where the disk has too little room, before work begins."""
+    place = next(p for p in (out, *out.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < wanted:
+        raise OutputError(
+            f"{place} has {free / 2**30:.2f} GiB free, but {wanted / 2**30:.2f} GiB "
+            "are needed.",
+            "Free some space or choose another disk.",
+        )
+
+
+def check_identity(
+    folder: Path, found: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """Raise OutputError, naming the differences, where two runs are not the same."""
+    different = [
+        f"{key}: {found.get(key)} there, {wanted.get(key)} here"
+        for key in dict.fromkeys([*found, *wanted])
+        if found.get(key) != wanted.get(key)
+    ]
+    if different:
+        raise OutputError(
+            f"{folder} was begun with other arguments ({'; '.join(different)}).",
+            "Run with those arguments to go on, remove the folder, or choose another.",
+        )
+
+
+def side_files(source: Path) -> list[Path]:
+    """Return the files beside the weights that belong to the model."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+        and path.name != RECORD
+        and (path.suffix in _SIDE_SUFFIXES or path.name.startswith(_SIDE_NAMES))
+    ]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"Another run is at work in {folder}.",
+                "Wait for it to end, or choose another output folder.",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the ledger's lines; a last one cut off by a crash does not count."""
+    if not path.is_file():
+        return
+    text = path.read_text("utf-8", "replace")
+    for line in text.split("\n")[:-1]:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _index(sizes: dict[str, dict[str, int]]) -> str:
+    total = sum(size for tensors in sizes.values() for size in tensors.values())
+    weight_map = {name: file for file, tensors in sizes.items() for name in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,19 @@
+"""Any causal language model of transformers, with no forward code of our own."""
+
+from halve.models.matrices import Matrix, prunable_matrices
+from halve.models.names import Stored, match_names
+from halve.models.replay import Call, Recording, finish, record
+from halve.models.skeleton import Skeleton, build_skeleton
+
+__all__ = [
+    "Call",
+    "Matrix",
+    "Recording",
+    "Skeleton",
+    "Stored",
+    "build_skeleton",
+    "finish",
+    "match_names",
+    "prunable_matrices",
+    "record",
+]

@@ -1,0 +1,173 @@
+"""A causal language model of transformers without its weights.
+
+The model is built by transformers' own classes with every parameter on the meta
+device. Its decoder blocks are found by their shape, not by their name.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from halve.errors import UnsupportedModelError
+
+# Where a config says nothing of its longest sequence (BLOOM), the paper's length.
+_PAPER_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model whose parameters have shapes and no values.
+
+    Attributes:
+        config: transformers' configuration.
+        model: The model, in evaluation mode, parameters on the meta device.
+        blocks: Its decoder blocks.
+        path: The name of `blocks` within the model, such as `model.layers`.
+    """
+
+    config: Any
+    model: Any
+    blocks: nn.ModuleList
+    path: str
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """Tokens that the model can take; None where its config does not say."""
+        text = self.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            if isinstance(length := getattr(text, name, None), int) and length > 0:
+                return length
+        return None
+
+    @property
+    def default_length(self) -> int:
+        """The paper's sequence length, or the model's own if that is shorter."""
+        return min(_PAPER_LENGTH, self.longest_sequence or _PAPER_LENGTH)
+
+
+def build_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model of a folder from its config alone.
+
+    Raises:
+        UnsupportedModelError: Not a causal language model of transformers; it needs
+            code of its own and that was not allowed; or it has no blocks.
+    """
+    config = load_config(folder, trust_remote_code)
+    _check_causal(folder, config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, dtype=torch.float32
+            )
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        raise _unsupported(folder, error) from error
+    model.tie_weights()
+    model.eval().requires_grad_(False)
+    path, blocks = _find_blocks(folder, model)
+    _share_equal_buffers(blocks)
+    return Skeleton(config, model, blocks, path)
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: ANN401
+    """Return transformers' configuration of a folder.
+
+    Raises:
+        UnsupportedModelError: There is none, or none that transformers knows.
+    """
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModelError(
+            f"There is no config.json in {folder}, so it holds no model of "
+            "transformers.",
+            "Name the folder of a complete checkpoint.",
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise _unsupported(folder, error) from error
+
+
+def _unsupported(folder: Path, error: Exception) -> UnsupportedModelError:
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return UnsupportedModelError(
+            f"The model in {folder} needs Python code that comes with it, which is not "
+            "run unasked.",
+            "Read that code, then pass --trust-remote-code.",
+        )
+    return UnsupportedModelError(
+        f"{folder} is not a causal language model that transformers can build "
+        f"({reason[:200]}).",
+        "Name a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ...",
+    )
+
+
+def _check_causal(folder: Path, config: Any) -> None:  # noqa: ANN401
+    """Refuse encoders, which transformers would build with a causal head."""
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *_base_models()}
+    names = getattr(config, "architectures", None) or []
+    custom = bool(getattr(config, "auto_map", None))
+    if names and not custom and not known.intersection(names):
+        raise UnsupportedModelError(
+            f"The config of {folder} says {names[0]}, which is not a causal language "
+            "model.",
+            "Name a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ...",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"The model in {folder} has an encoder and a decoder.",
+            "Name a decoder-only model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ...",
+        )
+
+
+def _base_models() -> set[str]:
+    """Return the base classes of causal models; hub checkpoints may name those."""
+    found: set[str] = set()
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        names = MODEL_MAPPING_NAMES.get(family, ())
+        found.update([names] if isinstance(names, str) else names)
+    return found
+
+
+def _find_blocks(folder: Path, model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the list of like modules that holds most parameters, and its name."""
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(block) for block in module}) == 1
+    ]
+    if not lists:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} in {folder} has no decoder blocks: a ModuleList "
+            "of modules of one class was looked for.",
+            "Open an issue that names the model.",
+        )
+    _, path, blocks = max(lists, key=lambda item: item[0])
+    return path, blocks
+
+
+def _share_equal_buffers(blocks: nn.ModuleList) -> None:
+    """Keep one copy of what all blocks hold alike (GPT-2's causal mask, say).
+
+    Otherwise memory would grow with the depth of the model.
+    """
+    first = dict(blocks[0].named_modules())
+    for block in list(blocks)[1:]:
+        for path, module in block.named_modules():
+            for name, buffer in module._buffers.items():
+                other = first[path]._buffers.get(name) if path in first else None
+                if _alike(buffer, other):
+                    module._buffers[name] = other
+
+
+def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)

@@ -1,0 +1,170 @@
+"""Which weights may stay: unstructured sparsity, and n:m.
+
+A pattern chooses a mask from scores and verifies a matrix. Matrices are seen as
+[rows = outputs, columns = inputs]. Masks are boolean, True where a weight is pruned.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.errors import PatternError
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go; a share of them does.
+
+    Attributes:
+        sparsity: Share of weights pruned, in (0, 1).
+    """
+
+    sparsity: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.sparsity:g}%"
+
+    def check_fits(self, name: str, columns: int) -> None:
+        """Accept every shape."""
+
+    def count(self, elements: int) -> int:
+        """Return how many of `elements` weights are pruned, rounded down.
+
+        Rounded by a hair upwards first, so that 0.7 of 10 is 7 in binary as well.
+        """
+        return int(elements * self.sparsity + 1e-9 * elements)
+
+    def shortfall(self, weight: Tensor) -> str | None:
+        """Return what is missing in a [rows, columns] matrix, None where it obeys."""
+        found, wanted = int((weight == 0).sum()), self.count(weight.numel())
+        if found >= wanted:
+            return None
+        return f"{found} of {weight.numel()} weights are zero, not {wanted}"
+
+
+@dataclass(frozen=True)
+class NM:
+    """n kept of every m consecutive inputs, as NVIDIA counts it.
+
+    Attributes:
+        kept: n, weights kept in each group.
+        group: m, weights in a group.
+    """
+
+    kept: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights pruned."""
+        return 1 - self.kept / self.group
+
+    def check_fits(self, name: str, columns: int) -> None:
+        """Raise PatternError where the matrix `name` cannot be cut into groups."""
+        if columns % self.group:
+            raise PatternError(
+                f"Matrix {name} has {columns} inputs, which {self.group} does not "
+                f"divide, so the pattern {self} does not fit it.",
+                "Choose another pattern, or an unstructured sparsity such as 50%.",
+            )
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Return the mask that prunes the lowest scores of each group.
+
+        Args:
+            scores: [rows, columns], m divides columns. Ties prune the first.
+        """
+        groups = scores.reshape(-1, self.group)
+        ranks = groups.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+        return (ranks < self.group - self.kept).reshape(scores.shape)
+
+    def count(self, elements: int) -> int:
+        """Return how many of `elements` weights are pruned."""
+        return elements // self.group * (self.group - self.kept)
+
+    def shortfall(self, weight: Tensor) -> str | None:
+        """Return what is missing in a [rows, columns] matrix, None where it obeys."""
+        groups = weight.reshape(-1, self.group)
+        broken = int(((groups != 0).sum(dim=1) > self.kept).sum())
+        if not broken:
+            return None
+        return f"{broken} of {len(groups)} groups keep more than {self.kept} weights"
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(text: str | float) -> Pattern:
+    """Read a pattern: `0.5`, `50%` or `2:4`.
+
+    Raises:
+        PatternError: The text is no pattern, or its sparsity is not in (0, 1).
+    """
+    if isinstance(text, str) and (match := re.fullmatch(r"(\d+):(\d+)", text.strip())):
+        kept, group = int(match[1]), int(match[2])
+        if 0 < kept < group:
+            return NM(kept, group)
+    elif 0 < (sparsity := _share(text)) < 1:
+        return Unstructured(sparsity)
+    raise PatternError(
+        f"{text!r} is not a sparsity: a share between 0 and 1 or an n:m pattern with "
+        "0 < n < m was expected.",
+        "Write it as 50%, 0.5 or 2:4 (n kept of every m).",
+    )
+
+
+def _share(text: str | float) -> float:
+    """Return the share that a number or percentage means, 0 where it is neither."""
+    try:
+        if isinstance(text, str) and text.strip().endswith("%"):
+            return float(text.strip()[:-1]) / 100
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Return the mask of exactly `count` lowest scores; ties go to the first.
+
+    Args:
+        scores: Any shape, finite.
+        count: 0 to the number of scores.
+
+    Costs one selection (linear time) and one pass, no sort.
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    flat = scores.flatten()
+    threshold = flat.kthvalue(count).values
+    mask = flat < threshold
+    ties = (flat == threshold).nonzero().flatten()
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask.view_as(scores)
+
+
+def describe(weight: Tensor) -> str:
+    """Name the tightest pattern that a [rows, columns] matrix obeys.
+
+    Returns:
+        `dense` without zeros worth the name (under 1 %), `n:m` for the least share
+        kept among m = 2, 4, 8, 16, else `unstructured`.
+    """
+    kept = (weight != 0).reshape(weight.shape)
+    density = kept.float().mean().item()
+    if density > 0.99:  # noqa: PLR2004  (stray zeros of trained weights)
+        return "dense"
+    candidates = [
+        (most / group, group, most)
+        for group in (2, 4, 8, 16)
+        if weight.shape[1] % group == 0
+        and 0 < (most := int(kept.view(-1, group).sum(dim=1).max())) < group
+    ]
+    if not candidates:
+        return "unstructured"
+    _, group, most = min(candidates)
+    return f"{most}:{group}"

@@ -1,0 +1,282 @@
+"""Everything that a run will do, worked out from config and headers before it starts.
+
+A plan is a frozen value: it can be printed, compared and tested. No tensor is read.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from halve.calibration import default_budget
+from halve.checkpoint import Checkpoint, TensorInfo
+from halve.errors import HalveError
+from halve.models import (
+    Matrix,
+    Skeleton,
+    Stored,
+    build_skeleton,
+    match_names,
+    prunable_matrices,
+)
+from halve.patterns import NM, parse_pattern
+from halve.solvers import SOLVERS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose, as far as it changes the result.
+
+    Attributes:
+        sparsity: `50%`, `0.5` or `2:4`.
+        solver: A name of `halve.solvers.SOLVERS`.
+        calibration: Name of a corpus, a file, or `self`.
+        samples: Calibration windows.
+        seq_len: Tokens in each; None for the model's own length, 2048 at most.
+        seed: Of the windows.
+        damping: Share of the mean diagonal added to Gram matrices.
+        block_size: Columns that SparseGPT handles at once.
+        device: `cpu`, `cuda` or `auto`.
+    """
+
+    sparsity: str | float = "50%"
+    solver: str = "sparsegpt"
+    calibration: str = "c4"
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    damping: float = 0.01
+    block_size: int = 128
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Raise HalveError on the first setting that makes no sense."""
+        parse_pattern(self.sparsity)
+        if self.solver not in SOLVERS:
+            raise HalveError(
+                f"There is no solver {self.solver!r}.",
+                f"Choose one of {', '.join(SOLVERS)}.",
+            )
+        for name in ("samples", "block_size", "seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HalveError(
+                    f"{name} is {value}, which is not positive.", "Pass 1 or more."
+                )
+        if not 0 <= self.damping <= 1:
+            raise HalveError(
+                f"The damping is {self.damping}; a share of the mean diagonal from 0 "
+                "to 1 was expected.",
+                "Pass --damping 0.01.",
+            )
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """A matrix to prune: the tensor that holds it and what it is in its block."""
+
+    tensor: str
+    matrix: Matrix
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """A block: its index, its matrices, and the output shard of its tensors."""
+
+    index: int
+    name: str
+    matrices: tuple[PlannedMatrix, ...]
+    shard: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, before it starts.
+
+    Attributes:
+        model: Folder of the checkpoint.
+        settings: What the user chose, `seq_len` filled in.
+        blocks: In the order of the model.
+        shards: Output file -> tensors in it: first everything outside the blocks,
+            then a file for each block.
+        left_dense: Tensors of two dimensions or more in the blocks, not pruned.
+        sources: File of the input -> what must not change under a run.
+        tensors: Headers of the checkpoint.
+        width: Of the hidden states.
+    """
+
+    model: Path
+    settings: Settings
+    blocks: tuple[PlannedBlock, ...]
+    shards: dict[str, tuple[str, ...]]
+    left_dense: tuple[str, ...]
+    sources: dict[str, str]
+    tensors: dict[str, TensorInfo]
+    width: int
+
+    @property
+    def prunable(self) -> int:
+        """Weights in all prunable matrices."""
+        return sum(
+            m.matrix.shape[0] * m.matrix.shape[1] for b in self.blocks for m in b.matrices
+        )
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states between two blocks, in float32."""
+        return 4 * self.settings.samples * (self.settings.seq_len or 0) * self.width
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the largest block's weights, in float32."""
+        return max(
+            sum(4 * _elements(self.tensors[name]) for name in self.shards[block.shard])
+            for block in self.blocks
+        )
+
+    @property
+    def gram_bytes(self) -> int:
+        """Bytes of the largest block's Gram matrices, one for each width of input.
+
+        A lower bound: matrices of one width may have different inputs.
+        """
+        return max(
+            sum(4 * columns**2 for columns in {m.matrix.shape[1] for m in b.matrices})
+            for b in self.blocks
+        )
+
+    def hidden_on_disk(self, budget: int | None = None) -> bool:
+        """Whether hidden states go to a mapped file with this budget of bytes."""
+        return self.hidden_bytes > (default_budget() if budget is None else budget)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what two runs must share to end in the same bytes."""
+        pattern = str(parse_pattern(self.settings.sparsity))
+        settings = asdict(self.settings) | {"sparsity": pattern}
+        return settings | {"sources": self.sources}
+
+
+def make_plan(
+    model: Path, settings: Settings, trust_remote_code: bool = False
+) -> Plan:
+    """Work out a run.
+
+    Raises:
+        HalveError: Whatever can be known to go wrong before a tensor is read: a bad
+            setting, an unsupported model, a damaged header, a pattern that a matrix's
+            width does not allow.
+    """
+    settings.check()
+    skeleton = build_skeleton(model, trust_remote_code)
+    checkpoint = Checkpoint.open(model)
+    infos = checkpoint.tensors.values()
+    names = match_names(skeleton, [Stored(i.name, i.shape) for i in infos])
+    owners = _owners(skeleton, names)
+    shards = dict(_shards(checkpoint, owners, len(skeleton.blocks)))
+    blocks = tuple(_blocks(skeleton, names, list(shards)[-len(skeleton.blocks) :]))
+    _check_pattern(blocks, settings)
+    return Plan(
+        model=model,
+        settings=_with_length(settings, skeleton),
+        blocks=blocks,
+        shards=shards,
+        left_dense=_left_dense(checkpoint, owners, blocks),
+        sources=_sources(model, checkpoint),
+        tensors=checkpoint.tensors,
+        width=skeleton.config.get_text_config().hidden_size,
+    )
+
+
+def _with_length(settings: Settings, skeleton: Skeleton) -> Settings:
+    length = settings.seq_len or skeleton.default_length
+    return Settings(**(asdict(settings) | {"seq_len": length}))
+
+
+def _owners(skeleton: Skeleton, names: dict[str, str]) -> dict[str, int]:
+    """Return tensor -> index of the block it belongs to."""
+    prefix = skeleton.path + "."
+    return {
+        tensor: int(name.removeprefix(prefix).partition(".")[0])
+        for name, tensor in names.items()
+        if name.startswith(prefix)
+    }
+
+
+def _shards(
+    checkpoint: Checkpoint, owners: dict[str, int], depth: int
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield output files: what lies outside the blocks, in pieces, then the blocks."""
+    blocks: list[list[str]] = [[] for _ in range(depth)]
+    rest: list[str] = []
+    for name in checkpoint.tensors:
+        (blocks[owners[name]] if name in owners else rest).append(name)
+    sizes = [sum(checkpoint.tensors[n].nbytes for n in names) for names in blocks]
+    pieces = _pieces(checkpoint, rest, max(sizes))
+    contents = [*pieces, *blocks]
+    for number, names in enumerate(contents, start=1):
+        file = f"model-{number:05}-of-{len(contents):05}.safetensors"
+        yield file, tuple(names)
+
+
+def _pieces(checkpoint: Checkpoint, names: list[str], limit: int) -> list[list[str]]:
+    """Cut a list of tensors so that no piece is larger than a block, if it can be."""
+    pieces: list[list[str]] = []
+    size = 0
+    for name in names:
+        extra = checkpoint.tensors[name].nbytes
+        if not pieces or size + extra > limit:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(name)
+        size += extra
+    return pieces
+
+
+def _blocks(
+    skeleton: Skeleton, names: dict[str, str], files: list[str]
+) -> Iterator[PlannedBlock]:
+    for index, block in enumerate(skeleton.blocks):
+        name = f"{skeleton.path}.{index}"
+        matrices = tuple(
+            PlannedMatrix(names[f"{name}.{matrix.path}.weight"], matrix)
+            for matrix in prunable_matrices(block, name)
+        )
+        yield PlannedBlock(index, name, matrices, files[index])
+
+
+def _check_pattern(blocks: tuple[PlannedBlock, ...], settings: Settings) -> None:
+    pattern = parse_pattern(settings.sparsity)
+    if isinstance(pattern, NM):
+        for block in blocks:
+            for planned in block.matrices:
+                pattern.check_fits(planned.tensor, planned.matrix.shape[1])
+
+
+def _left_dense(
+    checkpoint: Checkpoint, owners: dict[str, int], blocks: tuple[PlannedBlock, ...]
+) -> tuple[str, ...]:
+    pruned = {m.tensor for block in blocks for m in block.matrices}
+    return tuple(
+        name
+        for name in owners
+        if name not in pruned and len(checkpoint.tensors[name].shape) > 1
+    )
+
+
+def _sources(model: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    config = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
+    found = {"config.json": config}
+    for shard in checkpoint.shards:
+        status = (model / shard).stat()
+        found[shard] = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    return found
+
+
+def _elements(info: TensorInfo) -> int:
+    return info.nbytes // info.dtype.itemsize

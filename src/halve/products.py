@@ -1,0 +1,72 @@
+"""Fast float32 matrix products on the CPU.
+
+torch sends float32 products to MKL, which on AMD processors runs its AVX2 code: about
+half of what oneDNN reaches on the same cores (docs/log.md, "oneDNN for float32").
+oneDNN lies in the same torch build, behind the operator that the compiler uses for
+linear layers. Everything here falls back to torch's own product where that operator
+does not apply, and gives the same values up to the order of summation.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_torch_linear = functional.linear
+
+
+def _onednn_takes(*operands: Tensor) -> bool:
+    return torch.backends.mkldnn.is_available() and all(
+        x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+        for x in operands
+    )
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `inputs @ weight.T + bias`.
+
+    Args:
+        inputs: [..., columns].
+        weight: [rows, columns].
+        bias: [rows].
+
+    Returns:
+        [..., rows], of the dtype of the inputs.
+    """
+    if not _onednn_takes(inputs, weight):
+        return _torch_linear(inputs, weight, bias)
+    # oneDNN falls to a reference kernel, hundreds of times slower, on strided operands.
+    return torch.ops.mkldnn._linear_pointwise(
+        inputs.contiguous(), weight.contiguous(), bias, "none", [], ""
+    )
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: float) -> Tensor:
+    """Take over the call by which transformers' Conv1D multiplies."""
+    if scales or bias.dim() != 1 or not _onednn_takes(left, right):
+        return torch._C._VariableFunctions.addmm(bias, left, right, **scales)
+    return linear(left, right.T, bias)
+
+
+class FastProducts(TorchFunctionMode):
+    """Within this context every model's linear layers go through `linear`."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401  (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Replace the two products of language models; leave the rest alone."""
+        replacement = _REPLACEMENTS.get(func, func)
+        return replacement(*args, **(kwargs or {}))
+
+
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    _torch_linear: linear,
+    torch.addmm: _addmm,
+}

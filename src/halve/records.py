@@ -1,0 +1,195 @@
+"""What is kept of a run, as plain values that go to JSON and back. No torch here."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MatrixRecord:
+    """What became of one matrix.
+
+    Attributes:
+        tensor: Its name in the checkpoint.
+        rows: Outputs.
+        columns: Inputs.
+        sparsity: Share of zeros, counted in the file that was written.
+        error: ||X (W - Z)^T||^2 / ||X W^T||^2 on the calibration inputs; None where
+            the solver does not know them.
+        damping: Share of the mean diagonal added to the Gram matrix, if any.
+    """
+
+    tensor: str
+    rows: int
+    columns: int
+    sparsity: float
+    error: float | None = None
+    damping: float | None = None
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What became of one block.
+
+    Attributes:
+        name: Such as `model.layers.3`.
+        matrices: In the order of the modules.
+        error: ||Y - Y'|| / ||Y|| for the block's outputs before and after pruning on
+            the same inputs (the first calibration batch); None without calibration.
+        seconds: Wall time.
+    """
+
+    name: str
+    matrices: tuple[MatrixRecord, ...]
+    error: float | None
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all matrices."""
+        zeros = sum(m.sparsity * m.rows * m.columns for m in self.matrices)
+        return zeros / sum(m.rows * m.columns for m in self.matrices)
+
+
+@dataclass(frozen=True)
+class PruneRecord:
+    """A whole run: the contents of `halve.json`.
+
+    Attributes:
+        format: Version of this layout.
+        versions: Of Halve, torch and transformers.
+        identity: The plan: model, settings, digests of config and text. Two runs with
+            the same identity give the same bytes on one machine.
+        blocks: One for each decoder block.
+        shards: File name -> SHA-256.
+        left_dense: Tensors in the blocks of two dimensions or more that no rule prunes.
+        seconds: Wall time of the run that finished it.
+        finished: ISO 8601, UTC.
+    """
+
+    versions: dict[str, str]
+    identity: dict[str, Any]
+    blocks: tuple[BlockRecord, ...]
+    shards: dict[str, str]
+    left_dense: tuple[str, ...]
+    seconds: float
+    finished: str
+    format: int = 1
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all prunable matrices."""
+        matrices = [m for block in self.blocks for m in block.matrices]
+        zeros = sum(m.sparsity * m.rows * m.columns for m in matrices)
+        return zeros / sum(m.rows * m.columns for m in matrices)
+
+    def to_json(self) -> str:
+        """Return the text of `halve.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruneRecord":
+        """Read what `to_json` wrote: `from_json(r.to_json()) == r`."""
+        fields = json.loads(text)
+        fields["blocks"] = tuple(block_from_dict(b) for b in fields["blocks"])
+        fields["left_dense"] = tuple(fields["left_dense"])
+        return cls(**fields)
+
+
+def block_from_dict(fields: dict[str, Any]) -> BlockRecord:
+    """Read what `dataclasses.asdict` made of a BlockRecord."""
+    matrices = tuple(MatrixRecord(**m) for m in fields["matrices"])
+    return BlockRecord(**{**fields, "matrices": matrices})
+
+
+@dataclass(frozen=True)
+class PerplexityRecord:
+    """How well a model predicts a text.
+
+    Attributes:
+        perplexity: exp of the mean over segments of the mean loss of a segment.
+        standard_error: Of the perplexity, from the spread of the segments' losses.
+        tokens: Predicted tokens.
+        seq_len: Tokens in a segment, its first, unpredicted, included.
+        segments: How many.
+        data: Name of the text.
+        seconds: Wall time.
+    """
+
+    perplexity: float
+    standard_error: float
+    tokens: int
+    seq_len: int
+    segments: int
+    data: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ComparisonRecord:
+    """A model against a reference on the same text, token by token.
+
+    Attributes:
+        model: Perplexity of the model.
+        reference: Perplexity of the reference.
+        kl_mean: Mean Kullback-Leibler divergence of the model's prediction from the
+            reference's, KL(reference || model), in nats.
+        kl_median: Its median over tokens.
+        kl_99: Its 99th percentile.
+        agreement: Share of tokens for which both name the same likeliest next token.
+    """
+
+    model: PerplexityRecord
+    reference: PerplexityRecord
+    kl_mean: float
+    kl_median: float
+    kl_99: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class MatrixInspection:
+    """What lies in a file for one prunable matrix.
+
+    Attributes:
+        tensor: Its name in the checkpoint.
+        rows: Outputs.
+        columns: Inputs.
+        dtype: As stored.
+        sparsity: Share of zeros.
+        pattern: `dense`, `unstructured`, or the tightest n:m it obeys.
+        bytes: As stored.
+    """
+
+    tensor: str
+    rows: int
+    columns: int
+    dtype: str
+    sparsity: float
+    pattern: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a model, counted in its files.
+
+    Attributes:
+        model: Folder.
+        matrices: Every prunable matrix.
+        parameters: Numbers in all tensors.
+        zeros: Zeros in all tensors.
+        bytes: Bytes of all tensors.
+    """
+
+    model: str
+    matrices: tuple[MatrixInspection, ...]
+    parameters: int
+    zeros: int
+    bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all prunable matrices."""
+        zeros = sum(m.sparsity * m.rows * m.columns for m in self.matrices)
+        return zeros / sum(m.rows * m.columns for m in self.matrices)

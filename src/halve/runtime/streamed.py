@@ -1,0 +1,309 @@
+"""A model run block by block, with one block's weights in memory at a time.
+
+`StreamedModel` joins a skeleton with a checkpoint; `Stream` carries the hidden states
+of a set of windows through it. Everything is computed in float32 whatever the dtype of
+the checkpoint.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from halve.calibration import allocate_hidden
+from halve.checkpoint import Checkpoint
+from halve.errors import CalibrationError, HalveError, NumericalError
+from halve.models import (
+    Recording,
+    Skeleton,
+    Stored,
+    build_skeleton,
+    finish,
+    match_names,
+    record,
+)
+from halve.products import FastProducts
+
+# Enough tokens to keep the cores busy, few enough for the widest activations.
+_BATCH_TOKENS = 4096
+# Logits of one batch, in numbers: 256 MiB of float32.
+_BATCH_LOGITS = 2**26
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        HalveError: There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise HalveError(
+            f"The device {name!r} cannot be used here "
+            f"({str(error).splitlines()[0][:120]}).",
+            "Use --device auto or --device cpu.",
+        ) from error
+    return device
+
+
+@dataclass(frozen=True)
+class StreamedModel:
+    """A checkpoint that is run one block at a time.
+
+    Attributes:
+        checkpoint: Where the tensors lie.
+        skeleton: The model without them.
+        tensors: Parameter or buffer -> tensor of the checkpoint.
+        device: Where it runs.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    tensors: dict[str, str]
+    device: torch.device
+
+    @classmethod
+    def open(
+        cls, folder: Path, device: str = "auto", trust_remote_code: bool = False
+    ) -> "StreamedModel":
+        """Read config and headers; no tensor is read.
+
+        Raises:
+            UnsupportedModelError: No causal language model, or one of no known shape.
+            CheckpointError: Damaged files, or tensors that contradict the config.
+        """
+        skeleton = build_skeleton(folder, trust_remote_code)
+        checkpoint = Checkpoint.open(folder)
+        infos = checkpoint.tensors.values()
+        tensors = match_names(skeleton, [Stored(i.name, i.shape) for i in infos])
+        return cls(checkpoint, skeleton, tensors, choose_device(device))
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.skeleton.blocks)
+
+    def block_name(self, index: int) -> str:
+        """Return a block's name, such as `model.layers.3`."""
+        return f"{self.skeleton.path}.{index}"
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Lend a block with its weights, on the device, in float32."""
+        prefix = self.block_name(index) + "."
+        with self._filled(n for n in self.tensors if n.startswith(prefix)):
+            yield self.skeleton.blocks[index]
+
+    @contextmanager
+    def _surroundings(self, with_head: bool) -> Iterator[None]:
+        """Fill everything outside the blocks, for a while; the head only if asked."""
+        blocks = self.skeleton.path + "."
+        head = {} if with_head else self._untied_head()
+        with self._filled(
+            n for n in self.tensors if not n.startswith(blocks) and n not in head
+        ):
+            yield
+
+    def _untied_head(self) -> set[str]:
+        head = self.skeleton.model.get_output_embeddings()
+        own = {id(p) for p in head.parameters()} if head is not None else set()
+        named = self.skeleton.model.named_parameters(remove_duplicate=False)
+        names = [(name, id(p)) for name, p in named if id(p) in own]
+        tied = len({self.tensors[name] for name, _ in names}) < len(names)
+        return set() if tied else {name for name, _ in names}
+
+    @contextmanager
+    def _filled(self, names: Iterable[str]) -> Iterator[None]:
+        wanted = list(names)
+        stored = self.checkpoint.read(dict.fromkeys(self.tensors[n] for n in wanted))
+        values: dict[str, Tensor] = {}
+        empty: dict[str, Tensor | None] = {}
+        try:
+            for name in wanted:
+                source = self.tensors[name]
+                if source in stored:
+                    values[source] = self._usable(source, stored.pop(source))
+                empty[name] = self._swap(name, values[source])
+            self._move_buffers()
+            yield
+        finally:
+            for name, placeholder in empty.items():
+                self._swap(name, placeholder)
+
+    def _usable(self, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(self.device)
+        usable = tensor.to(self.device, torch.float32)
+        if not usable.isfinite().all():
+            raise NumericalError(
+                f"Tensor {name} of {self.checkpoint.folder} holds NaN or infinity.",
+                "Repair or download the checkpoint again; it cannot be computed with.",
+            )
+        return usable
+
+    def _swap(self, name: str, value: Tensor | None) -> Tensor | None:
+        """Put a value in the place of a parameter or buffer; return what was there."""
+        path, _, leaf = name.rpartition(".")
+        owner = self.skeleton.model.get_submodule(path)
+        if leaf in owner._parameters:
+            old = owner._parameters[leaf]
+            if value is not None and not isinstance(value, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=False)
+            owner._parameters[leaf] = value
+        else:
+            old = owner._buffers[leaf]
+            owner._buffers[leaf] = value
+        return old
+
+    def _move_buffers(self) -> None:
+        """Bring computed buffers (rotary frequencies, masks) to the device."""
+        if self.device.type == "cpu":
+            return
+        for module in self.skeleton.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type == "cpu":
+                    module._buffers[name] = buffer.to(self.device)
+
+
+@dataclass
+class Stream:
+    """The hidden states of windows on their way through a model.
+
+    Attributes:
+        model: What they go through.
+        windows: Token numbers, [samples, length].
+        hidden: States between two blocks, [samples, length, width], overwritten by
+            each block.
+        recordings: How blocks are called: for each size of batch where all batches are
+            called alike, else for each batch (by its first sample).
+    """
+
+    model: StreamedModel
+    windows: Tensor
+    hidden: Tensor = field(init=False)
+    recordings: dict[tuple[int, int | None], Recording] = field(
+        init=False, default_factory=dict
+    )
+
+    @classmethod
+    @torch.no_grad()
+    def start(
+        cls,
+        model: StreamedModel,
+        windows: Tensor,
+        budget: int,
+        folder: Path | None = None,
+    ) -> "Stream":
+        """Run the model up to its first block.
+
+        Args:
+            model: The model.
+            windows: [samples, length], int64.
+            budget: Bytes of hidden states that may live in memory.
+            folder: Where a mapped file lies past that.
+
+        Raises:
+            CalibrationError: Windows longer than the model can take.
+        """
+        check_length(model.skeleton, windows.shape[1])
+        stream = cls(model, windows)
+        with model._surroundings(with_head=False), FastProducts():
+            for part in stream.batches():
+                ids = windows[part].to(model.device)
+                states, recording = record(model.skeleton, ids)
+                if part.start == 0:
+                    shape = (*windows.shape, states.shape[-1])
+                    stream.hidden = allocate_hidden(shape, budget, folder)
+                stream.hidden[part] = states.cpu()
+                stream._note(part, recording)
+        return stream
+
+    def batches(self, tokens: int = _BATCH_TOKENS) -> Iterator[slice]:
+        """Yield slices of samples, of equal size but for the last."""
+        samples, length = self.windows.shape
+        size = max(tokens // length, 1)
+        for start in range(0, samples, size):
+            yield slice(start, min(start + size, samples))
+
+    def _note(self, part: slice, recording: Recording) -> None:
+        """Keep a recording once where batches of its size are all called alike."""
+        size = part.stop - part.start
+        shared = self.recordings.setdefault((size, None), recording)
+        if shared is not recording and not shared.same_as(recording):
+            self.recordings[size, part.start] = recording
+
+    def _recording(self, part: slice) -> Recording:
+        size = part.stop - part.start
+        own = self.recordings.get((size, part.start))
+        return own or self.recordings[size, None]
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, index: int, part: slice) -> Tensor:
+        """Return what a block makes of one batch of hidden states, on the device."""
+        call = self._recording(part).calls[index]
+        with FastProducts():
+            return call.replay(block, self.hidden[part].to(self.model.device))
+
+    def advance(
+        self,
+        block: nn.Module,
+        index: int,
+        watch: Callable[[slice, Tensor], None] | None = None,
+    ) -> None:
+        """Replace the hidden states by what a block makes of them.
+
+        Raises:
+            NumericalError: They are no longer finite; names block and sample.
+        """
+        for part in self.batches():
+            states = self.run(block, index, part)
+            self._check_finite(states, index, part)
+            if watch:
+                watch(part, states)
+            self.hidden[part] = states.cpu()
+
+    def _check_finite(self, states: Tensor, index: int, part: slice) -> None:
+        if states.sum().isfinite() or states.isfinite().all():
+            return
+        bad = (~states.isfinite()).flatten(1).any(dim=1).nonzero()[0].item()
+        raise NumericalError(
+            f"Block {self.model.block_name(index)} gives NaN or infinity for sample "
+            f"{part.start + int(bad)}.",
+            "Check the checkpoint and the text; a model that overflows in float32 "
+            "cannot be pruned or judged.",
+        )
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[tuple[slice, Tensor]]:
+        """Run everything after the last block; yield logits, batch after batch.
+
+        Yields:
+            Samples, and their logits [batch, length, vocabulary] on the device.
+        """
+        size = self.model.skeleton.config.get_text_config().vocab_size
+        with self.model._surroundings(with_head=True):
+            for part in self.batches(_BATCH_LOGITS // size):
+                ids = self.windows[part].to(self.model.device)
+                hidden = self.hidden[part].to(self.model.device)
+                recording = next(iter(self.recordings.values()))
+                with FastProducts():
+                    logits = finish(self.model.skeleton, ids, hidden, recording)
+                yield part, logits
+
+
+def check_length(skeleton: Skeleton, length: int) -> None:
+    """Raise CalibrationError where windows are longer than the model can take."""
+    longest = skeleton.longest_sequence
+    if longest is not None and length > longest:
+        raise CalibrationError(
+            f"Sequences of {length} tokens were asked for, but the model takes "
+            f"{longest} at most.",
+            f"Pass --seq-len {longest} or less.",
+        )

@@ -1,0 +1,68 @@
+"""What every solver is: two verbs and two results.
+
+One Gram matrix serves several matrices (q, k and v see the same input), so the work
+that depends on the inputs alone is done once, in `prepare`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from halve.patterns import Pattern
+from halve.statistics import Statistic
+
+S = TypeVar("S", bound=Statistic)
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a solver can say of its solution.
+
+    Attributes:
+        error: ||X (W - Z)^T||^2 / ||X W^T||^2 over the calibration inputs X, for dense
+            weights W and the solution Z; None where the solver does not know X^T X.
+        damping: Share of the mean diagonal that was added to the Gram matrix; None
+            where none is used.
+    """
+
+    error: float | None = None
+    damping: float | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned matrix.
+
+    Attributes:
+        weight: [rows, columns], float32, zero where pruned.
+        outcome: What the solver knows about it.
+    """
+
+    weight: Tensor
+    outcome: Outcome
+
+
+class Solver(ABC, Generic[S, State]):
+    """Prunes the matrices of a group that share their inputs.
+
+    Laws: the pattern holds exactly; the same arguments give the same bits;
+    permuting the rows of a matrix permutes the rows of the solution where the
+    pattern is n:m.
+    """
+
+    statistic: ClassVar[type[Statistic]]
+
+    @abstractmethod
+    def prepare(self, statistic: S) -> State:
+        """Do, once, what all matrices with these inputs share.
+
+        Takes the statistic's memory over. Raises NumericalError where it cannot be
+        computed with.
+        """
+
+    @abstractmethod
+    def solve(self, state: State, weight: Tensor, pattern: Pattern) -> Solution:
+        """Prune one matrix, [rows, columns] in float32, and leave it as it was."""

@@ -1,0 +1,210 @@
+"""SparseGPT: prune column by column and let the weights to the right make up for it.
+
+Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
+One-Shot" (2023), algorithm 1. H = 2 X^T X / samples + damping is the Hessian of a
+matrix's squared output error; U is the upper Cholesky factor of its inverse,
+U^T U = H^-1.
+
+Two things are done otherwise than in the published code, with the same result. U comes
+from one factorisation and one triangular inverse (see `_inverse_factor`) instead of
+two factorisations and a full inverse: half the operations. And within a block the
+update is carried in small chunks, so that most of it is a matrix product.
+
+A threshold of the published code prunes one weight more than asked, and all that tie
+with it; here the count is exact, so that a promise about it can be kept.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from scipy.linalg import lapack
+from torch import Tensor
+
+from halve.errors import NumericalError
+from halve.patterns import NM, Pattern, lowest
+from halve.products import linear
+from halve.solvers.interface import Outcome, Solution, Solver
+from halve.statistics import Gram
+
+# Columns swept one by one before the rest of their block is updated at once.
+_CHUNK = 16
+# The damping is raised tenfold until the factorisation succeeds, up to this share.
+_MOST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the matrices of a group share.
+
+    Attributes:
+        gram: X^T X, [columns, columns], undamped.
+        factor: U, [columns, columns], upper triangular with U^T U = H^-1.
+        dead: [columns], True for inputs that are always zero.
+        damping: The share of the mean diagonal that was added.
+    """
+
+    gram: Tensor
+    factor: Tensor
+    dead: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class SparseGPT(Solver[Gram, Prepared]):
+    """The published solver.
+
+    Attributes:
+        damping: Share of the mean diagonal of H that is added to its diagonal. Raised
+            tenfold, up to 1, where the factorisation fails; the outcome says so.
+        block_size: Columns over which one mask is chosen and updates are gathered.
+            For n:m it is rounded to whole groups; the result does not depend on it.
+    """
+
+    statistic: ClassVar = Gram
+    damping: float = 0.01
+    block_size: int = 128
+
+    def prepare(self, statistic: Gram) -> Prepared:
+        """Factorise the inverse Hessian; 2/3 columns^3 operations.
+
+        Raises:
+            NumericalError: Not positive definite with any damping up to 1.
+        """
+        gram = statistic.take_matrix()
+        dead = gram.diagonal() == 0
+        damping = self.damping
+        while True:
+            factor = _inverse_factor(_damped(gram, dead, damping))
+            if factor is not None:
+                return Prepared(gram, factor, dead, damping)
+            if damping >= _MOST_DAMPING:
+                raise NumericalError(
+                    "The Gram matrix is not positive definite, even with all of its "
+                    "mean diagonal added.",
+                    "Calibrate on other or more text.",
+                )
+            damping = min(max(damping * 10, 1e-4), _MOST_DAMPING)
+
+    def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
+        """Prune [rows, columns] and compensate; rows * columns^2 operations."""
+        remaining = weight.T.contiguous()  # [columns, rows]: a column lies in one piece
+        remaining[state.dead] = 0
+        self._sweep(remaining, state.factor, pattern)
+        solution = remaining.T.contiguous()
+        error = relative_error(state.gram, weight, solution)
+        return Solution(solution, Outcome(error, state.damping))
+
+    def _sweep(self, remaining: Tensor, factor: Tensor, pattern: Pattern) -> None:
+        columns, rows = remaining.shape
+        size = self.block_size
+        if isinstance(pattern, NM):
+            size = max(size // pattern.group, 1) * pattern.group
+        for start in range(0, columns, size):
+            stop = min(start + size, columns)
+            # Counts up to each block, not in it: roundings do not add up.
+            quota = pattern.count(stop * rows) - pattern.count(start * rows)
+            block, own = remaining[start:stop], factor[start:stop, start:stop]
+            errors = _sweep_block(block, own, pattern, quota)
+            remaining[stop:] -= linear(factor[start:stop, stop:].T, errors.T)
+
+
+def _sweep_block(
+    block: Tensor, factor: Tensor, pattern: Pattern, quota: int
+) -> Tensor:
+    """Prune a block in place and return its errors.
+
+    Args:
+        block: [size, rows], columns of the matrix as rows; changed in place.
+        factor: [size, size], the block's part of U.
+        pattern: Unstructured chooses over the whole block, n:m group after group.
+        quota: How many weights of the block go, where the pattern is unstructured.
+
+    Returns:
+        [size, rows]: for each column (w - q) / U_jj, to be carried to its right.
+    """
+    size, rows = block.shape
+    diagonal = factor.diagonal()[:, None]
+    errors = torch.empty_like(block)
+    pruned = torch.empty_like(block, dtype=torch.bool)
+    lazy = isinstance(pattern, NM)
+    if not lazy:
+        pruned.copy_(lowest((block / diagonal).square(), quota))
+    group = pattern.group if lazy else size
+    chunk = max(_CHUNK // group, 1) * group if lazy else _CHUNK
+    scale = pruned / diagonal  # 1 / U_jj where pruned, 0 where kept
+    for start in range(0, size, chunk):
+        stop = min(start + chunk, size)
+        for j in range(start, stop):
+            if lazy and j % group == 0:
+                part = slice(j, j + group)
+                scores = (block[part] / diagonal[part]).square()
+                pruned[part] = pattern.mask(scores.T).T
+                scale[part] = pruned[part] / diagonal[part]
+            torch.mul(block[j], scale[j], out=errors[j])
+            block[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j], alpha=-1)
+        block[stop:] -= linear(factor[start:stop, stop:].T, errors[start:stop].T)
+    block.masked_fill_(pruned, 0)
+    return errors
+
+
+def _damped(gram: Tensor, dead: Tensor, damping: float) -> Tensor:
+    """Return H of the published code, up to its scale, on which nothing depends."""
+    hessian = gram.clone()
+    diagonal = hessian.diagonal()
+    diagonal[dead] = 1
+    diagonal += damping * diagonal.mean()
+    return hessian
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor | None:
+    """Return upper triangular U with U^T U = H^-1, None where H is not positive.
+
+    With J the reversal of rows and columns, J H J = L L^T gives H = M M^T for the
+    upper triangular M = J L J, hence H^-1 = (M^-1)^T M^-1 and U = M^-1 = J L^-1 J.
+    """
+    reversed_ = hessian.flip(0, 1)
+    if hessian.device.type == "cpu":
+        inverse = _inverse_of_cholesky(reversed_)
+    else:
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        identity = torch.eye(len(lower), device=lower.device)
+        inverse = (
+            None
+            if failed
+            else torch.linalg.solve_triangular(lower, identity, upper=False)
+        )
+    if inverse is None or not inverse.diagonal().isfinite().all():
+        return None
+    return inverse.flip(0, 1)
+
+
+def _inverse_of_cholesky(matrix: Tensor) -> Tensor | None:
+    """Return L^-1 of a symmetric matrix L L^T, in its memory; None on failure."""
+    columns = matrix.numpy().T  # LAPACK wants columns in one piece
+    lower, failed = lapack.spotrf(columns, lower=1, overwrite_a=1)
+    if failed:
+        return None
+    inverse, failed = lapack.strtri(lower, lower=1, overwrite_c=1)
+    return None if failed else torch.from_numpy(inverse)
+
+
+def relative_error(gram: Tensor, weight: Tensor, solution: Tensor) -> float:
+    """Return ||X (W - Z)^T||^2 / ||X W^T||^2 from X^T X.
+
+    Args:
+        gram: X^T X, [columns, columns].
+        weight: W, [rows, columns].
+        solution: Z, [rows, columns].
+
+    Returns:
+        0 where both are zero, and infinity where only the dense output is.
+    """
+    lost, kept = (_energy(gram, m) for m in (weight - solution, weight))
+    if kept == 0:
+        return 0.0 if lost == 0 else float("inf")
+    return max(lost, 0.0) / kept
+
+
+def _energy(gram: Tensor, matrix: Tensor) -> float:
+    return float((linear(matrix, gram) * matrix).sum())

@@ -1,0 +1,43 @@
+"""Wanda: prune by weight times input norm, row by row, and change no weight.
+
+Sun, Liu, Bair and Kolter, "A Simple and Effective Pruning Approach for Large Language
+Models" (2023), equation 1.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from halve.patterns import NM, Pattern, Unstructured
+from halve.solvers.interface import Outcome, Solution, Solver
+from halve.statistics import ColumnNorms
+
+
+class Wanda(Solver[ColumnNorms, Tensor]):
+    """Prunes by |w_ij| ||x_j|| among the weights of each output."""
+
+    statistic: ClassVar = ColumnNorms
+
+    def prepare(self, statistic: ColumnNorms) -> Tensor:
+        """Return the norm of each input feature, [columns]."""
+        return statistic.squares.sqrt()
+
+    def solve(self, state: Tensor, weight: Tensor, pattern: Pattern) -> Solution:
+        """Zero the lowest scores, [rows, columns]. Costs one sort of each row."""
+        scores = weight.abs() * state
+        if isinstance(pattern, NM):
+            pruned = pattern.mask(scores)
+        else:
+            pruned = _lowest_of_each_row(scores, pattern)
+        return Solution(weight.masked_fill(pruned, 0), Outcome())
+
+
+def _lowest_of_each_row(scores: Tensor, pattern: Unstructured) -> Tensor:
+    """Return a mask whose rows differ by one at most and add up to the exact count."""
+    rows, columns = scores.shape
+    totals = torch.tensor(
+        [pattern.count(row * columns) for row in range(rows + 1)], device=scores.device
+    )
+    ranks = scores.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    return ranks < totals.diff()[:, None]

@@ -1,0 +1,102 @@
+"""What a solver needs to know of a matrix's inputs, gathered batch by batch.
+
+Three kinds, from nothing to everything: `Nothing`, `ColumnNorms`, `Gram`. Each takes
+inputs [tokens, columns] in float32 and keeps no more than it must.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from halve.products import linear
+
+# Tiles of the triangle: few enough for large products, enough to save nearly half.
+_TILES = 6
+
+
+class Statistic(ABC):
+    """A running summary of the inputs of one group of matrices."""
+
+    @abstractmethod
+    def __init__(self, columns: int, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def add(self, inputs: Tensor) -> None:
+        """Take in one batch of inputs, [tokens, columns]."""
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether every input so far was finite and no sum overflowed."""
+
+
+class Nothing(Statistic):
+    """For solvers that look at weights alone."""
+
+    def __init__(self, columns: int, device: torch.device) -> None: ...
+
+    def add(self, inputs: Tensor) -> None:
+        """Forget the inputs."""
+
+    def is_finite(self) -> bool:
+        """Hold always: there is nothing that could be otherwise."""
+        return True
+
+
+class ColumnNorms(Statistic):
+    """Sum of squares of each input feature.
+
+    Attributes:
+        squares: [columns], float32: the diagonal of X^T X.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.squares = torch.zeros(columns, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add the squares of [tokens, columns]."""
+        self.squares += inputs.square().sum(dim=0)
+
+    def is_finite(self) -> bool:
+        """Whether all sums are finite."""
+        return bool(self.squares.isfinite().all())
+
+
+class Gram(Statistic):
+    """X^T X of all inputs X [tokens, columns], in float32.
+
+    It is symmetric, so only the upper triangle is computed, tile by tile: about 58 %
+    of the operations of the full product. Costs columns^2 floats, and as much again
+    for a moment as one row of tiles.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._upper = torch.zeros(columns, columns, device=device)
+        size = -(-columns // _TILES)
+        self._starts = range(0, columns, max(size, 1))
+
+    def add(self, inputs: Tensor) -> None:
+        """Add X^T X of X = `inputs`, [tokens, columns]."""
+        features = inputs.T.contiguous()  # [columns, tokens]
+        for start in self._starts:
+            rows = features[start : start + self._starts.step]
+            tile = self._upper[start : start + self._starts.step, start:]
+            tile += linear(rows, features[start:])
+
+    def is_finite(self) -> bool:
+        """Whether the diagonal is finite, and with it (Cauchy-Schwarz) all entries."""
+        return bool(self._upper.diagonal().isfinite().all())
+
+    def take_matrix(self) -> Tensor:
+        """Hand over the full symmetric matrix, [columns, columns], in place.
+
+        The statistic gives its memory away and cannot be added to afterwards.
+        """
+        matrix = self._upper
+        del self._upper
+        for start in self._starts:
+            stop = start + self._starts.step
+            square = matrix[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+        return matrix
