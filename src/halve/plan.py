@@ -5,7 +5,7 @@ A plan is a frozen value: it can be printed, compared and tested. No tensor is r
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,13 @@ class Plan:
             for b in self.blocks
         )
 
+    def shard_bytes(self) -> dict[str, dict[str, int]]:
+        """Return output file -> tensor -> bytes."""
+        return {
+            file: {name: self.tensors[name].nbytes for name in names}
+            for file, names in self.shards.items()
+        }
+
     def hidden_on_disk(self, budget: int | None = None) -> bool:
         """Whether hidden states go to a mapped file with this budget of bytes."""
         return self.hidden_bytes > (default_budget() if budget is None else budget)
@@ -195,7 +202,8 @@ def make_plan(
 
 def _with_length(settings: Settings, skeleton: Skeleton) -> Settings:
     length = settings.seq_len or skeleton.default_length
-    return Settings(**(asdict(settings) | {"seq_len": length}))
+    skeleton.check_length(length)
+    return replace(settings, seq_len=length)
 
 
 def _owners(skeleton: Skeleton, names: dict[str, str]) -> dict[str, int]:
@@ -211,12 +219,16 @@ def _owners(skeleton: Skeleton, names: dict[str, str]) -> dict[str, int]:
 def _shards(
     checkpoint: Checkpoint, owners: dict[str, int], depth: int
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield output files: what lies outside the blocks, in pieces, then the blocks."""
+    """Yield output files: what lies outside the blocks, in pieces, then the blocks.
+
+    Large tensors come first, so that the small ones share a piece.
+    """
     blocks: list[list[str]] = [[] for _ in range(depth)]
     rest: list[str] = []
     for name in checkpoint.tensors:
         (blocks[owners[name]] if name in owners else rest).append(name)
     sizes = [sum(checkpoint.tensors[n].nbytes for n in names) for names in blocks]
+    rest.sort(key=lambda name: -checkpoint.tensors[name].nbytes)
     pieces = _pieces(checkpoint, rest, max(sizes))
     contents = [*pieces, *blocks]
     for number, names in enumerate(contents, start=1):

@@ -41,12 +41,19 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     with write_errors(path):
         try:
             write(sibling)
+            sibling.chmod(0o666 & ~_umask())  # libraries make private files
             sync(sibling)
             sibling.replace(path)
             sync(path.parent)
         except BaseException:
             sibling.unlink(missing_ok=True)
             raise
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
 
 
 def write_text(path: Path, text: str) -> None:

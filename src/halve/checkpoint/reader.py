@@ -114,7 +114,7 @@ class Checkpoint:
             by_shard.setdefault(self.tensors[name].shard, []).append(name)
         found: dict[str, Tensor] = {}
         for shard, wanted in by_shard.items():
-            found |= _read(self.folder / shard, wanted)
+            found |= read_shard(self.folder / shard, wanted)
         return found
 
 
@@ -218,7 +218,8 @@ def _header(folder: Path, shard: str) -> Iterator[TensorInfo]:
             yield TensorInfo(name, shard, shape, _DTYPES[dtype])
 
 
-def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
+def read_shard(path: Path, names: list[str]) -> dict[str, Tensor]:
+    """Return some tensors of one file, as stored, in memory of their own."""
     if path.suffix != ".safetensors":
         stored = _unpickled(path, "cpu")
         return {name: stored[name].clone().contiguous() for name in names}

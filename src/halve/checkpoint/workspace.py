@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ _INDEX = "model.safetensors.index.json"
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 _SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
+Describe = Callable[[Path], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Committed:
@@ -48,7 +50,7 @@ class Committed:
 
     file: str
     sha256: str
-    note: dict[str, Any] | None
+    note: dict[str, Any]
 
 
 class Workspace:
@@ -71,12 +73,24 @@ class Workspace:
         return (self.folder / RECORD).is_file()
 
     def commit(
-        self, file: str, tensors: dict[str, Tensor], note: dict[str, Any] | None
-    ) -> None:
-        """Write a shard and then its line in the ledger."""
+        self, file: str, tensors: dict[str, Tensor], describe: Describe
+    ) -> dict[str, Any]:
+        """Write a shard and then its line in the ledger.
+
+        Args:
+            file: Its name.
+            tensors: All of its contents.
+            describe: Given the path of what was written, returns the note to record,
+                or raises where it is not as it should be.
+
+        Returns:
+            The note.
+        """
         digest = write_shard(self.folder / file, tensors)
+        note = describe(self.folder / file)
         self._append({"file": file, "sha256": digest, "note": note})
         self.committed[file] = Committed(file, digest, note)
+        return note
 
     def finish(self, source: Path, record: str, sizes: dict[str, dict[str, int]]) -> None:
         """Write index, side files and `halve.json`; then make the folder `OUT`.
@@ -109,11 +123,9 @@ class Workspace:
 
     def _resume(self) -> None:
         """Take over what an earlier run with the same identity has done."""
-        path = self.folder / _LEDGER
-        lines = list(_whole_lines(path))
+        lines = _read_ledger(self.folder / _LEDGER)
         if not lines:
             self._check_unused()
-            path.unlink(missing_ok=True)
             self._append({"identity": self.identity})
             sync(self.folder)
             return
@@ -229,16 +241,14 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the ledger's lines; a last one cut off by a crash does not count."""
+def _read_ledger(path: Path) -> list[dict[str, Any]]:
+    """Return the ledger's lines, and cut off a last one that a crash left unfinished."""
     if not path.is_file():
-        return
-    text = path.read_text("utf-8", "replace")
-    for line in text.split("\n")[:-1]:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    with write_errors(path):
+        os.truncate(path, len(whole) + 1 if whole else 0)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _index(sizes: dict[str, dict[str, int]]) -> str:

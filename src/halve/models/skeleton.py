@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from halve.errors import UnsupportedModelError
+from halve.errors import CalibrationError, UnsupportedModelError
 
 # Where a config says nothing of its longest sequence (BLOOM), the paper's length.
 _PAPER_LENGTH = 2048
@@ -52,6 +52,16 @@ class Skeleton:
     def default_length(self) -> int:
         """The paper's sequence length, or the model's own if that is shorter."""
         return min(_PAPER_LENGTH, self.longest_sequence or _PAPER_LENGTH)
+
+    def check_length(self, length: int) -> None:
+        """Raise CalibrationError where a sequence is longer than the model can take."""
+        longest = self.longest_sequence
+        if longest is not None and length > longest:
+            raise CalibrationError(
+                f"Sequences of {length} tokens were asked for, but the model takes "
+                f"{longest} at most.",
+                f"Pass --seq-len {longest} or less.",
+            )
 
 
 def build_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halve.calibration import allocate_hidden
 from halve.checkpoint import Checkpoint
-from halve.errors import CalibrationError, HalveError, NumericalError
+from halve.errors import HalveError, NumericalError
 from halve.models import (
     Recording,
     Skeleton,
@@ -29,6 +29,8 @@ from halve.products import FastProducts
 
 # Enough tokens to keep the cores busy, few enough for the widest activations.
 _BATCH_TOKENS = 4096
+# The one sample on which the inputs of a block's modules are watched.
+_FIRST = slice(0, 1)
 # Logits of one batch, in numbers: 256 MiB of float32.
 _BATCH_LOGITS = 2**26
 
@@ -212,13 +214,13 @@ class Stream:
         Raises:
             CalibrationError: Windows longer than the model can take.
         """
-        check_length(model.skeleton, windows.shape[1])
+        model.skeleton.check_length(windows.shape[1])
         stream = cls(model, windows)
         with model._surroundings(with_head=False), FastProducts():
-            for part in stream.batches():
+            for part in (_FIRST, *stream.batches()):
                 ids = windows[part].to(model.device)
                 states, recording = record(model.skeleton, ids)
-                if part.start == 0:
+                if part is _FIRST:
                     shape = (*windows.shape, states.shape[-1])
                     stream.hidden = allocate_hidden(shape, budget, folder)
                 stream.hidden[part] = states.cpu()
@@ -243,6 +245,10 @@ class Stream:
         size = part.stop - part.start
         own = self.recordings.get((size, part.start))
         return own or self.recordings[size, None]
+
+    def run_first(self, block: nn.Module, index: int) -> Tensor:
+        """Return what a block makes of the first sample alone."""
+        return self.run(block, index, _FIRST)
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, part: slice) -> Tensor:
@@ -296,14 +302,3 @@ class Stream:
                 with FastProducts():
                     logits = finish(self.model.skeleton, ids, hidden, recording)
                 yield part, logits
-
-
-def check_length(skeleton: Skeleton, length: int) -> None:
-    """Raise CalibrationError where windows are longer than the model can take."""
-    longest = skeleton.longest_sequence
-    if longest is not None and length > longest:
-        raise CalibrationError(
-            f"Sequences of {length} tokens were asked for, but the model takes "
-            f"{longest} at most.",
-            f"Pass --seq-len {longest} or less.",
-        )

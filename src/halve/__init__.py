@@ -1,0 +1,40 @@
+"""Halve prunes large language models in one shot and proves what it did.
+
+    import halve
+    halve.prune("facebook/opt-125m", "out", sparsity="2:4", calibration="wikitext2")
+    halve.perplexity("out", data="wikitext2")
+    halve.inspect("out")
+
+Names are loaded on first use, so that `import halve` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halve.api import inspect, perplexity, prune
+    from halve.errors import HalveError
+    from halve.runtime.generation import generate, load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HalveError": "halve.errors",
+    "generate": "halve.runtime.generation",
+    "inspect": "halve.api",
+    "load": "halve.runtime.generation",
+    "perplexity": "halve.api",
+    "prune": "halve.api",
+}
+
+__all__ = ["HalveError", "generate", "inspect", "load", "perplexity", "prune"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _HOMES:
+        raise AttributeError(f"module 'halve' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

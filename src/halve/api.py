@@ -1,0 +1,163 @@
+"""The verbs as functions, each with a docstring that is a contract."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from halve.evaluation import Judging, judge
+from halve.measure import inspect_model
+from halve.plan import Settings
+from halve.pruning import Execution, Progress, prune_model
+from halve.records import Inspection, PerplexityRecord, PruneRecord
+
+
+def prune(  # noqa: PLR0913  (the options of the command line, one for one)
+    model: str | Path,
+    out: str | Path,
+    *,
+    sparsity: str | float = "50%",
+    solver: str = "sparsegpt",
+    calibration: str = "c4",
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    damping: float = 0.01,
+    block_size: int = 128,
+    device: str = "auto",
+    activation_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> PruneRecord:
+    """Prune a causal language model in one shot into a new folder.
+
+    The new folder has the model's tensor names, dtypes, config, tokenizer and
+    generation files, and loads in plain transformers. Every linear layer of every
+    block then has the sparsity asked for: exactly `floor(weights * sparsity)` zeros or
+    more, or n kept of every m; that is read back from the files before they count.
+    Embeddings, norms and the head are copied as they are.
+
+    `out` is absent or whole. Until the end the work lies in `OUT.partial`; the same
+    call goes on there after any interruption and ends in the same bytes (`halve.json`,
+    which holds times, apart). Called again on a finished folder it changes nothing.
+
+    Args:
+        model: A folder with a checkpoint of transformers (safetensors or
+            pytorch_model.bin, whole or in shards), or a name on the hub.
+        out: The new folder; must not exist, or be empty.
+        sparsity: A share (`0.5`, `"50%"`) or n kept of every m inputs (`"2:4"`).
+        solver: `sparsegpt`, `wanda` or `magnitude`.
+        calibration: `c4`, `wikitext2`, `ptb`, a data set of the hub, a .txt, .jsonl
+            or .parquet file, `stdlib` (this Python's own sources), or `self` (text
+            sampled from the model, which then must fit into memory).
+        samples: Calibration windows.
+        seq_len: Tokens in each; by default the model's longest, 2048 at most.
+        seed: Draws the windows.
+        damping: Share of the mean diagonal added to Gram matrices.
+        block_size: Columns that SparseGPT handles at once.
+        device: `cpu`, `cuda` or `auto`.
+        activation_memory: Bytes of hidden states kept in memory before they go to a
+            mapped file; by default a quarter of the machine's.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        progress: Told of each phase of each block.
+
+    Returns:
+        What was done, as in `OUT/halve.json`.
+
+    Raises:
+        HalveError: Whatever a user can put right, in two sentences.
+
+    Cost:
+        Memory: one block's weights in float32; the Gram matrices of one block, each
+        columns^2 floats; the hidden states, samples * seq_len * width floats, in memory
+        or on disk; whatever the depth of the model. Time: two passes of the windows
+        through the model, tokens * columns^2 operations for each Gram matrix, and
+        about (rows + columns) * columns^2 for each matrix.
+
+    Source:
+        Frantar and Alistarh, "SparseGPT" (2023), algorithm 1; for wanda, Sun et al.
+        (2023), equation 1.
+    """
+    settings = Settings(
+        sparsity=sparsity,
+        solver=solver,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        damping=damping,
+        block_size=block_size,
+        device=device,
+    )
+    execution = Execution(
+        activation_memory, trust_remote_code, progress or (lambda _: None)
+    )
+    return prune_model(model, out, settings, execution)
+
+
+def perplexity(  # noqa: PLR0913  (the options of the command line, one for one)
+    model: str | Path,
+    *,
+    data: str = "wikitext2",
+    seq_len: int | None = None,
+    segments: int | None = None,
+    device: str = "auto",
+    activation_memory: int | None = None,
+    trust_remote_code: bool = False,
+) -> PerplexityRecord:
+    """Judge a model on a text by the protocol of the SparseGPT paper.
+
+    The text is joined, cut into segments that do not overlap, and run through the
+    model block by block in float32; the perplexity is exp of the mean over segments of
+    a segment's mean loss. Figures of different sequence lengths must not be compared.
+
+    Args:
+        model: A folder or a name on the hub.
+        data: `wikitext2` (test part, joined by blank lines), `ptb` (test part), `c4`
+            (first 1100 documents of the validation part, 256 segments), `stdlib`
+            (modules of this Python's library held out by hash), a data set of the hub
+            or a file.
+        seq_len: Tokens in a segment; by default the model's longest, 2048 at most.
+        segments: At most so many, from the beginning; by default all.
+        device: `cpu`, `cuda` or `auto`.
+        activation_memory: Bytes of hidden states kept in memory before they go to a
+            mapped file; by default a quarter of the machine's.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Returns:
+        Perplexity, its standard error from the spread of the segments, and what it was
+        measured on.
+
+    Raises:
+        HalveError: Whatever a user can put right, in two sentences.
+
+    Cost:
+        Memory as for `prune`, less the Gram matrices. Time: one pass of the text.
+    """
+    judging = Judging(
+        data=data,
+        seq_len=seq_len,
+        segments=segments,
+        device=device,
+        activation_memory=activation_memory,
+        trust_remote_code=trust_remote_code,
+    )
+    return judge(model, judging)
+
+
+def inspect(model: str | Path, *, trust_remote_code: bool = False) -> Inspection:
+    """Count what is in a model's files: sparsity and pattern of every prunable matrix.
+
+    Args:
+        model: A folder or a name on the hub.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Returns:
+        For each matrix its shape, dtype, share of zeros, tightest pattern and bytes;
+        for the whole model its parameters, zeros and bytes.
+
+    Raises:
+        HalveError: Whatever a user can put right, in two sentences.
+
+    Cost:
+        Reads every tensor once; memory for one tensor at a time.
+    """
+    return inspect_model(model, trust_remote_code)

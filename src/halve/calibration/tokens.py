@@ -1,0 +1,31 @@
+"""The model's own tokenizer, as a function."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from halve.calibration.windows import Encode
+from halve.errors import SourceError
+
+
+def load_encoder(folder: Path, trust_remote_code: bool = False) -> Encode:
+    """Return a function from text to token numbers, special tokens as the model's own.
+
+    Raises:
+        SourceError: The folder has no tokenizer that transformers can load.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise SourceError(
+            f"The tokenizer in {folder} cannot be loaded "
+            f"({' '.join(str(error).split())[:160]}).",
+            "Put the model's tokenizer files into the folder.",
+        ) from error
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+
+    return encode

@@ -1,0 +1,185 @@
+"""Perplexity by the field's protocol, and how far a model's predictions moved.
+
+The text is joined and cut into segments that do not overlap; the perplexity is exp of
+the mean over segments of a segment's mean loss (Frantar and Alistarh, 2023, appendix).
+Sequence lengths must agree before two figures are compared, so every record names its
+own. A model is walked block by block: it need not fit into memory.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halve.calibration import cut_segments, default_budget, load_corpus, load_encoder
+from halve.checkpoint import locate
+from halve.errors import CalibrationError, NumericalError
+from halve.records import ComparisonRecord, PerplexityRecord
+from halve.runtime.streamed import Stream, StreamedModel
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What to judge on, and how.
+
+    Attributes:
+        data: wikitext2, ptb, c4, stdlib, a data set of the hub, or a file.
+        seq_len: Tokens in a segment; None for the model's own length, 2048 at most.
+        segments: At most so many; None for all.
+        device: `cpu`, `cuda` or `auto`.
+        activation_memory: Bytes of hidden states that may live in memory; None for a
+            quarter of the machine's.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        progress: Told of each block: its index and how many there are.
+    """
+
+    data: str = "wikitext2"
+    seq_len: int | None = None
+    segments: int | None = None
+    device: str = "auto"
+    activation_memory: int | None = None
+    trust_remote_code: bool = False
+    progress: Callable[[int, int], None] = lambda block, blocks: None
+
+    @property
+    def budget(self) -> int:
+        """Bytes of hidden states that may live in memory."""
+        own = self.activation_memory
+        return default_budget() if own is None else own
+
+
+def judge(model: str | Path, judging: Judging) -> PerplexityRecord:
+    """Return a model's perplexity; see `halve.perplexity` for the contract."""
+    begun = time.perf_counter()
+    opened = _open(model, judging)
+    windows = _segments(opened, judging)
+    stream = _walk(opened, windows, judging)
+    losses = [_losses(logits, windows[part]) for part, logits in stream.logits()]
+    return _record(torch.cat(losses), windows, judging, begun)
+
+
+def compare(
+    model: str | Path, reference: str | Path, judging: Judging
+) -> ComparisonRecord:
+    """Walk two models side by side over the same text.
+
+    Args:
+        model: The model in question.
+        reference: What it is measured against, the dense model as a rule.
+        judging: The text.
+
+    Raises:
+        CalibrationError: The two do not read text as the same tokens.
+    """
+    begun = time.perf_counter()
+    pair = [_open(name, judging) for name in (model, reference)]
+    windows, other = (_segments(opened, judging) for opened in pair)
+    if not torch.equal(windows, other):
+        raise CalibrationError(
+            f"{model} and {reference} do not cut the text into the same tokens.",
+            "Compare models that share a tokenizer and pass the same --seq-len.",
+        )
+    streams = [_walk(opened, windows, judging) for opened in pair]
+    found = _Differences([], [], [], [])
+    for (part, ours), (_, theirs) in _together(*streams):
+        found.add(ours, theirs, windows[part])
+    divergence = torch.cat(found.divergences)
+    return ComparisonRecord(
+        model=_record(torch.cat(found.ours), windows, judging, begun),
+        reference=_record(torch.cat(found.theirs), windows, judging, begun),
+        kl_mean=float(divergence.mean()),
+        kl_median=float(divergence.median()),
+        kl_99=float(divergence.kthvalue(-(-99 * len(divergence) // 100)).values),
+        agreement=float(torch.cat(found.agreements).double().mean()),
+    )
+
+
+def _together(
+    first: Stream, second: Stream
+) -> Iterator[tuple[tuple[slice, Tensor], tuple[slice, Tensor]]]:
+    return zip(first.logits(), second.logits(), strict=True)
+
+
+@dataclass(frozen=True)
+class _Differences:
+    """What is kept of every token: four numbers instead of two vocabularies."""
+
+    ours: list[Tensor]
+    theirs: list[Tensor]
+    divergences: list[Tensor]
+    agreements: list[Tensor]
+
+    def add(self, ours: Tensor, theirs: Tensor, ids: Tensor) -> None:
+        self.ours.append(_losses(ours, ids))
+        self.theirs.append(_losses(theirs, ids))
+        # One segment at a time: two more vocabularies of log-probabilities each.
+        for mine, other in zip(ours[:, :-1], theirs[:, :-1], strict=True):
+            log_p, log_q = other.log_softmax(-1), mine.log_softmax(-1)
+            self.divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
+            self.agreements.append((mine.argmax(-1) == other.argmax(-1)).cpu())
+
+
+def _open(model: str | Path, judging: Judging) -> StreamedModel:
+    folder = locate(model)
+    return StreamedModel.open(folder, judging.device, judging.trust_remote_code)
+
+
+def _segments(opened: StreamedModel, judging: Judging) -> Tensor:
+    length = judging.seq_len or opened.skeleton.default_length
+    opened.skeleton.check_length(length)
+    if length < 2:  # noqa: PLR2004  (the first token of a segment is not predicted)
+        raise CalibrationError(
+            f"Segments of {length} token have nothing to predict.", "Pass 2 or more."
+        )
+    encode = load_encoder(opened.checkpoint.folder, judging.trust_remote_code)
+    corpus = load_corpus(judging.data, "evaluation")
+    return cut_segments(corpus, encode, length, judging.segments)
+
+
+def _walk(opened: StreamedModel, windows: Tensor, judging: Judging) -> Stream:
+    stream = Stream.start(opened, windows, judging.budget)
+    for index in range(opened.depth):
+        judging.progress(index, opened.depth)
+        with opened.block(index) as block:
+            stream.advance(block, index)
+    return stream
+
+
+def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the mean loss of each segment, [segments], in float64.
+
+    Args:
+        logits: [segments, length, vocabulary].
+        ids: [segments, length].
+    """
+    targets = ids[:, 1:].to(logits.device)
+    losses = [
+        functional.cross_entropy(own, target, reduction="none").double().mean()
+        for own, target in zip(logits[:, :-1], targets, strict=True)
+    ]
+    return torch.stack(losses).cpu()
+
+
+def _record(
+    losses: Tensor, windows: Tensor, judging: Judging, begun: float
+) -> PerplexityRecord:
+    if not losses.isfinite().all():
+        raise NumericalError(
+            "The model's predictions are not finite.", "Check the checkpoint."
+        )
+    count, length = windows.shape
+    perplexity = float(losses.mean().exp())
+    spread = float(losses.std()) / count**0.5 if count > 1 else float("nan")
+    return PerplexityRecord(
+        perplexity=perplexity,
+        standard_error=perplexity * spread,
+        tokens=count * (length - 1),
+        seq_len=length,
+        segments=count,
+        data=judging.data,
+        seconds=time.perf_counter() - begun,
+    )

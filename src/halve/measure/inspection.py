@@ -1,0 +1,62 @@
+"""What is in a checkpoint, counted in its tensors rather than believed."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from halve.checkpoint import Checkpoint, locate
+from halve.models import Stored, build_skeleton, match_names, prunable_matrices
+from halve.models.matrices import Matrix
+from halve.patterns import describe
+from halve.records import Inspection, MatrixInspection
+
+
+def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspection:
+    """Count what is in a model; see `halve.inspect` for the contract."""
+    folder = locate(model)
+    checkpoint = Checkpoint.open(folder)
+    matrices = _matrices(folder, checkpoint, trust_remote_code)
+    found: list[MatrixInspection] = []
+    zeros = 0
+    for name, info in checkpoint.tensors.items():
+        tensor = checkpoint.read([name])[name]
+        zeros += int((tensor == 0).sum())
+        if name in matrices:
+            dtype = str(info.dtype).removeprefix("torch.")
+            found.append(_matrix(name, matrices[name], tensor, dtype))
+    order = list(matrices)
+    infos = checkpoint.tensors.values()
+    return Inspection(
+        model=str(model),
+        matrices=tuple(sorted(found, key=lambda m: order.index(m.tensor))),
+        parameters=sum(info.nbytes // info.dtype.itemsize for info in infos),
+        zeros=zeros,
+        bytes=sum(info.nbytes for info in infos),
+    )
+
+
+def _matrices(
+    folder: Path, checkpoint: Checkpoint, trust_remote_code: bool
+) -> dict[str, Matrix]:
+    """Return tensor -> prunable matrix, in the order of the model."""
+    skeleton = build_skeleton(folder, trust_remote_code)
+    infos = checkpoint.tensors.values()
+    names = match_names(skeleton, [Stored(i.name, i.shape) for i in infos])
+    return {
+        names[f"{skeleton.path}.{index}.{matrix.path}.weight"]: matrix
+        for index, block in enumerate(skeleton.blocks)
+        for matrix in prunable_matrices(block, f"{skeleton.path}.{index}")
+    }
+
+
+def _matrix(name: str, matrix: Matrix, tensor: Tensor, dtype: str) -> MatrixInspection:
+    weight = matrix.as_rows(tensor)
+    return MatrixInspection(
+        tensor=name,
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        dtype=dtype,
+        sparsity=float((weight == 0).double().mean()),
+        pattern=describe(weight),
+        bytes=tensor.nbytes,
+    )

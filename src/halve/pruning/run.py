@@ -1,0 +1,173 @@
+"""The loop over a plan's shards, each committed before the next is begun."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from halve.calibration import default_budget
+from halve.checkpoint import Workspace, read_shard
+from halve.errors import TargetMissedError
+from halve.patterns import Pattern, parse_pattern
+from halve.plan import Plan, PlannedBlock, Settings
+from halve.pruning.block import Pruned, Task, install, prune_block
+from halve.records import BlockRecord, MatrixRecord, block_from_dict
+from halve.runtime.streamed import Stream, StreamedModel
+from halve.solvers import SOLVERS, Solver, SparseGPT
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        block: Index of the block at hand.
+        blocks: How many there are.
+        phase: What is being done to it.
+        seconds_left: For the whole job; None before the first block is done.
+    """
+
+    block: int
+    blocks: int
+    phase: str
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run goes about it; nothing here changes the result.
+
+    Attributes:
+        activation_memory: Bytes of hidden states that may live in memory; None for a
+            quarter of the machine's.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        progress: Told of each phase.
+    """
+
+    activation_memory: int | None = None
+    trust_remote_code: bool = False
+    progress: Callable[[Progress], None] = lambda progress: None
+
+
+def make_solver(settings: Settings) -> Solver:
+    """Return the solver that the settings name."""
+    if settings.solver == "sparsegpt":
+        return SparseGPT(settings.damping, settings.block_size)
+    return SOLVERS[settings.solver]()
+
+
+class Run:
+    """A plan in execution, with what it carries from one block to the next."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        execution: Execution,
+        workspace: Workspace,
+        windows: Tensor | None,
+    ) -> None:
+        self.plan = plan
+        self.workspace = workspace
+        self.pattern: Pattern = parse_pattern(plan.settings.sparsity)
+        self.solver = make_solver(plan.settings)
+        self.clock = _Clock(execution.progress, len(plan.blocks))
+        self.model = StreamedModel.open(
+            plan.model, plan.settings.device, execution.trust_remote_code
+        )
+        self.stream = None if windows is None else self._start(windows, execution)
+
+    def _start(self, windows: Tensor, execution: Execution) -> Stream:
+        budget = execution.activation_memory
+        budget = default_budget() if budget is None else budget
+        return Stream.start(self.model, windows, budget, self.workspace.folder)
+
+    def finish(self) -> list[BlockRecord]:
+        """Do every shard that is not done, and return what became of the blocks."""
+        own = {block.shard for block in self.plan.blocks}
+        for file, names in self.plan.shards.items():
+            if file not in own and file not in self.workspace.committed:
+                tensors = self.model.checkpoint.read(names)
+                self.workspace.commit(file, tensors, lambda path: {})
+        return [self._block(planned) for planned in self.plan.blocks]
+
+    def _block(self, planned: PlannedBlock) -> BlockRecord:
+        committed = self.workspace.committed.get(planned.shard)
+        if committed is None:
+            return block_from_dict(self._prune(planned))
+        self.clock.report(planned.index, "catching up")
+        self._catch_up(planned)
+        return block_from_dict(committed.note)
+
+    def _prune(self, planned: PlannedBlock) -> dict[str, Any]:
+        self.clock.begin(planned.index)
+        task = Task(
+            solver=self.solver,
+            pattern=self.pattern,
+            report=lambda phase: self.clock.report(planned.index, phase),
+        )
+        pruned = prune_block(self.model, self.stream, planned, task)
+        task.report("writing")
+        names = self.plan.shards[planned.shard]
+        others = [name for name in names if name not in pruned.tensors]
+        tensors = self.model.checkpoint.read(others) | pruned.tensors
+        return self.workspace.commit(
+            planned.shard, tensors, lambda path: self._verify(planned, pruned, path)
+        )
+
+    def _verify(
+        self, planned: PlannedBlock, pruned: Pruned, path: Path
+    ) -> dict[str, Any]:
+        """Read the file again; return the block's record, or refuse what is in it."""
+        written = read_shard(path, list(pruned.tensors))
+        matrices: list[MatrixRecord] = []
+        for matrix in planned.matrices:
+            name, (rows, columns) = matrix.tensor, matrix.matrix.shape
+            weight = matrix.matrix.as_rows(written[name])
+            if (shortfall := self.pattern.shortfall(weight)) is not None:
+                raise TargetMissedError(
+                    f"{name} in {path} does not have {self.pattern}: {shortfall}.",
+                    "Report this as a defect of Halve, with the model's name.",
+                )
+            sparsity = float((weight == 0).double().mean())
+            outcome = asdict(pruned.outcomes[name])
+            matrices.append(MatrixRecord(name, rows, columns, sparsity, **outcome))
+        record = BlockRecord(
+            planned.name, tuple(matrices), pruned.error, pruned.seconds
+        )
+        return asdict(record)
+
+    def _catch_up(self, planned: PlannedBlock) -> None:
+        """Carry the stream through a block that an earlier run has pruned."""
+        if self.stream is None:
+            return
+        names = [matrix.tensor for matrix in planned.matrices]
+        stored = read_shard(self.workspace.folder / planned.shard, names)
+        with self.model.block(planned.index) as block:
+            install(block, planned, stored)
+            self.stream.advance(block, planned.index)
+
+
+class _Clock:
+    """Tells how far a run is and, from the pace so far, how long it will take."""
+
+    def __init__(self, progress: Callable[[Progress], None], blocks: int) -> None:
+        self.progress = progress
+        self.blocks = blocks
+        self.begun: dict[int, float] = {}  # of the blocks pruned in this run
+
+    def begin(self, block: int) -> None:
+        self.begun[block] = time.monotonic()
+
+    def report(self, block: int, phase: str) -> None:
+        self.progress(Progress(block, self.blocks, phase, self._seconds_left(block)))
+
+    def _seconds_left(self, block: int) -> float | None:
+        done = len(self.begun) - 1
+        if done < 1:
+            return None
+        pace = (self.begun[block] - next(iter(self.begun.values()))) / done
+        spent = time.monotonic() - self.begun[block]
+        return max(pace * (self.blocks - block) - spent, 0.0)
