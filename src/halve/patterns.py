@@ -154,7 +154,7 @@ def describe(weight: Tensor) -> str:
         `dense` without zeros worth the name (under 1 %), `n:m` for the least share
         kept among m = 2, 4, 8, 16, else `unstructured`.
     """
-    kept = (weight != 0).reshape(weight.shape)
+    kept = (weight != 0).contiguous()
     density = kept.float().mean().item()
     if density > 0.99:  # noqa: PLR2004  (stray zeros of trained weights)
         return "dense"

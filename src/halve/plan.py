@@ -119,7 +119,9 @@ class Plan:
     def prunable(self) -> int:
         """Weights in all prunable matrices."""
         return sum(
-            m.matrix.shape[0] * m.matrix.shape[1] for b in self.blocks for m in b.matrices
+            m.matrix.shape[0] * m.matrix.shape[1]
+            for b in self.blocks
+            for m in b.matrices
         )
 
     @property
@@ -169,9 +171,7 @@ class Plan:
         return settings | {"sources": self.sources}
 
 
-def make_plan(
-    model: Path, settings: Settings, trust_remote_code: bool = False
-) -> Plan:
+def make_plan(model: Path, settings: Settings, trust_remote_code: bool = False) -> Plan:
     """Work out a run.
 
     Raises:

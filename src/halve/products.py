@@ -44,10 +44,10 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     )
 
 
-def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: float) -> Tensor:
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor:  # noqa: ANN401
     """Take over the call by which transformers' Conv1D multiplies."""
     if scales or bias.dim() != 1 or not _onednn_takes(left, right):
-        return torch._C._VariableFunctions.addmm(bias, left, right, **scales)
+        return torch.addmm(bias, left, right, **scales)
     return linear(left, right.T, bias)
 
 

@@ -237,7 +237,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def _unpickled(path: Path, device: str) -> dict[str, Tensor]:
-    """Load a pickled state dict with `weights_only`; files before torch 1.6 unmapped."""
+    """Load a state dict with `weights_only`; mapped, unless older than torch 1.6."""
     try:
         try:
             stored = torch.load(path, device, weights_only=True, mmap=True)

@@ -92,7 +92,9 @@ class Workspace:
         self.committed[file] = Committed(file, digest, note)
         return note
 
-    def finish(self, source: Path, record: str, sizes: dict[str, dict[str, int]]) -> None:
+    def finish(
+        self, source: Path, record: str, sizes: dict[str, dict[str, int]]
+    ) -> None:
         """Write index, side files and `halve.json`; then make the folder `OUT`.
 
         Args:
@@ -196,9 +198,7 @@ def check_space(out: Path, wanted: int) -> None:
         )
 
 
-def check_identity(
-    folder: Path, found: dict[str, Any], wanted: dict[str, Any]
-) -> None:
+def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise OutputError, naming the differences, where two runs are not the same."""
     different = [
         f"{key}: {found.get(key)} there, {wanted.get(key)} here"
@@ -242,7 +242,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Return the ledger's lines, and cut off a last one that a crash left unfinished."""
+    """Return the ledger's lines; cut off a last one that a crash left unfinished."""
     if not path.is_file():
         return []
     whole = path.read_bytes().rpartition(b"\n")[0]

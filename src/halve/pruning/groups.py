@@ -13,7 +13,7 @@ from halve.plan import PlannedBlock, PlannedMatrix
 from halve.runtime.streamed import Stream
 from halve.statistics import Statistic
 
-Hook = Callable[[str, Tensor], None]
+Hook = Callable[[str, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ def _hooks(block: nn.Module, paths: list[str], hook: Hook) -> Iterator[None]:
             handle.remove()
 
 
-def find_groups(
-    stream: Stream, block: nn.Module, planned: PlannedBlock
-) -> list[Group]:
+def find_groups(stream: Stream, block: nn.Module, planned: PlannedBlock) -> list[Group]:
     """Run one window and see which modules are given the same tensor.
 
     Raises:

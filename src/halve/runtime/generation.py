@@ -1,4 +1,4 @@
-"""A whole model in memory, for writing text: `halve generate`, and `self` calibration."""
+"""A whole model in memory, to write text: `halve generate`, `self` calibration."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def load(
     folder = locate(model)
     build_skeleton(folder, trust_remote_code)  # refuses with a sentence what cannot be
     Checkpoint.open(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=trust_remote_code
     )
     return loaded.eval().to(choose_device(device))

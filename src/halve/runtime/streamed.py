@@ -221,7 +221,8 @@ class Stream:
                 ids = windows[part].to(model.device)
                 states, recording = record(model.skeleton, ids)
                 if part is _FIRST:
-                    shape = (*windows.shape, states.shape[-1])
+                    samples, length = windows.shape
+                    shape = (samples, length, states.shape[-1])
                     stream.hidden = allocate_hidden(shape, budget, folder)
                 stream.hidden[part] = states.cpu()
                 stream._note(part, recording)

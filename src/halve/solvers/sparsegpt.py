@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy.linalg import lapack
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from halve.errors import NumericalError
@@ -109,9 +109,7 @@ class SparseGPT(Solver[Gram, Prepared]):
             remaining[stop:] -= linear(factor[start:stop, stop:].T, errors.T)
 
 
-def _sweep_block(
-    block: Tensor, factor: Tensor, pattern: Pattern, quota: int
-) -> Tensor:
+def _sweep_block(block: Tensor, factor: Tensor, pattern: Pattern, quota: int) -> Tensor:
     """Prune a block in place and return its errors.
 
     Args:
@@ -123,7 +121,7 @@ def _sweep_block(
     Returns:
         [size, rows]: for each column (w - q) / U_jj, to be carried to its right.
     """
-    size, rows = block.shape
+    size = len(block)
     diagonal = factor.diagonal()[:, None]
     errors = torch.empty_like(block)
     pruned = torch.empty_like(block, dtype=torch.bool)
@@ -182,10 +180,11 @@ def _inverse_factor(hessian: Tensor) -> Tensor | None:
 def _inverse_of_cholesky(matrix: Tensor) -> Tensor | None:
     """Return L^-1 of a symmetric matrix L L^T, in its memory; None on failure."""
     columns = matrix.numpy().T  # LAPACK wants columns in one piece
-    lower, failed = lapack.spotrf(columns, lower=1, overwrite_a=1)
+    factorise, invert = get_lapack_funcs(("potrf", "trtri"), (columns,))
+    lower, failed = factorise(columns, lower=1, overwrite_a=1)
     if failed:
         return None
-    inverse, failed = lapack.strtri(lower, lower=1, overwrite_c=1)
+    inverse, failed = invert(lower, lower=1, overwrite_c=1)
     return None if failed else torch.from_numpy(inverse)
 
 

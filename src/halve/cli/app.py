@@ -1,0 +1,50 @@
+"""`halve`: its subcommands, and what every one of them does with an error."""
+
+import os
+import sys
+
+import typer
+
+from halve.cli import demo, evaluate, generate, inspect, prune
+
+app = typer.Typer(
+    name="halve",
+    help="Prune large language models in one shot, and prove what was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command("prune", epilog=prune.EXAMPLES)(prune.command)
+app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
+app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
+app.command("generate", epilog=generate.EXAMPLES)(generate.command)
+app.command("demo", epilog=demo.EXAMPLES)(demo.command)
+
+
+@app.callback(invoke_without_command=True)
+def _halve(
+    version: bool = typer.Option(False, "--version", help="Print the version."),
+) -> None:
+    if version:
+        from halve import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; exit 0 when done, 1 on a HalveError, 2 on bad usage."""
+    from halve.errors import HalveError
+
+    # What transformers has to say while loading is Halve's to say or not.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except HalveError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,154 @@
+"""`halve prune`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halve.cli import options
+
+if TYPE_CHECKING:
+    from halve.plan import Plan
+    from halve.pruning import Progress
+    from halve.records import PruneRecord
+
+EXAMPLES = """
+**Examples**
+
+`halve prune facebook/opt-125m -o opt-125m-half --calibration wikitext2`
+
+`halve prune ./llama -o ./llama-24 --sparsity 2:4 --calibration text.jsonl`
+
+`halve prune ./llama -o ./llama-70 --sparsity 70% --calibration stdlib --dry-run`
+"""
+
+
+def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
+    model: options.Model,
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="OUT", help="The new folder.")
+    ],
+    sparsity: Annotated[
+        str, typer.Option(help="50%, 0.5, or n:m such as 2:4: n kept of every m.")
+    ] = "50%",
+    solver: Annotated[
+        str, typer.Option(help="sparsegpt, wanda or magnitude.")
+    ] = "sparsegpt",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="c4, wikitext2, ptb, a data set of the hub, a .txt, .jsonl or "
+            ".parquet file, stdlib (this Python's sources), or self (the model's "
+            "own text)."
+        ),
+    ] = "c4",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: options.SeqLen = None,
+    seed: Annotated[int, typer.Option(help="Draws the windows.")] = 0,
+    damping: Annotated[
+        float, typer.Option(help="Share of the mean diagonal added to Gram matrices.")
+    ] = 0.01,
+    block_size: Annotated[
+        int, typer.Option(help="Columns that sparsegpt handles at once.")
+    ] = 128,
+    device: options.Device = "auto",
+    activation_memory: options.ActivationMemory = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its cost; do nothing.")
+    ] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Prune a model into a new folder that loads wherever the model does.
+
+    It goes block by block, so the model may be larger than memory. Interrupted, the
+    same command goes on where it stopped.
+    """
+    from halve.checkpoint import locate
+    from halve.plan import Settings, make_plan
+    from halve.pruning import Execution, prune_model
+
+    settings = Settings(
+        sparsity=sparsity,
+        solver=solver,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        damping=damping,
+        block_size=block_size,
+        device=device,
+    )
+    if dry_run:
+        plan = make_plan(locate(model), settings, trust_remote_code)
+        _print_plan(plan, activation_memory, as_json)
+        return
+    from halve.cli.console import progress_line
+
+    with progress_line(quiet) as show:
+        execution = Execution(
+            activation_memory, trust_remote_code, lambda p: show(_describe(p))
+        )
+        record = prune_model(model, out, settings, execution)
+    if as_json:
+        print(record.to_json(), end="")
+    else:
+        _print_record(record, out)
+
+
+def _describe(progress: "Progress") -> str:
+    from halve.cli.console import duration
+
+    left = progress.seconds_left
+    tail = "" if left is None else f", {duration(left)} left"
+    return f"block {progress.block + 1} of {progress.blocks}: {progress.phase}{tail}"
+
+
+def _print_record(record: "PruneRecord", out: str) -> None:
+    from halve.cli.console import duration, percent, print_table
+
+    rows = [
+        (b.name, percent(b.sparsity), percent(b.error), duration(b.seconds))
+        for b in record.blocks
+    ]
+    print_table("", ["block", "sparsity", "output error", "time"], rows)
+    print(f"{percent(record.sparsity)} of the prunable weights are zero in {out}.")
+    if record.left_dense:
+        print(f"Left dense in the blocks: {', '.join(record.left_dense)}.")
+    print(f"Finished {record.finished}, after {duration(record.seconds)}.")
+
+
+def _print_plan(plan: "Plan", budget: int | None, as_json: bool) -> None:
+    import json
+
+    from halve.cli.console import size
+
+    on_disk = plan.hidden_on_disk(budget)
+    figures = {
+        "blocks": len(plan.blocks),
+        "matrices": sum(len(block.matrices) for block in plan.blocks),
+        "prunable_weights": plan.prunable,
+        "sequence_length": plan.settings.seq_len,
+        "bytes_block": plan.block_bytes,
+        "bytes_gram": plan.gram_bytes,
+        "bytes_hidden_states": plan.hidden_bytes,
+        "hidden_states_on_disk": on_disk,
+        "bytes_output": plan.output_bytes,
+    }
+    if as_json:
+        print(json.dumps(figures | {"identity": plan.identity()}, indent=2))
+        return
+    print(f"{figures['blocks']} blocks with {figures['matrices']} matrices to prune:")
+    for planned in plan.blocks[0].matrices:
+        rows, columns = planned.matrix.shape
+        print(f"  {planned.tensor}  {rows} x {columns}")
+    if len(plan.blocks) > 1:
+        print("  ... and so on in each block")
+    for name in plan.left_dense:
+        print(f"  {name}  left dense")
+    print(f"{plan.prunable:,} prunable weights, {plan.settings.sparsity} to go.")
+    print(f"Weights of the largest block: {size(plan.block_bytes)}")
+    print(f"Gram matrices of a block, at least: {size(plan.gram_bytes)}")
+    place = "in a mapped file" if on_disk else "in memory"
+    print(f"Hidden states between blocks, {place}: {size(plan.hidden_bytes)}")
+    print(f"Output: {size(plan.output_bytes)} in {len(plan.shards)} files")

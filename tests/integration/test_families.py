@@ -1,0 +1,87 @@
+"""Every family goes through the real entry point and comes out as it should."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import halve
+from halve.plan import Settings, make_plan
+from halve.runtime.streamed import Stream, StreamedModel
+from tests.tables import FAMILIES, MIXTURES
+
+
+def _tensors(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file}
+    return found
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_streamed_logits_equal_the_whole_models(row, pico):
+    """Block by block, the model computes what transformers computes."""
+    folder = pico(row)
+    ids = torch.randint(3, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
+    model = StreamedModel.open(folder, "cpu")
+    stream = Stream.start(model, ids, budget=2**30)
+    for index in range(model.depth):
+        with model.block(index) as block:
+            stream.advance(block, index)
+    ours = torch.cat([logits for _, logits in stream.logits()])
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        theirs = whole(ids, use_cache=False).logits
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_family_is_pruned_and_loads_in_transformers(row, pico, text, tmp_path):
+    folder, out = pico(row, dtype=torch.bfloat16), tmp_path / "out"
+    record = halve.prune(
+        folder, out, calibration=str(text), samples=8, seq_len=32, device="cpu"
+    )
+    before, after = _tensors(folder), _tensors(out)
+    pruned = {m.tensor for block in record.blocks for m in block.matrices}
+
+    assert {n: t.dtype for n, t in before.items()} == {
+        n: t.dtype for n, t in after.items()
+    }
+    for name, tensor in after.items():
+        if name in pruned:
+            assert int((tensor == 0).sum()) == tensor.numel() // 2, name
+        else:
+            assert torch.equal(tensor, before[name]), name
+    info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]  # pyright: ignore[reportIndexIssue]
+    assert not any(info.values()), info
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (folder / "config.json").read_text()
+    )
+    assert halve.inspect(out).sparsity == 0.5
+    assert halve.perplexity(out, data=str(text), seq_len=32).perplexity > 1
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_no_linear_layer_of_a_block_is_forgotten(row, pico):
+    """Every matrix of a block is pruned or reported as left dense."""
+    plan = make_plan(pico(row), Settings())
+    planned = {m.tensor for block in plan.blocks for m in block.matrices}
+    blocks = {block.shard for block in plan.blocks}
+    large = {
+        name
+        for file in blocks
+        for name in plan.shards[file]
+        if len(plan.tensors[name].shape) > 1
+    }
+    assert large == planned | set(plan.left_dense)
+    assert plan.left_dense == ()
+
+
+@pytest.mark.parametrize("row", MIXTURES)
+def test_mixture_of_experts_is_refused(row, pico, tmp_path):
+    with pytest.raises(halve.HalveError, match="not supported yet"):
+        halve.prune(pico(row), tmp_path / "out", calibration="stdlib")
+    assert not any(tmp_path.iterdir())
