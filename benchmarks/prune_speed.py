@@ -1,0 +1,370 @@
+"""Claim: Halve prunes faster than llm-compressor, at the same work, on this machine.
+
+The work: SparseGPT to 50 % of all 72 linear layers of a random model of the shape of
+OPT-125M (float32, tied head), calibrated on 32 windows of 512 tokens, on the CPU.
+llm-compressor 0.14.0.1 runs `SparseGPTModifier(sparsity=0.5, ignore=["re:.*lm_head"])`;
+the pattern keeps it from pruning the embeddings, which are the head here.
+
+The same tokens: Halve draws its windows from a .jsonl of this Python's own library, by
+seed. The windows that it will draw are worked out beforehand and given to
+llm-compressor as `input_ids`; the digest in Halve's record must be theirs. So Halve
+tokenizes inside its time and llm-compressor does not.
+
+The clock runs from the call with a model's folder to the return with the new folder
+written: loading, calibration, pruning, saving; imports are left out on both sides. The
+tools take turns, each round in a process of its own, which also reports its peak of
+resident memory. This process imports nothing heavy: on Linux a child's peak begins at
+its parent's.
+
+Afterwards both folders are read: every linear layer must be half zeros and everything
+else dense, or the script fails. How far the two masks agree is printed too.
+
+    python benchmarks/prune_speed.py [--rounds 3] [--rival-venv FOLDER] [--json FILE]
+
+The rival lives in a virtual environment of its own, made on first use (1.5 GB).
+"""
+# ruff: noqa: PLC0415  (each step runs in its own process and imports what it needs)
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+_RIVAL = "llm-compressor"
+_TOOLS = ("halve", _RIVAL)
+_PINS = ("torch==2.13.0", "llmcompressor==0.14.0.1")  # installed in this order
+_SPARSITY = 0.5
+_SAMPLES, _LENGTH = 32, 512
+_LAYERS = 12
+_MATRICES = 6 * _LAYERS  # q, k, v, out, fc1, fc2
+_DOCUMENTS, _CHARACTERS = 64, 20_000
+
+
+def main() -> None:
+    """Measure; or, as a process of its own, do one step of that."""
+    options = _options()
+    if options.step:
+        result = _STEPS[options.step](options.folder)
+        (options.folder / "result.json").write_text(json.dumps(result), "utf-8")
+        return
+    rival = _rival_python(options.rival_venv)
+    with tempfile.TemporaryDirectory(prefix="prune-speed-") as name:
+        report = _measure(Path(name), rival, options.rounds)
+    _show(report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    sys.exit("\n".join(report["faults"]) or None)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time Halve against llm-compressor.")
+    parser.add_argument("--rounds", type=int, default=3)
+    default = _ROOT / ".venv-llmcompressor"
+    parser.add_argument("--rival-venv", type=Path, default=default, metavar="FOLDER")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--step", choices=_STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _rival_python(venv: Path) -> str:
+    """Return the rival's interpreter; install the rival where it is not there."""
+    python = str(venv.absolute() / "bin" / "python")
+    if any(venv.glob("lib/python*/site-packages/llmcompressor")):
+        return python
+    print(f"Installing {', '.join(_PINS)} into {venv} ...")
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    for pin in _PINS:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", pin], check=True)
+    return python
+
+
+# The measuring process.
+
+
+def _measure(folder: Path, rival: str, rounds: int) -> dict[str, Any]:
+    pythons = {"halve": sys.executable, _RIVAL: rival}
+    prepared = _run(sys.executable, "prepare", folder)
+    runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in _TOOLS}
+    checks = []
+    for number in range(1, rounds + 1):
+        for tool in _TOOLS:
+            runs[tool].append(_run(pythons[tool], tool, folder))
+        checks.append(_run(sys.executable, "check", folder))
+        print(f"Round {number} of {rounds} done.", flush=True)
+        for tool in _TOOLS:
+            shutil.rmtree(folder / tool)
+    return {
+        "machine": _machine(),
+        "commit": _commit(),
+        "runs": runs,
+        "checks": checks,
+        "faults": _faults(prepared, runs, checks),
+    }
+
+
+def _run(python: str, step: str, folder: Path) -> dict[str, Any]:
+    """Do one step in a process of its own and return what it found."""
+    log = folder / "log.txt"
+    command = [python, __file__, "--step", step, "--folder", str(folder)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    with log.open("w", encoding="utf-8") as output:
+        done = subprocess.run(
+            command, env=environment, stdout=output, stderr=output, check=False
+        )
+    if done.returncode:
+        sys.exit(f"The step {step} failed:\n{log.read_text('utf-8')[-3000:]}")
+    return json.loads((folder / "result.json").read_text("utf-8"))
+
+
+def _machine() -> dict[str, Any]:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text("utf-8").splitlines() if information.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+    }
+
+
+def _commit() -> str:
+    """Return the commit, marked where files in the checkout differ from it."""
+    command = [
+        "git",
+        "-C",
+        str(_ROOT),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+    ]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()  # noqa: PLW1510
+
+
+def _faults(
+    prepared: dict[str, Any],
+    runs: dict[str, list[dict[str, Any]]],
+    checks: list[dict[str, Any]],
+) -> list[str]:
+    """Return why the figures must not be believed; nothing where they may."""
+    faults = [fault for check in checks for fault in check["faults"]]
+    if any(run["windows"] != prepared["windows"] for run in runs["halve"]):
+        faults.append("Halve was calibrated on other tokens than llm-compressor.")
+    for pin in _PINS:
+        package, _, version = pin.partition("==")
+        found = runs[_RIVAL][0]["versions"][package]
+        if found.partition("+")[0] != version:
+            faults.append(f"The rival's environment has {package} {found}, not {pin}.")
+    return faults
+
+
+def _show(report: dict[str, Any]) -> None:
+    machine, runs = report["machine"], report["runs"]
+    print(f"\nmachine  {machine['cpu']}, {machine['cores']} cores")
+    print(f"python   {machine['python']}")
+    print(f"commit   {report['commit']}")
+    for tool in _TOOLS:
+        first = runs[tool][0]
+        versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
+        print(f"{tool}: {versions}, {first['threads']} threads")
+    print(f"\n{'round':<8}" + "".join(f"{tool:>18}" for tool in _TOOLS))
+    for number, pair in enumerate(zip(*runs.values(), strict=True), start=1):
+        _row(str(number), [f"{run['seconds']:.1f} s" for run in pair])
+    medians = [statistics.median(r["seconds"] for r in runs[t]) for t in _TOOLS]
+    peaks = [max(run["peak_bytes"] for run in runs[tool]) for tool in _TOOLS]
+    _row("median", [f"{seconds:.1f} s" for seconds in medians])
+    _row("peak", [f"{peak / 2**20:.0f} MiB" for peak in peaks])
+    print(f"\nHalve is {medians[1] / medians[0]:.2f} times as fast as {_RIVAL}.")
+    print(f"Its peak of memory is {peaks[0] / peaks[1]:.0%} of the other's.")
+    for tool, (least, most) in report["checks"][-1]["zeros"].items():
+        print(f"{tool}: {least:.4%} to {most:.4%} zeros in {_MATRICES} linear layers")
+    print(f"The masks agree on {report['checks'][-1]['agreement']:.2%} of the weights.")
+
+
+def _row(title: str, cells: list[str]) -> None:
+    print(f"{title:<8}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+# The steps, each in a process of its own.
+
+
+def _prepare(folder: Path) -> dict[str, Any]:
+    """Make the model, the text, and the windows that Halve will draw from it."""
+    from halve.calibration import draw_windows, load_corpus, load_encoder
+
+    _make_model(folder / "model")
+    _make_text(folder / "text.jsonl")
+    corpus = load_corpus(str(folder / "text.jsonl"), "calibration")
+    encode = load_encoder(folder / "model")
+    windows = draw_windows(corpus, encode, _SAMPLES, _LENGTH, seed=0)
+    (folder / "windows.json").write_text(json.dumps(windows.tolist()), "utf-8")
+    return {"windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+
+
+def _make_model(folder: Path) -> None:
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    import halve
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=50272,
+        hidden_size=768,
+        word_embed_proj_dim=768,
+        ffn_dim=3072,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=12,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    OPTForCausalLM(config).float().save_pretrained(folder)
+    bundled = Path(str(halve.__file__)).parent / "data" / "pycode-opt"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled / name, folder)
+
+
+def _make_text(path: Path) -> None:
+    """Write long modules of the standard library, one a document."""
+    from halve.calibration import load_corpus
+
+    modules = load_corpus("stdlib", "calibration").documents
+    texts = [text[:_CHARACTERS] for text in modules if len(text) >= _CHARACTERS]
+    lines = [json.dumps({"text": text}) for text in texts[:_DOCUMENTS]]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _halve(folder: Path) -> dict[str, Any]:
+    import halve
+
+    prune = halve.prune  # imports what it needs, before the clock starts
+    begun = time.perf_counter()
+    record = prune(
+        folder / "model",
+        folder / "halve",
+        sparsity=_SPARSITY,
+        calibration=str(folder / "text.jsonl"),
+        samples=_SAMPLES,
+        seq_len=_LENGTH,
+        seed=0,
+    )
+    seconds = time.perf_counter() - begun
+    windows = record.identity["calibration_sha256"]
+    return _cost(seconds, "halve") | {"windows": windows}
+
+
+def _rival(folder: Path) -> dict[str, Any]:
+    from datasets import Dataset
+    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
+    from llmcompressor.modifiers.pruning import (  # pyright: ignore[reportMissingImports]
+        SparseGPTModifier,
+    )
+
+    windows = json.loads((folder / "windows.json").read_text("utf-8"))
+    masks = [[1] * _LENGTH for _ in windows]
+    dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": masks})
+    begun = time.perf_counter()
+    oneshot(
+        model=str(folder / "model"),
+        dataset=dataset,
+        recipe=SparseGPTModifier(sparsity=_SPARSITY, ignore=["re:.*lm_head"]),
+        num_calibration_samples=_SAMPLES,
+        max_seq_length=_LENGTH,
+        shuffle_calibration_samples=False,
+        output_dir=str(folder / _RIVAL),
+    )
+    return _cost(time.perf_counter() - begun, "llmcompressor")
+
+
+def _cost(seconds: float, package: str) -> dict[str, Any]:
+    """Return what this process took and ran on."""
+    import torch
+
+    packages = (package, "torch", "transformers")
+    return {
+        "seconds": seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in packages},
+    }
+
+
+def _check(folder: Path) -> dict[str, Any]:
+    """Read both folders: linear layers half zeros, all else dense, like masks."""
+    zeros: dict[str, dict[str, Any]] = {}
+    faults: list[str] = []
+    for tool in _TOOLS:
+        masks = _zero_masks(folder / tool)
+        linear = {name: mask for name, mask in masks.items() if ".layers." in name}
+        faults += _unlike_the_claim(tool, masks, linear)
+        zeros[tool] = linear
+    ours, theirs = (zeros[tool] for tool in _TOOLS)
+    alike = sum(int((ours[n] == theirs[n]).sum()) for n in ours.keys() & theirs.keys())
+    return {
+        "faults": faults,
+        "zeros": {tool: _extremes(linear) for tool, linear in zeros.items()},
+        "agreement": alike / sum(mask.numel() for mask in ours.values()),
+    }
+
+
+def _zero_masks(folder: Path) -> dict[str, Any]:
+    """Return the name of every matrix with where it is zero."""
+    from safetensors import safe_open
+
+    masks = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                tensor = file.get_tensor(name)
+                if tensor.dim() == 2:
+                    masks[name] = tensor == 0
+    return masks
+
+
+def _unlike_the_claim(
+    tool: str, masks: dict[str, Any], linear: dict[str, Any]
+) -> list[str]:
+    faults = []
+    if len(linear) != _MATRICES:
+        faults.append(f"{tool}: {len(linear)} linear layers, not {_MATRICES}.")
+    for name, mask in masks.items():
+        share = _share(mask)
+        # The rival's threshold takes a weight more of each block of columns.
+        low, high = (_SPARSITY, _SPARSITY + 1e-3) if name in linear else (0, 1e-3)
+        if not low <= share <= high:
+            faults.append(f"{tool}: {name} has {share:.3%} zeros.")
+    return faults
+
+
+def _extremes(masks: dict[str, Any]) -> tuple[float, float]:
+    shares = [_share(mask) for mask in masks.values()]
+    return min(shares), max(shares)
+
+
+def _share(mask: Any) -> float:  # noqa: ANN401
+    return int(mask.sum()) / mask.numel()
+
+
+_STEPS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "prepare": _prepare,
+    "halve": _halve,
+    _RIVAL: _rival,
+    "check": _check,
+}
+
+if __name__ == "__main__":
+    main()

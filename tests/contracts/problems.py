@@ -1,0 +1,42 @@
+"""Layer problems that the laws are tried on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.patterns import Pattern, parse_pattern
+from halve.solvers import SOLVERS, Solution
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A matrix [rows, columns] and its inputs [tokens, columns]."""
+
+    weight: Tensor
+    inputs: Tensor
+
+    def solve(self, solver: str, pattern: Pattern | str, **options) -> Solution:
+        """Solve it with a row of the table of solvers."""
+        if isinstance(pattern, str):
+            pattern = parse_pattern(pattern)
+        made = SOLVERS[solver](**options)
+        statistic = made.statistic(self.inputs.shape[1], torch.device("cpu"))
+        statistic.add(self.inputs)
+        return made.solve(made.prepare(statistic), self.weight, pattern)
+
+    def error(self, solution: Tensor) -> float:
+        """Return the squared output error relative to the output, in float64."""
+        inputs, weight = self.inputs.double(), self.weight.double()
+        lost = inputs @ (weight - solution.double()).T
+        return float(lost.square().sum() / (inputs @ weight.T).square().sum())
+
+
+def correlated(rows: int = 48, columns: int = 160, seed: int = 0) -> Problem:
+    """Return inputs whose features depend on each other and differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    scales = torch.rand(columns, generator=generator) + 0.2
+    inputs = torch.randn(6 * columns, columns, generator=generator)
+    inputs = (inputs + inputs @ mixing) * scales
+    return Problem(torch.randn(rows, columns, generator=generator), inputs)

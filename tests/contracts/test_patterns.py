@@ -1,0 +1,94 @@
+"""What a pattern promises of its masks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halve.errors import PatternError
+from halve.patterns import NM, Unstructured, describe, lowest, parse_pattern
+
+shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("50%", Unstructured(0.5)),
+        (" 12.5% ", Unstructured(0.125)),
+        ("0.7", Unstructured(0.7)),
+        (0.3, Unstructured(0.3)),
+        ("2:4", NM(2, 4)),
+        ("1:4", NM(1, 4)),
+    ],
+)
+def test_patterns_are_read(text, pattern):
+    assert parse_pattern(text) == pattern
+    assert parse_pattern(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "1", "100%", "-5%", "4:4", "0:4", "4:2", "two", "2:", "nan"]
+)
+def test_nonsense_is_refused(text):
+    with pytest.raises(PatternError):
+        parse_pattern(text)
+
+
+@given(shapes, st.data())
+def test_lowest_takes_exactly_the_lowest(shape, data):
+    """Ties, of which these scores are full, go to the first."""
+    values = st.lists(
+        st.integers(0, 4), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]
+    )
+    scores = torch.tensor(data.draw(values), dtype=torch.float32).view(shape)
+    count = data.draw(st.integers(0, scores.numel()))
+    mask = lowest(scores, count)
+    expected = torch.zeros(scores.numel(), dtype=torch.bool)
+    expected[scores.flatten().argsort(stable=True)[:count]] = True
+    assert torch.equal(mask.flatten(), expected)
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(2, 8), st.data())
+def test_n_m_masks_keep_the_highest_of_each_group(rows, groups, m, data):
+    n = data.draw(st.integers(1, m - 1))
+    scores = torch.rand(rows, groups * m)
+    pattern = NM(n, m)
+    kept = scores.masked_fill(pattern.mask(scores), 0).view(-1, m)
+    assert ((kept > 0).sum(dim=1) == n).all()
+    top = scores.view(-1, m).topk(n).values.sort().values
+    assert torch.equal(kept.sort(dim=1).values[:, m - n :], top)
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 10**6), st.integers(1, 999))
+def test_counts_are_exact_for_decimal_sparsities(elements, thousandths):
+    pattern = Unstructured(thousandths / 1000)
+    assert pattern.count(elements) == elements * thousandths // 1000
+
+
+def test_shortfall_names_the_numbers():
+    weight = torch.ones(4, 8)
+    weight[:, :2] = 0
+    assert Unstructured(0.25).shortfall(weight) is None
+    assert Unstructured(0.5).shortfall(weight) == "8 of 32 weights are zero, not 16"
+    assert NM(2, 4).shortfall(weight) == "4 of 8 groups keep more than 2 weights"
+
+
+def test_a_width_that_m_does_not_divide_is_refused_by_name():
+    with pytest.raises(PatternError, match=r"fc1 has 10 inputs"):
+        NM(2, 4).check_fits("fc1", 10)
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "1:2", "3:8"])
+def test_describe_finds_the_pattern(text):
+    pattern = parse_pattern(text)
+    assert isinstance(pattern, NM)
+    scores = torch.rand(64, 96)
+    assert describe(scores.masked_fill(pattern.mask(scores), 0)) == text
+
+
+def test_describe_tells_dense_from_unstructured():
+    scores = torch.rand(64, 96) + 0.1
+    assert describe(scores) == "dense"
+    assert describe(scores.masked_fill(lowest(scores, 3000), 0)) == "unstructured"

@@ -1,0 +1,166 @@
+"""Laws that every solver obeys, and what each promises of its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from halve.errors import NumericalError
+from halve.patterns import NM, Unstructured, parse_pattern
+from halve.solvers import SparseGPT
+from halve.statistics import Gram
+from tests.contracts.problems import Problem, correlated
+from tests.tables import PATTERNS, SOLVERS
+from tests.twins import sparsegpt as twin
+
+GOLDEN = Path(__file__).parents[1] / "golden/masks.json"
+over_solvers = pytest.mark.parametrize("solver", SOLVERS)
+over_patterns = pytest.mark.parametrize("text", PATTERNS)
+
+
+@over_solvers
+@over_patterns
+def test_pattern_holds_exactly(solver, text):
+    problem, pattern = correlated(), parse_pattern(text)
+    weight = problem.solve(solver, pattern).weight
+    assert pattern.shortfall(weight) is None
+    assert int((weight == 0).sum()) == pattern.count(weight.numel())
+    assert weight.isfinite().all()
+
+
+@over_solvers
+@pytest.mark.parametrize("shape", [(1, 8), (3, 24), (5, 136), (200, 8), (17, 264)])
+def test_awkward_shapes_obey_too(solver, shape):
+    for pattern in (Unstructured(0.37), NM(2, 4), NM(3, 8)):
+        weight = correlated(*shape).solve(solver, pattern).weight
+        assert weight.shape == shape
+        assert int((weight == 0).sum()) == pattern.count(weight.numel())
+
+
+@over_solvers
+@over_patterns
+def test_same_problem_same_bits(solver, text):
+    first, second = (correlated().solve(solver, text).weight for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@over_solvers
+@over_patterns
+def test_the_dense_weight_is_left_alone(solver, text):
+    problem = correlated()
+    before = problem.weight.clone()
+    problem.solve(solver, text)
+    assert torch.equal(problem.weight, before)
+
+
+@over_solvers
+@pytest.mark.parametrize("text", ["2:4", "4:8"])
+def test_permuted_rows_give_permuted_solutions(solver, text):
+    problem = correlated()
+    order = torch.randperm(len(problem.weight))
+    permuted = Problem(problem.weight[order], problem.inputs)
+    expected = problem.solve(solver, text).weight[order]
+    assert torch.allclose(permuted.solve(solver, text).weight, expected, atol=1e-5)
+
+
+@over_solvers
+def test_weights_that_are_zero_already_count(solver):
+    problem = correlated()
+    sparse = problem.weight * (torch.rand_like(problem.weight) > 0.7)
+    solution = Problem(sparse, problem.inputs).solve(solver, "50%").weight
+    assert Unstructured(0.5).shortfall(solution) is None
+
+
+@over_solvers
+def test_a_matrix_of_zeros_stays_one(solver):
+    problem = correlated()
+    solved = Problem(torch.zeros_like(problem.weight), problem.inputs).solve(
+        solver, "50%"
+    )
+    assert torch.equal(solved.weight, torch.zeros_like(problem.weight))
+
+
+@over_patterns
+def test_sparsegpt_loses_less_than_the_others(text):
+    problem = correlated()
+    errors = {s: problem.error(problem.solve(s, text).weight) for s in SOLVERS}
+    assert errors["sparsegpt"] < min(errors["wanda"], errors["magnitude"])
+
+
+@over_patterns
+def test_inputs_of_one_kind_make_all_solvers_agree(text):
+    """With X^T X = c I nothing can be compensated, and only magnitude counts.
+
+    Unstructured, Wanda chooses row by row, so it is left out there.
+    """
+    weight = torch.randn(32, 64)
+    problem = Problem(weight, torch.eye(64).repeat(3, 1))
+    expected = problem.solve("magnitude", text).weight
+    assert torch.equal(problem.solve("sparsegpt", text).weight, expected)
+    if ":" in text:
+        assert torch.equal(problem.solve("wanda", text).weight, expected)
+
+
+@over_patterns
+@pytest.mark.parametrize("columns", [48, 160, 264])
+def test_sparsegpt_equals_its_plain_twin(text, columns):
+    problem, pattern = correlated(40, columns), parse_pattern(text)
+    ours = problem.solve("sparsegpt", pattern).weight.double()
+    theirs = twin.prune(problem.weight, problem.inputs, pattern, 0.01, 128)
+    same = (ours == 0) == (theirs == 0)
+    assert same.double().mean() >= 0.999
+    rows = same.all(dim=1)
+    assert (ours - theirs)[rows].norm() <= 1e-4 * theirs[rows].norm()
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 160])
+def test_n_m_does_not_depend_on_the_block_size(block_size):
+    problem = correlated()
+    one = problem.solve("sparsegpt", "2:4", block_size=block_size).weight
+    other = problem.solve("sparsegpt", "2:4").weight
+    assert torch.allclose(one, other, atol=1e-4)
+
+
+@over_patterns
+def test_reported_error_is_the_error(text):
+    problem = correlated()
+    solution = problem.solve("sparsegpt", text)
+    expected = problem.error(solution.weight)
+    assert solution.outcome.error == pytest.approx(expected, rel=1e-3)
+
+
+def test_dead_inputs_lose_their_weights():
+    problem = correlated()
+    problem.inputs[:, [0, 7, 159]] = 0
+    solution = problem.solve("sparsegpt", "50%").weight
+    assert (solution[:, [0, 7, 159]] == 0).all()
+    assert solution.isfinite().all()
+
+
+def test_damping_is_raised_until_it_works_and_said():
+    problem = correlated()
+    few = Problem(problem.weight, problem.inputs[:20])  # X^T X has rank 20 of 160
+    outcome = few.solve("sparsegpt", "50%", damping=0.0).outcome
+    assert outcome.damping is not None
+    assert outcome.damping > 0
+
+
+def test_a_matrix_that_is_no_gram_matrix_is_refused():
+    statistic = Gram(8, torch.device("cpu"))
+    statistic.add(torch.randn(32, 8))
+    statistic._upper.neg_()
+    with pytest.raises(NumericalError, match="not positive definite"):
+        SparseGPT().prepare(statistic)
+
+
+@over_solvers
+@over_patterns
+def test_masks_replay(solver, text):
+    """Recorded masks come out again; a change to them is a declared change."""
+    problem = correlated(16, 64, seed=1)
+    mask = problem.solve(solver, text).weight == 0
+    weights = 2 ** torch.arange(4)
+    digits = (mask.view(-1, 4) * weights).sum(dim=1)
+    found = "".join(f"{int(digit):x}" for digit in digits)
+    assert found == json.loads(GOLDEN.read_text())[f"{solver} {text}"]

@@ -1,0 +1,65 @@
+"""Sums over inputs, and the products they are made of."""
+
+import pytest
+import torch
+
+from halve.products import FastProducts, linear
+from halve.statistics import ColumnNorms, Gram
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 6, 7, 64, 97, 600])
+def test_gram_is_the_product_of_all_inputs(columns):
+    batches = [torch.randn(tokens, columns) for tokens in (1, 33, 128)]
+    gram = Gram(columns, CPU)
+    for batch in batches:
+        gram.add(batch)
+    inputs = torch.cat(batches).double()
+    matrix = gram.take_matrix()
+    assert torch.allclose(matrix.double(), inputs.T @ inputs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(matrix, matrix.T)
+
+
+def test_column_norms_are_the_diagonal_of_the_gram_matrix():
+    inputs = torch.randn(50, 12)
+    gram, norms = Gram(12, CPU), ColumnNorms(12, CPU)
+    gram.add(inputs)
+    norms.add(inputs)
+    assert torch.allclose(gram.take_matrix().diagonal(), norms.squares, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("kind", [Gram, ColumnNorms])
+def test_one_bad_number_is_noticed(kind, bad):
+    statistic = kind(9, CPU)
+    inputs = torch.randn(40, 9)
+    statistic.add(inputs)
+    assert statistic.is_finite()
+    inputs[17, 5] = bad
+    statistic.add(inputs)
+    assert not statistic.is_finite()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (1, 1, 1), (5, 7, 9), (64, 33, 130)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_linear_is_torchs_linear(shape, strided):
+    tokens, columns, rows = shape
+    inputs, weight = torch.randn(tokens, columns), torch.randn(rows, columns)
+    if strided:
+        inputs, weight = inputs.T.contiguous().T, weight.T.contiguous().T
+    bias = torch.randn(rows)
+    expected = torch.nn.functional.linear(inputs, weight, bias)
+    assert torch.allclose(linear(inputs, weight, bias), expected, atol=1e-5)
+
+
+def test_models_run_the_same_within_fast_products():
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+    inputs, bias = torch.randn(3, 5, 8), torch.randn(6)
+    left, right = torch.randn(7, 8), torch.randn(8, 6)
+    with torch.no_grad():
+        expected = layer(inputs), torch.addmm(bias, left, right)
+        with FastProducts():
+            found = layer(inputs), torch.addmm(bias, left, right)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)

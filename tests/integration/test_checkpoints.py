@@ -1,0 +1,189 @@
+"""Whatever way a checkpoint is stored, it comes out under the names it came in with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import halve
+
+SPLIT = "model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"
+SPLIT_BIN = "pytorch_model-{:05}-of-{:05}.bin", "pytorch_model.bin.index.json"
+
+
+def _load(folder):
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def _save(tensors, path):
+    if path.suffix == ".safetensors":
+        save_file(tensors, path, {"format": "pt"})
+    else:
+        torch.save(tensors, path)
+
+
+def _shard(tensors, folder, names):
+    """Deal tensors out to three files with an index."""
+    pattern, index = names
+    weight_map = {}
+    for number in range(3):
+        file = pattern.format(number + 1, 3)
+        part = dict(list(tensors.items())[number::3])
+        _save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _bin(tensors, folder):
+    _save(tensors, folder / "pytorch_model.bin")
+
+
+def _bin_of_parameters(tensors, folder):
+    _bin({name: nn.Parameter(tensor) for name, tensor in tensors.items()}, folder)
+
+
+def _bin_of_old(tensors, folder):
+    """As torch wrote before 1.6; it cannot be mapped."""
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+def _bin_with_views(tensors, folder):
+    """Tensors that are not contiguous, and lie in one another's storage."""
+    _bin({name: tensor.T.contiguous().T for name, tensor in tensors.items()}, folder)
+
+
+STORAGES = {
+    "safetensors in shards": lambda t, folder: _shard(t, folder, SPLIT),
+    "bin": _bin,
+    "bin in shards": lambda t, folder: _shard(t, folder, SPLIT_BIN),
+    "bin of parameters": _bin_of_parameters,
+    "bin of old": _bin_of_old,
+    "bin with views": _bin_with_views,
+    "bin and safetensors": lambda t, folder: (
+        _save(t, folder / "model.safetensors"),
+        (folder / "pytorch_model.bin").write_bytes(b"not read"),
+    ),
+}
+# Family -> prefix of the base model, which many checkpoints of the hub leave out.
+PREFIXES = {"opt": "model.", "gpt2": "transformer.", "bloom": "transformer."}
+
+
+def _stored_as(store, source, folder, prefix=""):
+    """Copy a model, its weights stored in another way and without a prefix."""
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(source, folder, ignore=ignored)
+    tensors = _load(source)
+    stored = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    store(stored, folder)
+    return stored
+
+
+def _pruned(folder, out, text):
+    record = halve.prune(
+        *(folder, out), calibration=str(text), samples=4, seq_len=16, device="cpu"
+    )
+    pruned = {m.tensor for block in record.blocks for m in block.matrices}
+    return _load(out), pruned
+
+
+def _check_loads(out):
+    info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]  # pyright: ignore[reportIndexIssue]
+    assert not any(info.values()), info
+
+
+def _check_tensors(before, after, pruned):
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype
+        if name in pruned:
+            assert int((tensor == 0).sum()) == tensor.numel() // 2, name
+        else:
+            assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_storage_comes_out_alike(storage, pico, text, tmp_path):
+    source = pico("llama", dtype=torch.float16)
+    before = _stored_as(STORAGES[storage], source, tmp_path / "stored")
+    after, pruned = _pruned(tmp_path / "stored", tmp_path / "out", text)
+    _check_tensors(before, after, pruned)
+    _check_loads(tmp_path / "out")
+    direct, _ = _pruned(source, tmp_path / "direct", text)
+    assert all(torch.equal(direct[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("storage", ["bin", "safetensors in shards"])
+@pytest.mark.parametrize("row", PREFIXES)
+def test_names_without_the_base_models_prefix(row, storage, pico, text, tmp_path):
+    prefix, source = PREFIXES[row], pico(row)
+    store = STORAGES[storage]
+    before = _stored_as(store, source, tmp_path / "stored", prefix)
+    assert not any(name.startswith(prefix) for name in before)
+    assert "lm_head.weight" not in before  # tied
+    after, pruned = _pruned(tmp_path / "stored", tmp_path / "out", text)
+    _check_tensors(before, after, pruned)
+    assert len(pruned) >= 8
+    _check_loads(tmp_path / "out")
+    assert halve.inspect(tmp_path / "out").sparsity == 0.5
+
+
+def test_tensors_that_the_model_does_not_know_travel_along(pico, text, tmp_path):
+    """Old checkpoints hold masks and frequencies; they stay, and harm nothing."""
+
+    def with_frequencies(tensors, folder):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors["model.layers.0.mask"] = torch.ones(2, 2, dtype=torch.bool)
+        _save(tensors, folder / "model.safetensors")
+
+    before = _stored_as(with_frequencies, pico("llama"), tmp_path / "stored")
+    after, pruned = _pruned(tmp_path / "stored", tmp_path / "out", text)
+    _check_tensors(before, after, pruned)
+
+
+OWN_CONFIG = """
+from transformers import LlamaConfig
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+OWN_MODEL = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_model_runs_when_it_is_trusted(pico, text, tmp_path, monkeypatch):
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    model = shutil.copytree(pico("llama"), tmp_path / "own")
+    (model / "configuration_own.py").write_text(OWN_CONFIG)
+    (model / "modeling_own.py").write_text(OWN_MODEL)
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    arguments = {"calibration": str(text), "samples": 4, "seq_len": 16}
+    with pytest.raises(halve.HalveError, match="--trust-remote-code"):
+        halve.prune(model, tmp_path / "out", **arguments)
+    assert not (tmp_path / "modules").exists()
+    halve.prune(model, tmp_path / "out", trust_remote_code=True, **arguments)
+    assert (tmp_path / "out/modeling_own.py").read_text() == OWN_MODEL
+    assert halve.inspect(tmp_path / "out", trust_remote_code=True).sparsity == 0.5

@@ -1,0 +1,203 @@
+"""Whatever stops a run, nothing is lost and the next one ends in the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+import halve
+from halve.errors import OutputError
+from tests.tables import BUNDLED
+
+OPTIONS = {"samples": 8, "seq_len": 32, "device": "cpu"}
+PHASES = (
+    12  # of two blocks: collecting, solving, propagating, writing; and some to spare
+)
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a process; no handler expects it."""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return file -> SHA-256, but for the record, which holds times."""
+    return {
+        path.name: sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name != "halve.json"
+    }
+
+
+@pytest.fixture
+def undisturbed(pico, text, tmp_path):
+    out = tmp_path / "undisturbed"
+    halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+    return digests(out)
+
+
+def stop_at(count: int):
+    """Return a progress callback that ends the run at its count-th call."""
+    calls = []
+
+    def progress(step):
+        calls.append(step)
+        if len(calls) == count:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("solver", ["magnitude", "sparsegpt"])
+def test_stopped_at_every_phase(solver, pico, text, tmp_path):
+    options = OPTIONS | {"calibration": str(text), "solver": solver}
+    halve.prune(pico("llama"), tmp_path / "whole", **options)
+    stops = 0
+    for count in range(1, PHASES + 1):
+        out = tmp_path / f"out-{count}"
+        try:
+            halve.prune(pico("llama"), out, progress=stop_at(count), **options)
+        except Stopped:
+            stops += 1
+            assert not out.exists()
+            halve.prune(pico("llama"), out, **options)
+        assert digests(out) == digests(tmp_path / "whole")
+    assert stops == 8
+
+
+def test_stopped_at_every_write(pico, text, tmp_path, monkeypatch, undisturbed):
+    """Each rename that makes a file whole, the folder's own included, is a last one."""
+    stops = 0
+    for count in range(1, 40):
+        out = tmp_path / f"out-{count}"
+        with monkeypatch.context() as patch:
+            done = _stop_at_rename(patch, count)
+            try:
+                halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+            except Stopped:
+                stops += 1
+                assert not out.exists()
+        if done():
+            break
+        halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+        assert digests(out) == undisturbed
+    assert stops > 8
+
+
+def _stop_at_rename(patch, count):
+    calls = []
+
+    def stop_or(real):
+        def rename(path, target):
+            calls.append(path)
+            if len(calls) == count:
+                raise Stopped
+            return real(path, target)
+
+        return rename
+
+    patch.setattr(Path, "replace", stop_or(Path.replace))
+    patch.setattr(Path, "rename", stop_or(Path.rename))
+    return lambda: len(calls) < count
+
+
+@pytest.mark.parametrize("cut", [0, 1, 20, 100])
+def test_a_ledger_cut_short_costs_one_shard_at_most(
+    cut, pico, text, tmp_path, undisturbed
+):
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        halve.prune(
+            pico("llama"),
+            out,
+            calibration=str(text),
+            progress=stop_at(6),
+            **OPTIONS,
+        )
+    ledger = out.with_name("out.partial") / "ledger.jsonl"
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole[: len(whole) - cut])
+    halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+    assert digests(out) == undisturbed
+
+
+def test_a_damaged_shard_is_made_again(pico, text, tmp_path, undisturbed):
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        halve.prune(
+            pico("llama"),
+            out,
+            calibration=str(text),
+            progress=stop_at(6),
+            **OPTIONS,
+        )
+    shard = max(out.with_name("out.partial").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+    assert digests(out) == undisturbed
+
+
+def test_other_arguments_are_refused_and_named(pico, text, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        halve.prune(
+            pico("llama"), out, calibration=str(text), progress=stop_at(6), **OPTIONS
+        )
+    with pytest.raises(OutputError, match=r"sparsity: 50% there, 2:4 here"):
+        halve.prune(
+            pico("llama"), out, sparsity="2:4", calibration=str(text), **OPTIONS
+        )
+
+
+def test_a_finished_folder_is_left_alone(pico, text, tmp_path):
+    out = tmp_path / "out"
+    first = halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+    assert again == first
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(OutputError, match="seed: 0 there, 1 here"):
+        halve.prune(pico("llama"), out, seed=1, calibration=str(text), **OPTIONS)
+
+
+def test_the_disk_or_the_memory_makes_no_difference(pico, text, tmp_path, undisturbed):
+    out = tmp_path / "mapped"
+    halve.prune(
+        pico("llama"), out, calibration=str(text), activation_memory=0, **OPTIONS
+    )
+    assert digests(out) == undisturbed
+
+
+def test_the_record_matches_the_files(pico, text, tmp_path):
+    out = tmp_path / "out"
+    record = halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+    assert json.loads((out / "halve.json").read_text()) == json.loads(record.to_json())
+    found = digests(out)
+    assert {file: found[file] for file in record.shards} == record.shards
+    inspected = {m.tensor: m.sparsity for m in halve.inspect(out).matrices}
+    recorded = {m.tensor: m.sparsity for b in record.blocks for m in b.matrices}
+    assert inspected == recorded
+
+
+@pytest.mark.parametrize("seconds", [6.0])
+def test_killed_outright(seconds, tmp_path):
+    """SIGKILL, on the bundled model, through the command line."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "halve", "prune", str(BUNDLED), "-o", str(out)]
+    command += ["--calibration", "stdlib", "--samples", "16", "--quiet"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    time.sleep(seconds)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    other = tmp_path / "whole"
+    command[command.index(str(out))] = str(other)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert digests(out) == digests(other)
