@@ -1,0 +1,110 @@
+"""From text to windows of tokens, and room for hidden states."""
+
+import json
+
+import pytest
+import torch
+
+from halve.calibration import (
+    Corpus,
+    allocate_hidden,
+    cut_segments,
+    draw_windows,
+    load_corpus,
+)
+from halve.errors import CalibrationError, OutputError
+
+
+def encode(text: str) -> list[int]:
+    """One token a word: its number."""
+    return [int(word) for word in text.split()]
+
+
+def numbers(start: int, count: int) -> str:
+    return " ".join(str(number) for number in range(start, start + count))
+
+
+DOCUMENTS = Corpus(
+    "numbers",
+    (numbers(0, 30), numbers(1000, 500), numbers(2000, 80)),
+    " ",
+    by_document=True,
+)
+
+
+def test_windows_of_documents_lie_within_one():
+    windows = draw_windows(DOCUMENTS, encode, samples=40, length=50, seed=0)
+    assert windows.shape == (40, 50)
+    assert windows.dtype == torch.int64
+    assert torch.equal(windows.diff(dim=1), torch.ones(40, 49, dtype=torch.int64))
+    assert (windows[:, 0] >= 1000).all()  # the first document is too short
+
+
+def test_windows_of_a_text_lie_anywhere_in_it():
+    text = Corpus("text", (numbers(0, 300), numbers(300, 300)), " ")
+    windows = draw_windows(text, encode, samples=10, length=50, seed=0)
+    assert torch.equal(windows.diff(dim=1), torch.ones(10, 49, dtype=torch.int64))
+    assert len(set(windows[:, 0].tolist())) > 5
+
+
+def test_short_documents_are_joined():
+    short = Corpus("short", tuple(numbers(i, 5) for i in range(100)), " ", True)
+    assert draw_windows(short, encode, samples=4, length=50, seed=0).shape == (4, 50)
+
+
+def test_the_seed_decides():
+    draws = [draw_windows(DOCUMENTS, encode, 8, 50, seed) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_too_little_text_is_refused_with_numbers():
+    with pytest.raises(CalibrationError, match=r"30 tokens, too few for 2 .* of 20"):
+        draw_windows(Corpus("t", (numbers(0, 30),), " "), encode, 2, 20, 0)
+    with pytest.raises(CalibrationError, match="too few for one segment of 40"):
+        cut_segments(Corpus("t", (numbers(0, 30),), " "), encode, 40)
+
+
+def test_segments_follow_each_other_and_drop_the_rest():
+    text = Corpus("text", (numbers(0, 25),), " ")
+    assert cut_segments(text, encode, 10).tolist() == [
+        list(range(10)),
+        list(range(10, 20)),
+    ]
+    assert len(cut_segments(text, encode, 5, limit=3)) == 3
+
+
+def test_local_files_are_read(tmp_path):
+    from pyarrow import Table, parquet  # noqa: PLC0415  (only here)
+
+    texts = ["one\ntwo", "three"]
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    parquet.write_table(Table.from_pydict({"text": texts}), tmp_path / "a.parquet")
+    found = [
+        load_corpus(str(tmp_path / f"a.{kind}"), "calibration").documents
+        for kind in ("txt", "jsonl", "parquet")
+    ]
+    assert found == [("one\ntwo",), ("one\ntwo", "three"), ("one\ntwo", "three")]
+
+
+def test_the_parts_of_stdlib_share_no_module():
+    training, held_out = (
+        load_corpus("stdlib", part) for part in ("calibration", "evaluation")
+    )
+    assert not set(training.documents) & set(held_out.documents)
+    assert 0.05 < len(held_out.documents) / len(training.documents) < 0.2
+    assert held_out.separator == "\n"
+
+
+@pytest.mark.parametrize("budget", [0, 10**6])
+def test_hidden_states_live_in_memory_or_in_a_file(budget, tmp_path):
+    hidden = allocate_hidden((3, 4, 5), budget, tmp_path)
+    hidden.copy_(torch.arange(60.0).view(3, 4, 5))
+    assert hidden.sum() == 59 * 30
+    assert not list(tmp_path.iterdir())  # the file has no name to leave behind
+
+
+def test_a_disk_too_small_for_hidden_states_is_an_error(tmp_path):
+    with pytest.raises(OutputError, match="hidden states need"):
+        allocate_hidden((2**20, 2**20, 2**10), 0, tmp_path)

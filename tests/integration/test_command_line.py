@@ -1,0 +1,130 @@
+"""The skin: what it prints where, and with which exit code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from halve.cli import main
+from tests.tables import BUNDLED
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Return a function that runs a command line: (exit code, output, errors)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["halve", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def options(text):
+    return ["--calibration", text, "--samples", "8", "--seq-len", "32"]
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "inspect", "generate", "demo"])
+def test_help_ends_with_examples(command, run):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    examples = out[out.index("Examples") :]
+    assert examples.count(f"halve {command}") >= 2
+
+
+@pytest.mark.parametrize("arguments", [["prune"], ["nonsense"], ["prune", "a", "--x"]])
+def test_bad_usage_exits_with_two(arguments, run):
+    assert run(*arguments)[0] == 2
+
+
+def test_prune_prints_a_table_and_its_progress_apart(run, pico, options, tmp_path):
+    code, out, err = run("prune", pico("llama"), "-o", tmp_path / "out", *options)
+    assert code == 0
+    assert "model.layers.1" in out
+    assert "50.00% of the prunable weights are zero" in out
+    assert "block 2 of 2: solving" in err
+    assert "left" in err
+
+
+def test_prune_json_is_one_object_and_quiet_is_silent(run, pico, options, tmp_path):
+    target = tmp_path / "out"
+    code, out, err = run("prune", pico("llama"), "-o", target, "--json", "-q", *options)
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads((target / "halve.json").read_text())
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(run, pico, tmp_path):
+    target = tmp_path / "out"
+    code, out, _ = run("prune", pico("llama"), "-o", target, "--dry-run")
+    assert code == 0
+    assert "2 blocks with 14 matrices" in out
+    code, out, _ = run("prune", pico("llama"), "-o", target, "--dry-run", "--json")
+    figures = json.loads(out)
+    assert figures["prunable_weights"] == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_finished_run_says_so(run, pico, options, tmp_path):
+    arguments = ["prune", pico("llama"), "-o", tmp_path / "out", *options]
+    _, first, _ = run(*arguments)
+    code, second, err = run(*arguments)
+    assert code == 0
+    assert second == first
+    assert "finished" in err
+
+
+def test_eval_and_inspect_speak_json(run, pico, text):
+    judge = ["eval", pico("gpt2"), "--data", text, "--seq-len", 32, "--segments", 3]
+    code, out, _ = run(*judge, "--json", "--quiet")
+    assert code == 0
+    assert json.loads(out)["segments"] == 3
+    code, out, _ = run(*judge, "--against", pico("gpt2"), "--json")
+    assert json.loads(out)["agreement"] == 1
+    code, out, _ = run("inspect", pico("gpt2"), "--json")
+    assert json.loads(out)["matrices"][0]["pattern"] == "dense"
+
+
+def test_eval_prints_what_the_figure_rests_on(run, pico, text):
+    judge = ["eval", pico("gpt2"), "--data", text, "--seq-len", 32, "--segments", 3]
+    _, out, _ = run(*judge, "--against", pico("gpt2"))
+    for words in ("perplexity", "+/-", "KL divergence", "100.00%", "3 segments of 32"):
+        assert words in out
+
+
+def test_inspect_prints_every_matrix(run, pico):
+    _, out, _ = run("inspect", pico("gpt2"))
+    assert out.count("h.") == 8
+    assert "Whole model" in out
+
+
+def test_generate_goes_on_from_the_prompt(run):
+    _, out, _ = run("generate", BUNDLED, "def main(", "--max-new-tokens", 8)
+    assert out.startswith("def main(")
+    assert len(out) > len("def main(\n")
+
+
+def test_self_calibration_needs_no_text(run, pico, tmp_path):
+    code, _, _ = run(
+        "prune", pico("gpt2"), "-o", tmp_path / "out", "--calibration", "self",
+        "--samples", 4, "--seq-len", 16,
+    )  # fmt: skip
+    assert code == 0
+
+
+def test_help_loads_nothing_heavy():
+    """No torch, no transformers: `halve --help` is to be instant."""
+    code = (
+        "import sys, contextlib, halve.cli.app as a\n"
+        "with contextlib.suppress(SystemExit): a.app(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(bool(heavy))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL
+    )
+    assert done.returncode == 0

@@ -1,0 +1,89 @@
+"""Perplexity and divergence, block by block, against the plain computation."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import halve
+from halve.errors import CalibrationError
+from halve.evaluation import Judging, compare, judge
+from tests.tables import BUNDLED
+
+
+def plain_logits(folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits.double()
+
+
+def segments(text, length, count):
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    ids = tokenizer(text.read_text(), verbose=False)["input_ids"]
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+@pytest.mark.parametrize("row", ["gpt2", "llama", "bloom"])
+def test_perplexity_is_the_plain_one(row, pico, text):
+    found = judge(pico(row), Judging(data=str(text), seq_len=32, segments=5))
+    ids = segments(text, 32, 5)
+    logits = plain_logits(pico(row), ids)[:, :-1]
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    means = losses.view(5, 31).mean(dim=1)
+    assert found.perplexity == pytest.approx(means.mean().exp().item(), rel=1e-5)
+    error = means.mean().exp() * means.std() / 5**0.5
+    assert found.standard_error == pytest.approx(error.item(), rel=1e-3)
+    assert (found.tokens, found.seq_len, found.segments) == (155, 32, 5)
+
+
+def test_divergence_is_the_plain_one(pico, text, tmp_path):
+    dense, out = pico("gpt2"), tmp_path / "out"
+    halve.prune(dense, out, sparsity="70%", solver="magnitude")
+    found = compare(out, dense, Judging(data=str(text), seq_len=32, segments=6))
+    ids = segments(text, 32, 6)
+    log_q, log_p = (
+        plain_logits(folder, ids)[:, :-1].log_softmax(-1) for folder in (out, dense)
+    )
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).flatten()
+    assert found.kl_mean == pytest.approx(divergence.mean().item(), rel=1e-3)
+    assert found.kl_median == pytest.approx(divergence.median().item(), rel=1e-3)
+    assert found.kl_99 == pytest.approx(
+        divergence.sort().values[-(-99 * len(divergence) // 100) - 1].item(), rel=1e-3
+    )
+    same = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
+    assert found.agreement == pytest.approx(same, abs=0.01)
+    assert found.reference == judge_like(dense, text, found.reference)
+
+
+def judge_like(model, text, record):
+    """Return a model's record with the seconds of another."""
+    own = judge(model, Judging(data=str(text), seq_len=32, segments=6))
+    return type(own)(**{**vars(own), "seconds": record.seconds})
+
+
+def test_a_model_does_not_diverge_from_itself(pico, text):
+    found = compare(
+        pico("llama"), pico("llama"), Judging(data=str(text), seq_len=32, segments=4)
+    )
+    assert found.kl_mean == pytest.approx(0, abs=1e-9)
+    assert found.agreement == 1
+    assert found.model.perplexity == found.reference.perplexity
+
+
+def test_small_batches_and_a_mapped_file_change_nothing(pico, text):
+    judging = Judging(data=str(text), seq_len=32, segments=9)
+    mapped = Judging(data=str(text), seq_len=32, segments=9, activation_memory=0)
+    first, second = judge(pico("opt"), judging), judge(pico("opt"), mapped)
+    assert first.perplexity == second.perplexity
+
+
+def test_too_long_segments_are_refused(pico, text):
+    with pytest.raises(CalibrationError, match="takes 128 at most"):
+        halve.perplexity(pico("llama"), data=str(text), seq_len=129)
+
+
+def test_the_bundled_model_is_as_good_as_its_training_left_it():
+    found = halve.perplexity(BUNDLED, data="stdlib", segments=40)
+    assert 8 < found.perplexity < 17
