@@ -12,7 +12,8 @@ tokenizes inside its time and llm-compressor does not.
 
 The clock runs from the call with a model's folder to the return with the new folder
 written: loading, calibration, pruning, saving; imports are left out on both sides. The
-tools take turns, each round in a process of its own, which also reports its peak of
+tools take turns, each round in a process of its own, which also reports its seconds of
+processor (core s), less at the mercy of other work on the machine, and its peak of
 resident memory. This process imports nothing heavy: on Linux a child's peak begins at
 its parent's.
 
@@ -181,12 +182,13 @@ def _show(report: dict[str, Any]) -> None:
         first = runs[tool][0]
         versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
         print(f"{tool}: {versions}, {first['threads']} threads")
-    print(f"\n{'round':<8}" + "".join(f"{tool:>18}" for tool in _TOOLS))
+    print(f"\n{'round':<8}" + "".join(f"{tool:>24}" for tool in _TOOLS))
     for number, pair in enumerate(zip(*runs.values(), strict=True), start=1):
-        _row(str(number), [f"{run['seconds']:.1f} s" for run in pair])
+        _row(str(number), [_times(run["seconds"], run["core_seconds"]) for run in pair])
     medians = [statistics.median(r["seconds"] for r in runs[t]) for t in _TOOLS]
+    cores = [statistics.median(r["core_seconds"] for r in runs[t]) for t in _TOOLS]
     peaks = [max(run["peak_bytes"] for run in runs[tool]) for tool in _TOOLS]
-    _row("median", [f"{seconds:.1f} s" for seconds in medians])
+    _row("median", [_times(*pair) for pair in zip(medians, cores, strict=True)])
     _row("peak", [f"{peak / 2**20:.0f} MiB" for peak in peaks])
     print(f"\nHalve is {medians[1] / medians[0]:.2f} times as fast as {_RIVAL}.")
     print(f"Its peak of memory is {peaks[0] / peaks[1]:.0%} of the other's.")
@@ -196,7 +198,11 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _row(title: str, cells: list[str]) -> None:
-    print(f"{title:<8}" + "".join(f"{cell:>18}" for cell in cells))
+    print(f"{title:<8}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+def _times(wall: float, cores: float) -> str:
+    return f"{wall:.1f} s ({cores:.0f} core s)"
 
 
 # The steps, each in a process of its own.
@@ -252,7 +258,7 @@ def _halve(folder: Path) -> dict[str, Any]:
     import halve
 
     prune = halve.prune  # imports what it needs, before the clock starts
-    begun = time.perf_counter()
+    begun = _clocks()
     record = prune(
         folder / "model",
         folder / "halve",
@@ -262,9 +268,8 @@ def _halve(folder: Path) -> dict[str, Any]:
         seq_len=_LENGTH,
         seed=0,
     )
-    seconds = time.perf_counter() - begun
-    windows = record.identity["calibration_sha256"]
-    return _cost(seconds, "halve") | {"windows": windows}
+    cost = _cost(begun, "halve")
+    return cost | {"windows": record.identity["calibration_sha256"]}
 
 
 def _rival(folder: Path) -> dict[str, Any]:
@@ -277,7 +282,7 @@ def _rival(folder: Path) -> dict[str, Any]:
     windows = json.loads((folder / "windows.json").read_text("utf-8"))
     masks = [[1] * _LENGTH for _ in windows]
     dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": masks})
-    begun = time.perf_counter()
+    begun = _clocks()
     oneshot(
         model=str(folder / "model"),
         dataset=dataset,
@@ -287,16 +292,23 @@ def _rival(folder: Path) -> dict[str, Any]:
         shuffle_calibration_samples=False,
         output_dir=str(folder / _RIVAL),
     )
-    return _cost(time.perf_counter() - begun, "llmcompressor")
+    return _cost(begun, "llmcompressor")
 
 
-def _cost(seconds: float, package: str) -> dict[str, Any]:
-    """Return what this process took and ran on."""
+def _clocks() -> tuple[float, float]:
+    """Return seconds on the wall and on all cores."""
+    return time.perf_counter(), time.process_time()
+
+
+def _cost(begun: tuple[float, float], package: str) -> dict[str, Any]:
+    """Return what this process took since then, its peak, and what it ran on."""
+    ended = _clocks()
     import torch
 
     packages = (package, "torch", "transformers")
     return {
-        "seconds": seconds,
+        "seconds": ended[0] - begun[0],
+        "core_seconds": ended[1] - begun[1],
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "threads": torch.get_num_threads(),
         "versions": {name: metadata.version(name) for name in packages},
