@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
-Spoiler = Callable[[Path], None]
+Spoiler = Callable[[Path], object]
 
 
 def config(**changes: object) -> Spoiler:
@@ -32,7 +32,7 @@ def config(**changes: object) -> Spoiler:
 
 def text(file: str, contents: str) -> Spoiler:
     """Replace a text file."""
-    return lambda folder: (folder / file).write_text(contents) and None
+    return lambda folder: (folder / file).write_text(contents)
 
 
 def data(file: str, contents: bytes) -> Spoiler:

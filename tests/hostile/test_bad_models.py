@@ -42,11 +42,14 @@ CONFIGS = {
     "no blocks": (by.config(num_hidden_layers=0), ("no decoder blocks",)),
     "negative blocks": (by.config(num_hidden_layers=-2), ("no decoder blocks",)),
     "blocks are text": (by.config(num_hidden_layers="two"), KIND),
+    "fewer blocks": (by.config(num_hidden_layers=1), (BLOCK, "config asks for")),
+    "millions of blocks": (by.config(num_hidden_layers=10**7), ("10000000 blocks",)),
     "more blocks": (by.config(num_hidden_layers=3), ("model.layers.2",)),
     "unknown activation": (by.config(hidden_act="nonesuch"), ("nonesuch",)),
     "activation is a number": (by.config(hidden_act=3), KIND),
     "unknown dtype": (by.config(dtype="nonesuch"), KIND),
     "architectures is text": (by.config(architectures="nonesuch"), ("nonesuch",)),
+    "architectures is a list of lists": (by.config(architectures=[[]]), KIND),
     "architectures is a number": (by.config(architectures=1), KIND),
     "masked": (by.config(architectures=["BertForMaskedLM"]), ("BertForMaskedLM",)),
     "quantised": (
@@ -98,6 +101,10 @@ WEIGHTS = {
     "unknown dtype": (by.entry(dtype="F12"), (by.WEIGHTS, "damaged")),
     "complex dtype": (
         by.tensor(by.QUERY, lambda t: t.to(torch.complex64)),
+        (by.QUERY, "dtype"),
+    ),
+    "eight bits": (
+        by.tensor(by.QUERY, lambda t: t.to(torch.float8_e4m3fn)),
         (by.QUERY, "dtype"),
     ),
     "link out of the folder": (by.link_out, ("link out",)),
@@ -237,6 +244,60 @@ def test_weights_that_are_no_numbers_are_named(row, dtype, spoilt, prune_refused
     prune_refused(spoilt(spoil, dtype=dtype), mentions=mentions, begun=True)
 
 
+@pytest.mark.xfail(strict=True, reason="the head is copied unread")
+def test_a_head_that_is_no_numbers_is_named(spoilt, prune_refused):
+    model = spoilt(by.one_value("lm_head.weight", NAN))
+    prune_refused(model, mentions=("lm_head.weight",), begun=True)
+
+
+@pytest.mark.xfail(strict=True, reason="no caller tells match_names of the dtype")
+@pytest.mark.parametrize("solver", ["magnitude", "sparsegpt"])
+def test_matrices_of_integers_are_refused(solver, spoilt, prune_refused):
+    model = spoilt(by.tensor(by.QUERY, lambda t: t.to(torch.int32)))
+    prune_refused(model, "--solver", solver, mentions=(by.QUERY, "torch.int32"))
+
+
+def small_vocabulary(folder):
+    by.config(vocab_size=300)(folder)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        by.tensor(name, lambda old: old[:300])(folder)
+
+
+@pytest.mark.xfail(strict=True, reason="tokens are not checked before they are used")
+@pytest.mark.parametrize("reader", ["prune", "eval"])
+def test_tokens_that_the_model_does_not_know(reader, spoilt, refused, text, tmp_path):
+    words = {
+        "prune": ("-o", tmp_path / "out", "--calibration", text, "--samples", 4),
+        "eval": ("--data", text),
+    }
+    common = ("--seq-len", 16, "--quiet")
+    model = spoilt(small_vocabulary)
+    refused(reader, model, *words[reader], *common, mentions=("tokenizer", "300"))
+
+
+UNUSED = {  # broken only when the model runs
+    "negative dropout": ("opt", by.config(dropout=-1)),
+    "negative heads": ("opt", by.config(num_attention_heads=-1)),
+    "no positions": ("gptj", by.config(n_positions=0)),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="a model's own forward is run unguarded")
+@pytest.mark.parametrize("row", UNUSED)
+def test_configs_that_break_when_the_model_runs(row, pico, prune_refused, tmp_path):
+    family, spoil = UNUSED[row]
+    model = shutil.copytree(pico(family), tmp_path / "spoilt")
+    spoil(model)
+    prune_refused(model, mentions=("config",), begun=True)
+
+
+def test_activations_that_overflow_are_named_by_eval(spoilt, refused, text):
+    norm = f"{BLOCK}.post_attention_layernorm.weight"
+    model = spoilt(by.tensor(norm, lambda t: torch.full_like(t, 1e30)))
+    words = ("--data", text, "--seq-len", 16, "--segments", 4, "--quiet")
+    refused("eval", model, *words, mentions=(BLOCK, "sample"))
+
+
 @pytest.mark.parametrize("solver", ["magnitude", "wanda", "sparsegpt"])
 def test_every_solver_refuses_nan(solver, spoilt, prune_refused):
     model = spoilt(by.one_value(by.QUERY, NAN))
@@ -265,7 +326,7 @@ FOREIGN = {
 def test_models_of_another_kind_are_refused(row, spoilt, prune_refused):
     kind, options = FOREIGN[row]
     config = AutoConfig.for_model(kind, num_hidden_layers=2, **options)
-    model = spoilt(lambda folder: config.save_pretrained(folder))
+    model = spoilt(config.save_pretrained)
     prune_refused(model, mentions=("GPT-family",))
 
 
@@ -278,25 +339,32 @@ DAMAGES = {
     "config is a list": CONFIGS["list"],
     "above the folder": INDEXES["above the folder"],
 }
+SHORT = ("--seq-len", 16, "--segments", 4, "--quiet")
 READERS = {
-    "eval": lambda model, text: ("eval", model, "--data", text, "--quiet"),
-    "against": lambda model, text: (
-        *("eval", text.parent / "good", "--against", model, "--data", text, "--quiet"),
-        *("--seq-len", 16),
+    "eval": lambda model, good, text: ("eval", model, "--data", text, *SHORT),
+    "against": lambda model, good, text: (
+        *("eval", good, "--against", model, "--data", text),
+        *SHORT,
     ),
-    "inspect": lambda model, text: ("inspect", model),
-    "generate": lambda model, text: ("generate", model, "def"),
+    "inspect": lambda model, good, text: ("inspect", model),
+    "generate": lambda model, good, text: ("generate", model, "def"),
 }
+OWED = {("a tensor missing", "generate"), ("other shape", "generate")}
+PAIRS = [
+    pytest.param(
+        *(row, reader),
+        marks=[pytest.mark.xfail(strict=True, reason="generate does not match names")]
+        if (row, reader) in OWED
+        else [],
+    )
+    for row in DAMAGES
+    for reader in READERS
+]
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("row", DAMAGES)
-def test_every_command_refuses_a_bad_model(
-    row, reader, spoilt, refused, text, pico, tmp_path
-):
+@pytest.mark.parametrize(("row", "reader"), PAIRS)
+def test_every_command_refuses_a_bad_model(row, reader, spoilt, refused, text, pico):
     spoil, mentions = DAMAGES[row]
-    local = tmp_path / "text.txt"
-    local.write_text("def function(argument):\n    return argument + 1\n" * 20)
-    shutil.copytree(pico("llama"), tmp_path / "good")
-    refused(*READERS[reader](spoilt(spoil), local), mentions=mentions)
-    assert not (tmp_path / "code-ran").exists()
+    model = spoilt(spoil)
+    refused(*READERS[reader](model, pico("llama"), text), mentions=mentions)
+    assert not (model.parent / "code-ran").exists()

@@ -76,10 +76,21 @@ def load_corpus(name: str, part: Part) -> Corpus:
 def _load(name: str, part: Part) -> Corpus:
     if name in _NAMED:
         return _NAMED[name](part)
-    path = Path(name).expanduser()
+    path = _path_of(name)
     if path.suffix in _READERS or path.exists():
         return _from_file(name, path)
     return _from_hub(name, part)
+
+
+def _path_of(name: str) -> Path:
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, or an unknown ~user
+        raise SourceError(
+            f"{name[:200]!r} is no name of a text.", "Name a file or data set."
+        ) from error
+    return path
 
 
 def _c4(part: Part) -> Corpus:
@@ -152,11 +163,12 @@ def _from_file(name: str, path: Path) -> Corpus:
         )
     try:
         documents = reader(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CalibrationError(
-            f"{path} cannot be read as {path.suffix} ({error!s:.200}).",
+            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: "
+            f"{str(error)[:200].rstrip('. ')}).",
             "A .jsonl needs an object with a `text` on each line, a .parquet a column "
-            "`text`, a .txt UTF-8.",
+            "`text` of texts, a .txt UTF-8.",
         ) from error
     single = path.suffix == ".txt"
     return Corpus(name, documents, "\n\n", by_document=not single)
@@ -168,14 +180,20 @@ def _read_txt(path: Path) -> tuple[str, ...]:
 
 def _read_jsonl(path: Path) -> tuple[str, ...]:
     lines = path.read_text("utf-8").splitlines()
-    return tuple(str(json.loads(line)["text"]) for line in lines if line.strip())
+    return tuple(_checked(json.loads(line)["text"]) for line in lines if line.strip())
 
 
 def _read_parquet(path: Path) -> tuple[str, ...]:
     from pyarrow import parquet  # noqa: PLC0415  (slow to import, seldom needed)
 
     column = parquet.read_table(path, columns=["text"]).column("text")
-    return tuple(str(text) for text in column.to_pylist())
+    return tuple(_checked(text) for text in column.to_pylist())
+
+
+def _checked(text: object) -> str:
+    if isinstance(text, str):
+        return text
+    raise TypeError(f"a `text` is a {type(text).__name__}")
 
 
 _READERS: dict[str, Callable[[Path], tuple[str, ...]]] = {

@@ -18,10 +18,10 @@ def load_encoder(folder: Path, trust_remote_code: bool = False) -> Encode:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # tokenizers raises bare Exceptions on damaged files
         raise SourceError(
             f"The tokenizer in {folder} cannot be loaded "
-            f"({' '.join(str(error).split())[:160]}).",
+            f"({' '.join(str(error).split())[:160].rstrip('. ')}).",
             "Put the model's tokenizer files into the folder.",
         ) from error
 

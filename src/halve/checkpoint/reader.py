@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,8 +37,6 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -157,13 +156,13 @@ def _check_inside(folder: Path, shard: str, index: str) -> None:
     path = folder / shard
     if shard in {"", ".", ".."} or Path(shard).name != shard or "\\" in shard:
         raise CheckpointError(
-            f"{index} of {folder} names the file {shard!r}, which is not a bare file "
-            "name inside the folder.",
+            f"{index} of {folder} names the file {shard[:200]!r}, which is not a bare "
+            "file name inside the folder.",
             "Do not use this checkpoint; it may be hostile.",
         )
-    if not path.is_file():
+    if not _is_file(path):
         raise CheckpointError(
-            f"{index} of {folder} names {shard}, which is not there.",
+            f"{index} of {folder} names {shard[:200]!r}, which is not there.",
             "Download the missing file.",
         )
     if not any(path.resolve().is_relative_to(home) for home in _homes(folder)):
@@ -171,6 +170,13 @@ def _check_inside(folder: Path, shard: str, index: str) -> None:
             f"{shard} in {folder} is a link out of the folder.",
             "Copy the file itself into the folder.",
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any file's
+        return False
 
 
 def _homes(folder: Path) -> Iterator[Path]:
@@ -210,19 +216,22 @@ def _header(folder: Path, shard: str) -> Iterator[TensorInfo]:
             part = file.get_slice(name)
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
             if dtype not in _DTYPES:
-                raise CheckpointError(
-                    f"Tensor {name} of {path} has the dtype {dtype}, which Halve does "
-                    "not read.",
-                    "Convert the checkpoint to bfloat16 first.",
-                )
+                raise _unreadable(path, name, dtype)
             yield TensorInfo(name, shard, shape, _DTYPES[dtype])
+
+
+def _unreadable(path: Path, name: str, kind: object) -> CheckpointError:
+    return CheckpointError(
+        f"Tensor {name} of {path} has the dtype {kind}, which Halve does not read.",
+        "Convert the checkpoint to bfloat16 first.",
+    )
 
 
 def read_shard(path: Path, names: list[str]) -> dict[str, Tensor]:
     """Return some tensors of one file, as stored, in memory of their own."""
     if path.suffix != ".safetensors":
         stored = _unpickled(path, "cpu")
-        return {name: stored[name].clone().contiguous() for name in names}
+        return {name: stored[name].detach().clone().contiguous() for name in names}
     with _opened(path) as file:
         return {name: file.get_tensor(name).clone() for name in names}
 
@@ -243,15 +252,32 @@ def _unpickled(path: Path, device: str) -> dict[str, Tensor]:
             stored = torch.load(path, device, weights_only=True, mmap=True)
         except RuntimeError:
             stored = torch.load(path, device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as e:
-        raise _damaged(path, e) from e
+    except Exception as error:  # bytes read as a program end in any error at all
+        raise _damaged(path, error) from error
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else None
-    if not stored or not all(isinstance(t, Tensor) for t in stored.values()):
+    if not _is_state_dict(stored):
         raise _damaged(path, TypeError("not a mapping of names to tensors"))
+    for name, tensor in stored.items():
+        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES.values():
+            raise _unreadable(path, name, f"{tensor.dtype} ({tensor.layout})")
     return stored
 
 
+def _is_state_dict(stored: object) -> TypeGuard[dict[str, Tensor]]:
+    return (
+        isinstance(stored, dict)
+        and len(stored) > 0
+        and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in stored.items())
+    )
+
+
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own words tell the reader how to run the code after all.
+        return CheckpointError(
+            f"{path} is damaged, or holds code beside its tensors, which is not run.",
+            "Download the file again, from a source that you trust.",
+        )
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
     return CheckpointError(
         f"{path} is damaged or not what its name says "

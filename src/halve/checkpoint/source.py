@@ -3,19 +3,14 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from halve.errors import SourceError
 
 # Everything a checkpoint's loading needs, in one weight format.
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
-_HUB_FAILURES = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+# Seconds for the hub's first answer.
+_PATIENCE = 20
 
 
 def locate(model: str | Path) -> Path:
@@ -27,7 +22,7 @@ def locate(model: str | Path) -> Path:
     Raises:
         SourceError: There is no such folder or repository, or no way to the hub.
     """
-    folder = Path(model).expanduser()
+    folder = _path_of(model)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -42,14 +37,26 @@ def locate(model: str | Path) -> Path:
     return _download(str(model))
 
 
+def _path_of(model: str | Path) -> Path:
+    try:
+        folder = Path(model).expanduser()
+        folder.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, or an unknown ~user
+        raise SourceError(
+            f"{str(model)[:200]!r} cannot be looked up.", "Check the path of the model."
+        ) from error
+    return folder
+
+
 def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def _download(name: str) -> Path:
     try:
-        files = HfApi().list_repo_files(name)
-        safe = any(file.endswith(".safetensors") for file in files)
+        # One request, not repeated: without a network the user knows at once.
+        found = HfApi().model_info(name, timeout=_PATIENCE).siblings or ()
+        safe = any(file.rfilename.endswith(".safetensors") for file in found)
         weights = ["*.safetensors"] if safe else ["pytorch_model*.bin"]
         return Path(snapshot_download(name, allow_patterns=_SIDE_FILES + weights))
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -57,7 +64,8 @@ def _download(name: str) -> Path:
             f"{name} is neither a folder here nor a model on the hub.",
             "Check the name; for a private model log in with `hf auth login`.",
         ) from error
-    except _HUB_FAILURES as error:
+    # The hub's network library has errors of its own, by version.
+    except Exception as error:  # noqa: BLE001
         return _cached(name, error)
 
 
@@ -65,9 +73,10 @@ def _cached(name: str, reason: Exception) -> Path:
     """Return a complete earlier download, for work without a network."""
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except _HUB_FAILURES as error:
+    except (OSError, ValueError) as error:
+        words = " ".join(str(reason).split())[:120].rstrip(". ")
         raise SourceError(
-            f"{name} is no folder here, and the hub cannot be reached "
-            f"({type(reason).__name__}).",
+            f"{name} is no folder here, and it could not be had from the hub "
+            f"({type(reason).__name__}: {words}).",
             "Check the path or the network, or download the model first.",
         ) from error

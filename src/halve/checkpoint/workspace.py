@@ -125,15 +125,14 @@ class Workspace:
 
     def _resume(self) -> None:
         """Take over what an earlier run with the same identity has done."""
-        lines = _read_ledger(self.folder / _LEDGER)
-        if not lines:
+        identity, shards = _read_ledger(self.folder / _LEDGER)
+        if identity is None:
             self._check_unused()
             self._append({"identity": self.identity})
             sync(self.folder)
             return
-        check_identity(self.folder, lines[0]["identity"], self.identity)
-        for line in lines[1:]:
-            shard = Committed(**line)
+        check_identity(self.folder, identity, self.identity)
+        for shard in shards:
             file = self.folder / shard.file
             if file.is_file() and sha256(file) == shard.sha256:
                 self.committed[shard.file] = shard
@@ -141,11 +140,7 @@ class Workspace:
     def _check_unused(self) -> None:
         foreign = [p.name for p in self.folder.iterdir() if p.name != _LEDGER]
         if foreign and not self.is_complete:
-            raise OutputError(
-                f"{self.folder} exists, and it is not the work of Halve "
-                f"({foreign[0]} is in it).",
-                "Remove it or choose another output folder.",
-            )
+            raise _foreign(self.folder, f"{foreign[0]} is in it")
 
 
 @contextmanager
@@ -166,8 +161,7 @@ def open_workspace(out: Path, identity: dict[str, Any]) -> Iterator[Workspace]:
         workspace.folder.mkdir(parents=True, exist_ok=True)
     with _locked(workspace.folder):
         if workspace.is_complete:
-            record = json.loads((workspace.folder / RECORD).read_text("utf-8"))
-            check_identity(workspace.folder, record["identity"], identity)
+            check_identity(workspace.folder, _recorded(workspace.folder), identity)
         else:
             workspace._resume()
         yield workspace
@@ -180,7 +174,8 @@ def partial_of(out: Path) -> Path:
 
 def check_free(out: Path) -> None:
     """Raise OutputError where `out` is taken."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    taken = out.exists() or out.is_symlink()
+    if taken and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(
             f"{out} exists already.", "Remove it or choose another output folder."
         )
@@ -241,14 +236,35 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Return the ledger's lines; cut off a last one that a crash left unfinished."""
+def _read_ledger(path: Path) -> tuple[dict[str, Any] | None, list[Committed]]:
+    """Return identity and shards; cut off a last line that a crash left unfinished."""
     if not path.is_file():
-        return []
+        return None, []
     whole = path.read_bytes().rpartition(b"\n")[0]
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        identity = dict(lines[0]["identity"]) if lines else None
+        shards = [Committed(**line) for line in lines[1:]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _foreign(path.parent, f"its {path.name} cannot be read") from error
     with write_errors(path):
         os.truncate(path, len(whole) + 1 if whole else 0)
-    return [json.loads(line) for line in whole.splitlines()]
+    return identity, shards
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """Return the identity of the run that completed a folder."""
+    try:
+        return dict(json.loads((folder / RECORD).read_text("utf-8"))["identity"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _foreign(folder, f"its {RECORD} cannot be read") from error
+
+
+def _foreign(folder: Path, reason: str) -> OutputError:
+    return OutputError(
+        f"{folder} exists, and it is not the work of Halve ({reason}).",
+        "Remove it or choose another output folder.",
+    )
 
 
 def _index(sizes: dict[str, dict[str, int]]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -33,17 +34,27 @@ def _halve(
         raise typer.Exit
 
 
+def _printable(message: str) -> str:
+    """Return one line that no name in a hostile file can turn into orders."""
+    line = " ".join(message.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 def main() -> None:
     """Run the command line; exit 0 when done, 1 on a HalveError, 2 on bad usage."""
     from halve.errors import HalveError
 
-    # What transformers has to say while loading is Halve's to say or not.
+    # What the libraries have to say while loading is Halve's to say or not.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        app()
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            app()
     except HalveError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from here.", file=sys.stderr)

@@ -18,13 +18,18 @@ EXAMPLES = """
 def command(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stops after so many.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Stops after so many.", min=1)
+    ] = 64,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Let a model, dense or pruned, go on from a prompt."""
+    from transformers.utils.logging import disable_progress_bar
+
     from halve.runtime.generation import generate
 
+    disable_progress_bar()
     print(
         generate(
             model,

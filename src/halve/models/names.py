@@ -4,9 +4,11 @@ Names differ: hub checkpoints of OPT, GPT-2 and BLOOM leave out the prefix of th
 model, old ones use old names. transformers knows all of that; its own tables are asked.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -18,13 +20,16 @@ from transformers.core_model_loading import (
 from halve.errors import CheckpointError, UnsupportedModelError
 from halve.models.skeleton import Skeleton
 
+_WHAT_TO_USE = "Use the config.json that belongs to this checkpoint."
+
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a checkpoint describes it: its name and shape."""
+    """A tensor as a checkpoint describes it; the dtype where it is known."""
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
 
 
 def match_names(skeleton: Skeleton, stored: Iterable[Stored]) -> dict[str, str]:
@@ -34,7 +39,8 @@ def match_names(skeleton: Skeleton, stored: Iterable[Stored]) -> dict[str, str]:
     not know (old masks, rotary frequencies) are left out.
 
     Raises:
-        CheckpointError: A parameter has no tensor, or one of another shape.
+        CheckpointError: A parameter has no tensor, one of another shape or of
+            integers; or there are tensors of more blocks than the model has.
         UnsupportedModelError: Tensors are merged on loading, as experts are.
     """
     wanted = skeleton.model.state_dict()
@@ -43,16 +49,44 @@ def match_names(skeleton: Skeleton, stored: Iterable[Stored]) -> dict[str, str]:
     for tensor in stored:
         target = rename(tensor.name)
         if target not in wanted:
+            _check_stray(skeleton, tensor.name, target)
             continue
-        expected = tuple(wanted[target].shape)
-        if tensor.shape != expected:
-            raise CheckpointError(
-                f"Tensor {tensor.name} has the shape {list(tensor.shape)}, but the "
-                f"config asks for {list(expected)}.",
-                "Use the config.json that belongs to this checkpoint.",
-            )
+        _check_fits(tensor, wanted[target])
         found[target] = tensor.name
     return found | _tied(skeleton.model, found)
+
+
+def _check_fits(tensor: Stored, wanted: torch.Tensor) -> None:
+    expected = tuple(wanted.shape)
+    if tensor.shape != expected:
+        raise CheckpointError(
+            f"Tensor {tensor.name} has the shape {list(tensor.shape)}, but the "
+            f"config asks for {list(expected)}.",
+            _WHAT_TO_USE,
+        )
+    whole = tensor.dtype is not None and not tensor.dtype.is_floating_point
+    if whole and wanted.is_floating_point():
+        raise CheckpointError(
+            f"Tensor {tensor.name} holds {tensor.dtype} where floating-point numbers "
+            "were expected.",
+            "Name the checkpoint that it was made from, if it is quantised.",
+        )
+
+
+def _check_stray(skeleton: Skeleton, name: str, target: str) -> None:
+    """Refuse a tensor of a block past the last: it would silently be left dense."""
+    ignored = skeleton.model._keys_to_ignore_on_load_unexpected or ()
+    base = skeleton.model.base_model_prefix
+    for full in (target, f"{base}.{target}"):
+        index = full.removeprefix(skeleton.path + ".").partition(".")[0]
+        inside = full.startswith(skeleton.path + ".") and index.isdecimal()
+        known = any(re.search(pattern, full) for pattern in ignored)
+        if inside and int(index) >= len(skeleton.blocks) and not known:
+            raise CheckpointError(
+                f"Tensor {name} belongs to block {index}, but the config asks for "
+                f"{len(skeleton.blocks)} blocks.",
+                _WHAT_TO_USE,
+            )
 
 
 def _tied(model: nn.Module, found: dict[str, str]) -> dict[str, str]:
@@ -67,8 +101,7 @@ def _tied(model: nn.Module, found: dict[str, str]) -> dict[str, str]:
             raise CheckpointError(
                 f"The checkpoint has no tensor for {aliases[0]}, which the config asks "
                 "for.",
-                "Use the config.json that belongs to this checkpoint, or download the "
-                "missing shard.",
+                f"{_WHAT_TO_USE[:-1]}, or download the missing shard.",
             )
         tied |= {name: source for name in aliases if name not in found}
     return tied

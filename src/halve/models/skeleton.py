@@ -4,6 +4,7 @@ The model is built by transformers' own classes with every parameter on the meta
 device. Its decoder blocks are found by their shape, not by their name.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
-from halve.errors import CalibrationError, UnsupportedModelError
+from halve.errors import CalibrationError, CheckpointError, UnsupportedModelError
 
 # Where a config says nothing of its longest sequence (BLOOM), the paper's length.
 _PAPER_LENGTH = 2048
+# Far more than any model has; building a million takes hours and all memory.
+_MOST_BLOCKS = 10_000
+_WHAT_TO_NAME = "Name a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ..."
+# Entries of config.json by which quantised weights are known.
+_QUANTISED = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,10 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:
     """Build the model of a folder from its config alone.
 
     Raises:
+        CheckpointError: The config is damaged.
         UnsupportedModelError: Not a causal language model of transformers; it needs
-            code of its own and that was not allowed; or it has no blocks.
+            code of its own and that was not allowed; it is quantised; or it has no
+            blocks.
     """
     config = load_config(folder, trust_remote_code)
     _check_causal(folder, config)
@@ -78,9 +87,9 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=torch.float32
             )
-    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        model.tie_weights()
+    except Exception as error:  # what a wrong value breaks is up to the model's code
         raise _unsupported(folder, error) from error
-    model.tie_weights()
     model.eval().requires_grad_(False)
     path, blocks = _find_blocks(folder, model)
     _share_equal_buffers(blocks)
@@ -91,7 +100,9 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: 
     """Return transformers' configuration of a folder.
 
     Raises:
-        UnsupportedModelError: There is none, or none that transformers knows.
+        CheckpointError: It is damaged.
+        UnsupportedModelError: There is none, none that transformers knows, or that of
+            a quantised model.
     """
     if not (folder / "config.json").is_file():
         raise UnsupportedModelError(
@@ -99,10 +110,39 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: 
             "transformers.",
             "Name the folder of a complete checkpoint.",
         )
+    _refuse_quantised(folder, _entries(folder))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # validators and remote code raise what they like
         raise _unsupported(folder, error) from error
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """Return what is in config.json, which transformers takes for an object unseen."""
+    path = folder / "config.json"
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not JSON ({error}).", "Download the file again."
+        ) from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(entries).__name__} where an object was expected.",
+            "Download the file again.",
+        )
+    return entries
+
+
+def _refuse_quantised(folder: Path, entries: dict[str, Any]) -> None:
+    found = [entries[name] for name in _QUANTISED if entries.get(name) is not None]
+    if found:
+        method = found[0].get("quant_method") if isinstance(found[0], dict) else None
+        raise UnsupportedModelError(
+            f"The checkpoint in {folder} is quantised ({method or 'method unnamed'}); "
+            "Halve prunes floating-point weights.",
+            "Name the checkpoint that it was made from.",
+        )
 
 
 def _unsupported(folder: Path, error: Exception) -> UnsupportedModelError:
@@ -115,26 +155,40 @@ def _unsupported(folder: Path, error: Exception) -> UnsupportedModelError:
         )
     return UnsupportedModelError(
         f"{folder} is not a causal language model that transformers can build "
-        f"({reason[:200]}).",
-        "Name a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ...",
+        f"({type(error).__name__}: {reason[:200].rstrip('. ')}).",
+        _WHAT_TO_NAME,
     )
 
 
 def _check_causal(folder: Path, config: Any) -> None:  # noqa: ANN401
     """Refuse encoders, which transformers would build with a causal head."""
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *_base_models()}
+    depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(depth, int) and depth > _MOST_BLOCKS:
+        raise UnsupportedModelError(
+            f"The config of {folder} asks for {depth} blocks; {_MOST_BLOCKS} at most "
+            "are believed.",
+            "Check num_hidden_layers in its config.json.",
+        )
     names = getattr(config, "architectures", None) or []
+    names = names if isinstance(names, list) else [names]
     custom = bool(getattr(config, "auto_map", None))
-    if names and not custom and not known.intersection(names):
+    if names and not custom and not any(str(name) in known for name in names):
         raise UnsupportedModelError(
             f"The config of {folder} says {names[0]}, which is not a causal language "
             "model.",
-            "Name a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ...",
+            _WHAT_TO_NAME,
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"The model in {folder} has an encoder and a decoder.",
-            "Name a decoder-only model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ...",
+            f"The model in {folder} has an encoder and a decoder.", _WHAT_TO_NAME
+        )
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and not getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(
+            f"The model in {folder} is an encoder ({config.model_type}) and not a "
+            "causal language model.",
+            _WHAT_TO_NAME,
         )
 
 
