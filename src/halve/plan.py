@@ -104,6 +104,7 @@ class Plan:
         sources: File of the input -> what must not change under a run.
         tensors: Headers of the checkpoint.
         width: Of the hidden states.
+        vocabulary: Tokens that the model knows.
     """
 
     model: Path
@@ -114,6 +115,7 @@ class Plan:
     sources: dict[str, str]
     tensors: dict[str, TensorInfo]
     width: int
+    vocabulary: int
 
     @property
     def prunable(self) -> int:
@@ -183,7 +185,7 @@ def make_plan(model: Path, settings: Settings, trust_remote_code: bool = False) 
     skeleton = build_skeleton(model, trust_remote_code)
     checkpoint = Checkpoint.open(model)
     infos = checkpoint.tensors.values()
-    names = match_names(skeleton, [Stored(i.name, i.shape) for i in infos])
+    names = match_names(skeleton, [Stored(i.name, i.shape, i.dtype) for i in infos])
     owners = _owners(skeleton, names)
     shards = dict(_shards(checkpoint, owners, len(skeleton.blocks)))
     blocks = tuple(_blocks(skeleton, names, list(shards)[-len(skeleton.blocks) :]))
@@ -197,6 +199,7 @@ def make_plan(model: Path, settings: Settings, trust_remote_code: bool = False) 
         sources=_sources(model, checkpoint),
         tensors=checkpoint.tensors,
         width=skeleton.config.get_text_config().hidden_size,
+        vocabulary=skeleton.vocabulary,
     )
 
 

@@ -136,7 +136,6 @@ def test_names_without_the_base_models_prefix(row, storage, pico, text, tmp_path
     assert halve.inspect(tmp_path / "out").sparsity == 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="the embedding is taken for an untied head")
 @pytest.mark.parametrize("factor", [1, 2], ids=["alike", "different"])
 def test_both_names_of_a_tied_tensor(factor, pico, text, tmp_path):
     """torch.save keeps both; transformers ties them only where they are alike."""

@@ -2,16 +2,23 @@
 
 from halve.calibration.corpora import Corpus, load_corpus
 from halve.calibration.hidden import allocate_hidden, default_budget
-from halve.calibration.tokens import load_encoder
-from halve.calibration.windows import Encode, cut_segments, draw_windows
+from halve.calibration.tokens import load_encoder, load_tokenizer
+from halve.calibration.windows import (
+    Encode,
+    check_vocabulary,
+    cut_segments,
+    draw_windows,
+)
 
 __all__ = [
     "Corpus",
     "Encode",
     "allocate_hidden",
+    "check_vocabulary",
     "cut_segments",
     "default_budget",
     "draw_windows",
     "load_corpus",
     "load_encoder",
+    "load_tokenizer",
 ]

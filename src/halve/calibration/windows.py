@@ -74,6 +74,17 @@ def _window(tokens: list[int], length: int, rng: random.Random) -> list[int]:
     return tokens[start : start + length]
 
 
+def check_vocabulary(windows: Tensor, vocabulary: int) -> None:
+    """Raise CalibrationError where a tokenizer gives tokens that a model lacks."""
+    highest = int(windows.max())
+    if highest >= vocabulary:
+        raise CalibrationError(
+            f"The tokenizer gives the token {highest}, but the model knows "
+            f"{vocabulary} tokens only.",
+            "Put the tokenizer that belongs to the model into its folder.",
+        )
+
+
 def cut_segments(
     corpus: Corpus, encode: Encode, length: int, limit: int | None = None
 ) -> Tensor:

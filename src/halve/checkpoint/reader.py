@@ -165,7 +165,7 @@ def _check_inside(folder: Path, shard: str, index: str) -> None:
             f"{index} of {folder} names {shard[:200]!r}, which is not there.",
             "Download the missing file.",
         )
-    if not any(path.resolve().is_relative_to(home) for home in _homes(folder)):
+    if not is_inside(folder, path):
         raise CheckpointError(
             f"{shard} in {folder} is a link out of the folder.",
             "Copy the file itself into the folder.",
@@ -177,6 +177,11 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name longer than any file's
         return False
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether a file, its links followed, belongs to a checkpoint's folder."""
+    return any(path.resolve().is_relative_to(home) for home in _homes(folder))
 
 
 def _homes(folder: Path) -> Iterator[Path]:

@@ -26,6 +26,7 @@ from halve.checkpoint.files import (
     write_shard,
     write_text,
 )
+from halve.checkpoint.reader import is_inside
 from halve.errors import OutputError
 
 RECORD = "halve.json"
@@ -169,7 +170,7 @@ def open_workspace(out: Path, identity: dict[str, Any]) -> Iterator[Workspace]:
 
 def partial_of(out: Path) -> Path:
     """Return the folder that becomes `out`."""
-    return out.with_name(out.name + ".partial")
+    return out.parent / f"{out.name}.partial"
 
 
 def check_free(out: Path) -> None:
@@ -182,7 +183,13 @@ def check_free(out: Path) -> None:
 
 
 def check_space(out: Path, wanted: int) -> None:
-    """Raise OutputError where the disk has too little room, before work begins."""
+    """Raise OutputError where the disk has too little room, before work begins.
+
+    What an earlier run of the same name has written already counts as room.
+    """
+    partial = partial_of(out)
+    done = partial.glob("*.safetensors") if partial.is_dir() else ()
+    wanted -= sum(path.stat().st_size for path in done)
     place = next(p for p in (out, *out.resolve().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < wanted:
@@ -208,11 +215,16 @@ def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
 
 
 def side_files(source: Path) -> list[Path]:
-    """Return the files beside the weights that belong to the model."""
+    """Return the files beside the weights that belong to the model.
+
+    Links that lead elsewhere are not followed: a hostile checkpoint could carry a
+    private file into what its user publishes.
+    """
     return [
         path
         for path in sorted(source.iterdir())
         if path.is_file()
+        and is_inside(source, path)
         and not path.name.endswith(".index.json")
         and not path.name.startswith(".")
         and path.name != RECORD

@@ -1,7 +1,5 @@
 """`halve prune`."""
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,7 +64,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     It goes block by block, so the model may be larger than memory. Interrupted, the
     same command goes on where it stopped.
     """
-    from halve.checkpoint import RECORD, locate
+    from halve.checkpoint import locate
     from halve.plan import Settings, make_plan
     from halve.pruning import Execution, prune_model
 
@@ -87,14 +85,11 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         return
     from halve.cli.console import progress_line
 
-    finished_before = (Path(out).expanduser() / RECORD).is_file()
     with progress_line(quiet) as show:
         execution = Execution(
             activation_memory, trust_remote_code, lambda p: show(_describe(p))
         )
         record = prune_model(model, out, settings, execution)
-    if finished_before and not quiet:
-        print(f"{out} was finished before; nothing was done.", file=sys.stderr)
     if as_json:
         print(record.to_json(), end="")
     else:

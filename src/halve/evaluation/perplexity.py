@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halve.calibration import cut_segments, default_budget, load_corpus, load_encoder
+from halve.calibration import (
+    check_vocabulary,
+    cut_segments,
+    default_budget,
+    load_corpus,
+    load_encoder,
+)
 from halve.checkpoint import locate
 from halve.errors import CalibrationError, NumericalError
 from halve.records import ComparisonRecord, PerplexityRecord
@@ -137,7 +143,9 @@ def _segments(opened: StreamedModel, judging: Judging) -> Tensor:
         )
     encode = load_encoder(opened.checkpoint.folder, judging.trust_remote_code)
     corpus = load_corpus(judging.data, "evaluation")
-    return cut_segments(corpus, encode, length, judging.segments)
+    windows = cut_segments(corpus, encode, length, judging.segments)
+    check_vocabulary(windows, opened.skeleton.vocabulary)
+    return windows
 
 
 def _walk(opened: StreamedModel, windows: Tensor, judging: Judging) -> Stream:

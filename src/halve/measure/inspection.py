@@ -41,7 +41,7 @@ def _matrices(
     """Return tensor -> prunable matrix, in the order of the model."""
     skeleton = build_skeleton(folder, trust_remote_code)
     infos = checkpoint.tensors.values()
-    names = match_names(skeleton, [Stored(i.name, i.shape) for i in infos])
+    names = match_names(skeleton, [Stored(i.name, i.shape, i.dtype) for i in infos])
     return {
         names[f"{skeleton.path}.{index}.{matrix.path}.weight"]: matrix
         for index, block in enumerate(skeleton.blocks)

@@ -3,7 +3,7 @@
 from halve.models.matrices import Matrix, prunable_matrices
 from halve.models.names import Stored, match_names
 from halve.models.replay import Call, Recording, finish, record
-from halve.models.skeleton import Skeleton, build_skeleton
+from halve.models.skeleton import Skeleton, build_skeleton, longest_sequence
 
 __all__ = [
     "Call",
@@ -13,6 +13,7 @@ __all__ = [
     "Stored",
     "build_skeleton",
     "finish",
+    "longest_sequence",
     "match_names",
     "prunable_matrices",
     "record",

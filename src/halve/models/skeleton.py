@@ -49,11 +49,12 @@ class Skeleton:
     @property
     def longest_sequence(self) -> int | None:
         """Tokens that the model can take; None where its config does not say."""
-        text = self.config.get_text_config()
-        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-            if isinstance(length := getattr(text, name, None), int) and length > 0:
-                return length
-        return None
+        return longest_sequence(self.config)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return self.config.get_text_config().vocab_size
 
     @property
     def default_length(self) -> int:
@@ -69,6 +70,15 @@ class Skeleton:
                 f"{longest} at most.",
                 f"Pass --seq-len {longest} or less.",
             )
+
+
+def longest_sequence(config: Any) -> int | None:  # noqa: ANN401
+    """Return the tokens that a model can take; None where its config does not say."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+        if isinstance(length := getattr(text, name, None), int) and length > 0:
+            return length
+    return None
 
 
 def build_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:

@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from halve.calibration import draw_windows, load_corpus, load_encoder
+from halve.calibration import (
+    check_vocabulary,
+    draw_windows,
+    load_corpus,
+    load_encoder,
+)
 from halve.checkpoint import (
     RECORD,
     Workspace,
@@ -18,10 +23,11 @@ from halve.checkpoint import (
     check_space,
     locate,
     open_workspace,
+    partial_of,
 )
 from halve.errors import OutputError
 from halve.plan import Plan, Settings, make_plan
-from halve.pruning.run import Execution, Run
+from halve.pruning.run import Execution, Progress, Run
 from halve.records import PruneRecord
 from halve.runtime.generation import sample_windows
 from halve.runtime.streamed import choose_device
@@ -49,7 +55,7 @@ def prune_model(
             lies in `OUT.partial`, where the same call goes on.
     """
     begun = time.monotonic()
-    source, out = locate(model), Path(out).expanduser()
+    source, out = locate(model), _path_of(out)
     if out.resolve() == source.resolve():
         raise OutputError(
             f"The output folder {out} is the model itself.",
@@ -59,6 +65,9 @@ def prune_model(
     windows = _windows(plan, execution.trust_remote_code)
     identity = _identity(plan, windows)
     if (done := _finished(out, identity)) is not None:
+        depth = len(plan.blocks)
+        phase = "all were finished before, nothing was done"
+        execution.progress(Progress(depth - 1, depth, phase, None))
         return done
     check_space(out, plan.output_bytes)
     with open_workspace(out, identity) as workspace:
@@ -79,12 +88,31 @@ def prune_model(
     return record
 
 
+def _path_of(out: str | Path) -> Path:
+    try:
+        path = Path(out).expanduser()
+        path.exists()
+        partial_of(path).exists()  # a longer name
+    except (OSError, RuntimeError) as error:  # too long a name, or an unknown ~user
+        raise OutputError(
+            f"{str(out)[:200]!r} is no name for a folder.",
+            "Choose another output folder.",
+        ) from error
+    return path
+
+
 def _finished(out: Path, identity: dict[str, Any]) -> PruneRecord | None:
     """Return the record of a folder that this very run has already made."""
     if not (out / RECORD).is_file():
         check_free(out)
         return None
-    record = PruneRecord.from_json((out / RECORD).read_text("utf-8"))
+    try:
+        record = PruneRecord.from_json((out / RECORD).read_text("utf-8"))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise OutputError(
+            f"{out} exists, and its {RECORD} is not one that Halve wrote.",
+            "Remove it or choose another output folder.",
+        ) from error
     check_identity(out, record.identity, identity)
     return record
 
@@ -100,7 +128,9 @@ def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
         return sample_windows(plan.model, *size, settings.seed, trust_remote_code)
     corpus = load_corpus(settings.calibration, "calibration")
     encode = load_encoder(plan.model, trust_remote_code)
-    return draw_windows(corpus, encode, *size, settings.seed)
+    windows = draw_windows(corpus, encode, *size, settings.seed)
+    check_vocabulary(windows, plan.vocabulary)
+    return windows
 
 
 def _identity(plan: Plan, windows: Tensor | None) -> dict[str, Any]:

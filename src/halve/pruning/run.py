@@ -90,6 +90,8 @@ class Run:
         for file, names in self.plan.shards.items():
             if file not in own and file not in self.workspace.committed:
                 tensors = self.model.checkpoint.read(names)
+                for name, tensor in tensors.items():
+                    self.model.check_finite(name, tensor)
                 self.workspace.commit(file, tensors, lambda path: {})
         return [self._block(planned) for planned in self.plan.blocks]
 

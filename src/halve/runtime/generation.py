@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from halve.checkpoint import Checkpoint, locate
-from halve.models import build_skeleton
-from halve.runtime.streamed import choose_device
+from halve.calibration import load_tokenizer
+from halve.checkpoint import locate
+from halve.errors import HalveError
+from halve.models import longest_sequence
+from halve.runtime.streamed import StreamedModel
 
 
 def load(
@@ -25,15 +27,15 @@ def load(
     Raises:
         SourceError: No such model, or no way to the hub.
         UnsupportedModelError: Not a causal language model.
-        CheckpointError: Damaged files.
+        CheckpointError: Damaged files, or tensors that contradict the config.
     """
     folder = locate(model)
-    build_skeleton(folder, trust_remote_code)  # refuses with a sentence what cannot be
-    Checkpoint.open(folder)
+    # Refuses with a sentence what transformers would fill at random or trip over.
+    opened = StreamedModel.open(folder, device, trust_remote_code)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=trust_remote_code
     )
-    return loaded.eval().to(choose_device(device))
+    return loaded.eval().to(opened.device)
 
 
 @torch.no_grad()
@@ -55,10 +57,9 @@ def generate(
         trust_remote_code: Whether Python code that comes with the model may run.
     """
     loaded = load(model, device, trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(
-        locate(model), trust_remote_code=trust_remote_code
-    )
-    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    tokenizer = load_tokenizer(locate(model), trust_remote_code)
+    inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(loaded.device)
+    _check_room(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     ids = loaded.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -66,6 +67,20 @@ def generate(
         do_sample=False,
     )
     return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def _check_room(model: Any, prompt: int, more: int) -> None:  # noqa: ANN401
+    if prompt == 0:
+        raise HalveError(
+            "The prompt is empty.", "Give at least one word to go on from."
+        )
+    longest = longest_sequence(model.config)
+    if longest is not None and prompt + more > longest:
+        raise HalveError(
+            f"A prompt of {prompt} tokens and {more} new ones are more than the "
+            f"{longest} that the model takes.",
+            "Shorten the prompt, or pass fewer --max-new-tokens.",
+        )
 
 
 @torch.no_grad()

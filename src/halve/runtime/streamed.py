@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halve.calibration import allocate_hidden
 from halve.checkpoint import Checkpoint
-from halve.errors import HalveError, NumericalError
+from halve.errors import HalveError, NumericalError, UnsupportedModelError
 from halve.models import (
     Recording,
     Skeleton,
@@ -27,6 +27,7 @@ from halve.models import (
 )
 from halve.products import FastProducts
 
+_DEVICES = ("cpu", "cuda")
 # Enough tokens to keep the cores busy, few enough for the widest activations.
 _BATCH_TOKENS = 4096
 # The one sample on which the inputs of a block's modules are watched.
@@ -43,6 +44,11 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in _DEVICES:
+        raise HalveError(
+            f"{name!r} is not a device that Halve runs on.",
+            f"Use --device auto, {' or '.join(_DEVICES)}.",
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -84,7 +90,9 @@ class StreamedModel:
         skeleton = build_skeleton(folder, trust_remote_code)
         checkpoint = Checkpoint.open(folder)
         infos = checkpoint.tensors.values()
-        tensors = match_names(skeleton, [Stored(i.name, i.shape) for i in infos])
+        tensors = match_names(
+            skeleton, [Stored(i.name, i.shape, i.dtype) for i in infos]
+        )
         return cls(checkpoint, skeleton, tensors, choose_device(device))
 
     @property
@@ -114,12 +122,12 @@ class StreamedModel:
             yield
 
     def _untied_head(self) -> set[str]:
+        """Return what the output head shares with nothing else."""
         head = self.skeleton.model.get_output_embeddings()
-        own = {id(p) for p in head.parameters()} if head is not None else set()
-        named = self.skeleton.model.named_parameters(remove_duplicate=False)
-        names = [(name, id(p)) for name, p in named if id(p) in own]
-        tied = len({self.tensors[name] for name, _ in names}) < len(names)
-        return set() if tied else {name for name, _ in names}
+        paths = [n for n, m in self.skeleton.model.named_modules() if m is head]
+        own = {n for n in self.tensors if paths and n.startswith(paths[0] + ".")}
+        shared = {tensor for name, tensor in self.tensors.items() if name not in own}
+        return {name for name in own if self.tensors[name] not in shared}
 
     @contextmanager
     def _filled(self, names: Iterable[str]) -> Iterator[None]:
@@ -143,12 +151,16 @@ class StreamedModel:
         if not tensor.is_floating_point():
             return tensor.to(self.device)
         usable = tensor.to(self.device, torch.float32)
-        if not usable.isfinite().all():
+        self.check_finite(name, usable)
+        return usable
+
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        """Raise NumericalError where a tensor of the checkpoint is not all numbers."""
+        if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NumericalError(
                 f"Tensor {name} of {self.checkpoint.folder} holds NaN or infinity.",
                 "Repair or download the checkpoint again; it cannot be computed with.",
             )
-        return usable
 
     def _swap(self, name: str, value: Tensor | None) -> Tensor | None:
         """Put a value in the place of a parameter or buffer; return what was there."""
@@ -219,7 +231,8 @@ class Stream:
         with model._surroundings(with_head=False), FastProducts():
             for part in (_FIRST, *stream.batches()):
                 ids = windows[part].to(model.device)
-                states, recording = record(model.skeleton, ids)
+                with _forward_of(model):
+                    states, recording = record(model.skeleton, ids)
                 if part is _FIRST:
                     samples, length = windows.shape
                     shape = (samples, length, states.shape[-1])
@@ -255,7 +268,7 @@ class Stream:
     def run(self, block: nn.Module, index: int, part: slice) -> Tensor:
         """Return what a block makes of one batch of hidden states, on the device."""
         call = self._recording(part).calls[index]
-        with FastProducts():
+        with FastProducts(), _forward_of(self.model):
             return call.replay(block, self.hidden[part].to(self.model.device))
 
     def advance(
@@ -303,3 +316,22 @@ class Stream:
                 with FastProducts():
                     logits = finish(self.model.skeleton, ids, hidden, recording)
                 yield part, logits
+
+
+@contextmanager
+def _forward_of(model: StreamedModel) -> Iterator[None]:
+    """Explain what breaks inside a model's own code: mostly a config that lies."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise HalveError(
+            f"The memory of {model.device} is exhausted.",
+            "Pass a shorter --seq-len, or --device cpu.",
+        ) from error
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:160].rstrip(". ")
+        raise UnsupportedModelError(
+            f"{type(model.skeleton.model).__name__} cannot be run as its config in "
+            f"{model.checkpoint.folder} says ({type(error).__name__}: {reason}).",
+            "Check config.json; if plain transformers runs it, open an issue.",
+        ) from error
