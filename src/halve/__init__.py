@@ -4,6 +4,7 @@
     halve.prune("facebook/opt-125m", "out", sparsity="2:4", calibration="wikitext2")
     halve.perplexity("out", data="wikitext2")
     halve.inspect("out")
+    halve.pack("out", "out-packed")
 
 Names are loaded on first use, so that `import halve` costs nothing.
 """
@@ -12,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halve.api import inspect, perplexity, prune
+    from halve.api import inspect, pack, perplexity, prune, unpack
     from halve.errors import HalveError
     from halve.runtime.generation import generate, load
 
@@ -23,11 +24,22 @@ _HOMES = {
     "generate": "halve.runtime.generation",
     "inspect": "halve.api",
     "load": "halve.runtime.generation",
+    "pack": "halve.api",
     "perplexity": "halve.api",
     "prune": "halve.api",
+    "unpack": "halve.api",
 }
 
-__all__ = ["HalveError", "generate", "inspect", "load", "perplexity", "prune"]
+__all__ = [
+    "HalveError",
+    "generate",
+    "inspect",
+    "load",
+    "pack",
+    "perplexity",
+    "prune",
+    "unpack",
+]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

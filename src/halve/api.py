@@ -5,9 +5,16 @@ from pathlib import Path
 
 from halve.evaluation import Judging, judge
 from halve.measure import inspect_model
+from halve.packing import Rewriting, rewrite_model
 from halve.plan import Settings
-from halve.pruning import Execution, Progress, prune_model
-from halve.records import Inspection, PerplexityRecord, PruneRecord
+from halve.pruning import Execution, prune_model
+from halve.records import (
+    Inspection,
+    PackRecord,
+    PerplexityRecord,
+    Progress,
+    PruneRecord,
+)
 
 
 def prune(  # noqa: PLR0913  (the options of the command line, one for one)
@@ -24,6 +31,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     block_size: int = 128,
     device: str = "auto",
     activation_memory: int | None = None,
+    packed: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PruneRecord:
@@ -56,6 +64,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         device: `cpu`, `cuda` or `auto`.
         activation_memory: Bytes of hidden states kept in memory before they go to a
             mapped file; by default a quarter of the machine's.
+        packed: Whether to store the pruned matrices packed, as `pack` does.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase of each block.
 
@@ -86,11 +95,67 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         damping=damping,
         block_size=block_size,
         device=device,
+        packed=packed,
     )
     execution = Execution(
         activation_memory, trust_remote_code, progress or (lambda _: None)
     )
     return prune_model(model, out, settings, execution)
+
+
+def pack(
+    model: str | Path,
+    out: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> PackRecord:
+    """Store a pruned model's matrices as a bit mask and the weights that are kept.
+
+    The new folder holds the same model in fewer bytes: at 50 % zeros, 16-bit matrices
+    take 56.3 % of what they took. It loads in transformers after `import halve` and
+    runs as it is; without Halve, transformers refuses it. A matrix that would not get
+    smaller (under about 6 % zeros in 16 bits) stays dense, as do embeddings, norms and
+    the head. Every matrix is read back from the files and compared bit for bit.
+
+    As with `prune`, `out` is absent or whole, and the same call goes on after any
+    interruption.
+
+    Args:
+        model: A folder or a name on the hub.
+        out: The new folder; must not exist, or be empty.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        progress: Told of each file.
+
+    Returns:
+        How each matrix is stored, as in `OUT/halve.json`.
+
+    Raises:
+        HalveError: Whatever a user can put right; also where nothing would get smaller.
+
+    Cost:
+        Reads and writes every tensor once; memory for the largest block, twice.
+
+    Source:
+        docs/format.md.
+    """
+    rewriting = Rewriting("pack", trust_remote_code, progress or (lambda _: None))
+    return rewrite_model(model, out, rewriting)
+
+
+def unpack(
+    model: str | Path,
+    out: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> PackRecord:
+    """Store a packed model dense, for programs that know nothing of Halve.
+
+    `unpack(pack(m)) == m`, bit for bit. Arguments, errors and cost as for `pack`.
+    """
+    rewriting = Rewriting("unpack", trust_remote_code, progress or (lambda _: None))
+    return rewrite_model(model, out, rewriting)
 
 
 def perplexity(  # noqa: PLR0913  (the options of the command line, one for one)
@@ -151,7 +216,8 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False) -> Inspection
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Returns:
-        For each matrix its shape, dtype, share of zeros, tightest pattern and bytes;
+        For each matrix its shape, dtype, share of zeros, tightest pattern, bytes, and
+        whether it is packed;
         for the whole model its parameters, zeros and bytes.
 
     Raises:

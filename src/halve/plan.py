@@ -38,6 +38,7 @@ class Settings:
         damping: Share of the mean diagonal added to Gram matrices.
         block_size: Columns that SparseGPT handles at once.
         device: `cpu`, `cuda` or `auto`.
+        packed: Whether matrices are stored packed.
     """
 
     sparsity: str | float = "50%"
@@ -49,6 +50,7 @@ class Settings:
     damping: float = 0.01
     block_size: int = 128
     device: str = "auto"
+    packed: bool = False
 
     def check(self) -> None:
         """Raise HalveError on the first setting that makes no sense."""
@@ -91,31 +93,23 @@ class PlannedBlock:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run, before it starts.
+class Layout:
+    """What lies where in an output.
 
     Attributes:
-        model: Folder of the checkpoint.
-        settings: What the user chose, `seq_len` filled in.
         blocks: In the order of the model.
         shards: Output file -> tensors in it: first everything outside the blocks,
             then a file for each block.
         left_dense: Tensors of two dimensions or more in the blocks, not pruned.
         sources: File of the input -> what must not change under a run.
         tensors: Headers of the checkpoint.
-        width: Of the hidden states.
-        vocabulary: Tokens that the model knows.
     """
 
-    model: Path
-    settings: Settings
     blocks: tuple[PlannedBlock, ...]
     shards: dict[str, tuple[str, ...]]
     left_dense: tuple[str, ...]
     sources: dict[str, str]
     tensors: dict[str, TensorInfo]
-    width: int
-    vocabulary: int
 
     @property
     def prunable(self) -> int:
@@ -128,8 +122,27 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the output's tensors."""
+        """Bytes of the output's tensors, when dense."""
         return sum(info.nbytes for info in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, before it starts.
+
+    Attributes:
+        model: Folder of the checkpoint.
+        settings: What the user chose, `seq_len` filled in.
+        layout: What will lie where.
+        width: Of the hidden states.
+        vocabulary: Tokens that the model knows.
+    """
+
+    model: Path
+    settings: Settings
+    layout: Layout
+    width: int
+    vocabulary: int
 
     @property
     def hidden_bytes(self) -> int:
@@ -139,9 +152,10 @@ class Plan:
     @property
     def block_bytes(self) -> int:
         """Bytes of the largest block's weights, in float32."""
+        tensors, shards = self.layout.tensors, self.layout.shards
         return max(
-            sum(4 * _elements(self.tensors[name]) for name in self.shards[block.shard])
-            for block in self.blocks
+            sum(4 * _elements(tensors[name]) for name in shards[block.shard])
+            for block in self.layout.blocks
         )
 
     @property
@@ -152,15 +166,8 @@ class Plan:
         """
         return max(
             sum(4 * columns**2 for columns in {m.matrix.shape[1] for m in b.matrices})
-            for b in self.blocks
+            for b in self.layout.blocks
         )
-
-    def shard_bytes(self) -> dict[str, dict[str, int]]:
-        """Return output file -> tensor -> bytes."""
-        return {
-            file: {name: self.tensors[name].nbytes for name in names}
-            for file, names in self.shards.items()
-        }
 
     def hidden_on_disk(self, budget: int | None = None) -> bool:
         """Whether hidden states go to a mapped file with this budget of bytes."""
@@ -170,7 +177,7 @@ class Plan:
         """Return what two runs must share to end in the same bytes."""
         pattern = str(parse_pattern(self.settings.sparsity))
         settings = asdict(self.settings) | {"sparsity": pattern}
-        return settings | {"sources": self.sources}
+        return settings | {"sources": self.layout.sources}
 
 
 def make_plan(model: Path, settings: Settings, trust_remote_code: bool = False) -> Plan:
@@ -183,23 +190,40 @@ def make_plan(model: Path, settings: Settings, trust_remote_code: bool = False) 
     """
     settings.check()
     skeleton = build_skeleton(model, trust_remote_code)
+    layout = lay_out(model, skeleton)
+    _check_pattern(layout.blocks, settings)
+    return Plan(
+        model=model,
+        settings=_with_length(settings, skeleton),
+        layout=layout,
+        width=skeleton.config.get_text_config().hidden_size,
+        vocabulary=skeleton.vocabulary,
+    )
+
+
+def lay_out(model: Path, skeleton: Skeleton) -> Layout:
+    """Work out the files of an output: which tensors they hold, which matrices.
+
+    Args:
+        model: Folder of the checkpoint.
+        skeleton: Of its config.
+
+    Raises:
+        CheckpointError: A damaged header, or tensors that contradict the config.
+        UnsupportedModelError: There is nothing to prune.
+    """
     checkpoint = Checkpoint.open(model)
     infos = checkpoint.tensors.values()
     names = match_names(skeleton, [Stored(i.name, i.shape, i.dtype) for i in infos])
     owners = _owners(skeleton, names)
     shards = dict(_shards(checkpoint, owners, len(skeleton.blocks)))
     blocks = tuple(_blocks(skeleton, names, list(shards)[-len(skeleton.blocks) :]))
-    _check_pattern(blocks, settings)
-    return Plan(
-        model=model,
-        settings=_with_length(settings, skeleton),
+    return Layout(
         blocks=blocks,
         shards=shards,
         left_dense=_left_dense(checkpoint, owners, blocks),
         sources=_sources(model, checkpoint),
         tensors=checkpoint.tensors,
-        width=skeleton.config.get_text_config().hidden_size,
-        vocabulary=skeleton.vocabulary,
     )
 
 

@@ -1,8 +1,37 @@
 """What is kept of a run, as plain values that go to JSON and back. No torch here."""
 
+import datetime
 import json
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on, for its record."""
+    return {name: metadata.version(name) for name in ("halve", "torch", "transformers")}
+
+
+def now() -> str:
+    """Return the time for a record: ISO 8601, UTC, in seconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        block: Index of the block, or file, at hand.
+        blocks: How many there are.
+        phase: What is being done to it.
+        seconds_left: For the whole job; None where that is not known yet.
+    """
+
+    block: int
+    blocks: int
+    phase: str
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +91,7 @@ class PruneRecord:
             the same identity give the same bytes on one machine.
         blocks: One for each decoder block.
         shards: File name -> SHA-256.
+        kind: `prune`.
         left_dense: Tensors in the blocks of two dimensions or more that no rule prunes.
         seconds: Wall time of the run that finished it.
         finished: ISO 8601, UTC.
@@ -74,6 +104,7 @@ class PruneRecord:
     left_dense: tuple[str, ...]
     seconds: float
     finished: str
+    kind: str = "prune"
     format: int = 1
 
     @property
@@ -100,6 +131,77 @@ def block_from_dict(fields: dict[str, Any]) -> BlockRecord:
     """Read what `dataclasses.asdict` made of a BlockRecord."""
     matrices = tuple(MatrixRecord(**m) for m in fields["matrices"])
     return BlockRecord(**{**fields, "matrices": matrices})
+
+
+@dataclass(frozen=True)
+class MatrixStorage:
+    """How one matrix is stored.
+
+    Attributes:
+        tensor: Its name in the checkpoint.
+        rows: Outputs.
+        columns: Inputs.
+        sparsity: Share of weights that are not stored, were it packed.
+        dense_bytes: When dense.
+        stored_bytes: In the file.
+        packed: Whether it is; a matrix that would not get smaller stays dense.
+    """
+
+    tensor: str
+    rows: int
+    columns: int
+    sparsity: float
+    dense_bytes: int
+    stored_bytes: int
+    packed: bool
+
+
+@dataclass(frozen=True)
+class PackRecord:
+    """A packed, or unpacked, model: the contents of its `halve.json`.
+
+    Attributes:
+        kind: `pack` or `unpack`.
+        versions: Of Halve, torch and transformers.
+        identity: The verb, the version of the format, and digests of the input.
+        matrices: Every prunable matrix.
+        shards: File name -> SHA-256.
+        source: The input's `halve.json`, if it had one.
+        seconds: Wall time of the run that finished it.
+        finished: ISO 8601, UTC.
+        format: Version of this layout.
+    """
+
+    kind: str
+    versions: dict[str, str]
+    identity: dict[str, Any]
+    matrices: tuple[MatrixStorage, ...]
+    shards: dict[str, str]
+    source: dict[str, Any] | None
+    seconds: float
+    finished: str
+    format: int = 1
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all prunable matrices when dense."""
+        return sum(matrix.dense_bytes for matrix in self.matrices)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all prunable matrices in the files."""
+        return sum(matrix.stored_bytes for matrix in self.matrices)
+
+    def to_json(self) -> str:
+        """Return the text of `halve.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "PackRecord":
+        """Read what `to_json` wrote: `from_json(r.to_json()) == r`."""
+        fields = json.loads(text)
+        fields["matrices"] = tuple(MatrixStorage(**m) for m in fields["matrices"])
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -159,6 +261,9 @@ class MatrixInspection:
         sparsity: Share of zeros.
         pattern: `dense`, `unstructured`, or the tightest n:m it obeys.
         bytes: As stored.
+        packed: Whether it is stored packed.
+        packed_bytes: What it takes, or would take, packed; None for a dtype that
+            cannot be.
     """
 
     tensor: str
@@ -168,6 +273,8 @@ class MatrixInspection:
     sparsity: float
     pattern: str
     bytes: int
+    packed: bool
+    packed_bytes: int | None
 
 
 @dataclass(frozen=True)

@@ -67,16 +67,16 @@ def test_family_is_pruned_and_loads_in_transformers(row, pico, text, tmp_path):
 def test_no_linear_layer_of_a_block_is_forgotten(row, pico):
     """Every matrix of a block is pruned or reported as left dense."""
     plan = make_plan(pico(row), Settings())
-    planned = {m.tensor for block in plan.blocks for m in block.matrices}
-    blocks = {block.shard for block in plan.blocks}
+    planned = {m.tensor for block in plan.layout.blocks for m in block.matrices}
+    blocks = {block.shard for block in plan.layout.blocks}
     large = {
         name
         for file in blocks
-        for name in plan.shards[file]
-        if len(plan.tensors[name].shape) > 1
+        for name in plan.layout.shards[file]
+        if len(plan.layout.tensors[name].shape) > 1
     }
-    assert large == planned | set(plan.left_dense)
-    assert plan.left_dense == ()
+    assert large == planned | set(plan.layout.left_dense)
+    assert plan.layout.left_dense == ()
 
 
 @pytest.mark.parametrize("row", MIXTURES)

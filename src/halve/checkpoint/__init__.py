@@ -1,27 +1,25 @@
 """Lazy in, atomic out: the files of a model."""
 
-from halve.checkpoint.reader import Checkpoint, TensorInfo, read_shard
-from halve.checkpoint.source import locate
-from halve.checkpoint.workspace import (
+from halve.checkpoint.output import (
     RECORD,
-    Workspace,
-    check_free,
-    check_identity,
     check_space,
-    open_workspace,
-    partial_of,
+    foreign,
+    is_finished,
+    output_path,
 )
+from halve.checkpoint.reader import Checkpoint, TensorInfo
+from halve.checkpoint.source import locate
+from halve.checkpoint.workspace import Workspace, open_workspace
 
 __all__ = [
     "RECORD",
     "Checkpoint",
     "TensorInfo",
     "Workspace",
-    "check_free",
-    "check_identity",
     "check_space",
+    "foreign",
+    "is_finished",
     "locate",
     "open_workspace",
-    "partial_of",
-    "read_shard",
+    "output_path",
 ]

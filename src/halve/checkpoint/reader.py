@@ -1,6 +1,7 @@
 """Lazy in: what lies in a checkpoint, and its tensors one by one.
 
 Reads safetensors and, with `weights_only`, `pytorch_model.bin`; whole or in shards.
+A packed matrix appears as the dense matrix that it is: name, shape, dtype and values.
 Headers are validated by the libraries before anything is allocated; the index by us.
 Files are opened for each read and closed after it, so that no mapping of the whole
 checkpoint counts against the memory of the process.
@@ -10,7 +11,7 @@ import json
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TypeGuard
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from halve.errors import CheckpointError
+from halve.formats import COMPANIONS, Packed, join
 
 # (index, single file) of each format, the preferred first, as transformers prefers.
 _FORMATS = (
@@ -35,6 +37,8 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -47,19 +51,26 @@ class TensorInfo:
     Attributes:
         name: As in the checkpoint.
         shard: File that holds it, a bare name inside the folder.
-        shape: As stored.
+        shape: When dense.
         dtype: As stored.
+        parts: What it is packed in, itself first; none for a dense tensor.
     """
 
     name: str
     shard: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parts: tuple["TensorInfo", ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data."""
+        """Bytes of data when dense."""
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of data in the files."""
+        return sum(part.nbytes for part in self.parts) or self.nbytes
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ class Checkpoint:
 
     Attributes:
         folder: Where the files lie.
-        tensors: All of them, from headers alone.
+        tensors: All of them, packed ones as they are when dense.
     """
 
     folder: Path
@@ -76,11 +87,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Read the index and all headers; no tensor is read.
+        """Read the index and all headers; of tensors, only the shapes of packed ones.
 
         Raises:
             CheckpointError: No weights; a shard that is missing, damaged, outside the
-                folder, or not as the index says.
+                folder, or not as the index says; or a packed matrix without its parts.
         """
         tensors: dict[str, TensorInfo] = {}
         indexed = _indexed_shards(folder)
@@ -95,26 +106,96 @@ class Checkpoint:
                     )
                 tensors[info.name] = info
             _check_promise(folder, shard, promised, tensors)
-        return cls(folder, tensors)
+        return cls(folder, _folded(folder, tensors))
+
+    @classmethod
+    def of_file(cls, path: Path) -> "Checkpoint":
+        """Read the header of one file, as `open` reads those of all."""
+        tensors = {info.name: info for info in _header(path.parent, path.name)}
+        return cls(path.parent, _folded(path.parent, tensors))
 
     @property
     def shards(self) -> list[str]:
         """File names, each once."""
-        return list(dict.fromkeys(info.shard for info in self.tensors.values()))
+        return list(dict.fromkeys(info.shard for info in self.stored))
+
+    @property
+    def stored(self) -> list[TensorInfo]:
+        """Every tensor in the files, the parts of packed ones each for itself."""
+        return [p for info in self.tensors.values() for p in info.parts or (info,)]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors by name, as stored, in memory of their own.
+        """Return tensors by name, dense, in memory of their own.
 
         Raises:
-            CheckpointError: A shard has become unreadable.
+            CheckpointError: A shard has become unreadable, or the parts of a packed
+                matrix contradict each other.
         """
-        by_shard: dict[str, list[str]] = {}
-        for name in names:
-            by_shard.setdefault(self.tensors[name].shard, []).append(name)
-        found: dict[str, Tensor] = {}
-        for shard, wanted in by_shard.items():
-            found |= read_shard(self.folder / shard, wanted)
+        infos = [self.tensors[name] for name in names]
+        dense = [info for info in infos if not info.parts]
+        found = _read(self.folder, dense)
+        for info in infos:
+            if info.parts:
+                found[info.name] = self.read_packed(info.name).unpack()
         return found
+
+    def read_packed(self, name: str) -> Packed:
+        """Return a packed matrix, checked, in memory of its own."""
+        packed = join(name, _read(self.folder, self.tensors[name].parts))
+        packed.check(name)
+        return packed
+
+
+def _read(folder: Path, infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
+    by_shard: dict[str, list[str]] = {}
+    for info in infos:
+        by_shard.setdefault(info.shard, []).append(info.name)
+    found: dict[str, Tensor] = {}
+    for shard, names in by_shard.items():
+        found |= _read_shard(folder / shard, names)
+    return found
+
+
+def _folded(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Let packed matrices take the place of their parts.
+
+    Raises:
+        CheckpointError: A part is missing, or a layout is not one.
+    """
+    packed = {
+        name: tuple(_part(folder, tensors, name + end) for end in ("", *COMPANIONS))
+        for name in tensors
+        if (mask := tensors.get(name + COMPANIONS[0])) and mask.dtype == torch.uint64
+    }
+    layouts = _read(folder, [parts[-1] for parts in packed.values()])
+    hidden = {part.name for parts in packed.values() for part in parts[1:]}
+    return {
+        name: _dense_view(info, packed[name], layouts) if name in packed else info
+        for name, info in tensors.items()
+        if name not in hidden
+    }
+
+
+def _part(folder: Path, tensors: dict[str, TensorInfo], name: str) -> TensorInfo:
+    if name not in tensors:
+        raise CheckpointError(
+            f"{folder} holds a packed matrix whose part {name} is missing.",
+            "Download the checkpoint again.",
+        )
+    return tensors[name]
+
+
+def _dense_view(
+    info: TensorInfo, parts: tuple[TensorInfo, ...], layouts: dict[str, Tensor]
+) -> TensorInfo:
+    """Return what a packed matrix is when dense, by headers and layout alone."""
+    stand_ins = {
+        part.name: torch.empty(part.shape, dtype=part.dtype, device="meta")
+        for part in parts
+    }
+    packed = join(info.name, stand_ins | {parts[-1].name: layouts[parts[-1].name]})
+    packed.check_shapes(info.name)
+    return replace(info, shape=packed.shape, parts=parts)
 
 
 def _indexed_shards(folder: Path) -> dict[str, set[str] | None]:
@@ -232,7 +313,7 @@ def _unreadable(path: Path, name: str, kind: object) -> CheckpointError:
     )
 
 
-def read_shard(path: Path, names: list[str]) -> dict[str, Tensor]:
+def _read_shard(path: Path, names: list[str]) -> dict[str, Tensor]:
     """Return some tensors of one file, as stored, in memory of their own."""
     if path.suffix != ".safetensors":
         stored = _unpickled(path, "cpu")

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,20 @@ from halve.checkpoint.files import (
     write_shard,
     write_text,
 )
-from halve.checkpoint.reader import is_inside
+from halve.checkpoint.output import (
+    RECORD,
+    check_free,
+    check_identity,
+    foreign,
+    partial_of,
+    recorded_identity,
+)
+from halve.checkpoint.reader import Checkpoint, is_inside
 from halve.errors import OutputError
 
-RECORD = "halve.json"
 _LEDGER = "ledger.jsonl"
 _INDEX = "model.safetensors.index.json"
+_QUANTIZATION = "quantization_config"
 # What travels along with the weights: config, tokenizer, generation settings, licence.
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 _SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -94,18 +102,19 @@ class Workspace:
         return note
 
     def finish(
-        self, source: Path, record: str, sizes: dict[str, dict[str, int]]
+        self, source: Path, record: str, quantization: dict[str, Any] | None = None
     ) -> None:
         """Write index, side files and `halve.json`; then make the folder `OUT`.
 
         Args:
             source: Folder of the model that the side files come from.
             record: Text of `halve.json`.
-            sizes: Shard -> tensor -> bytes.
+            quantization: What config.json says of packed matrices, if there are any.
         """
-        write_text(self.folder / _INDEX, _index(sizes))
+        write_text(self.folder / _INDEX, _index(self.folder, self.committed))
         for path in side_files(source):
             copy_file(path, self.folder / path.name)
+        _set_quantization(self.folder / "config.json", quantization)
         write_text(self.folder / RECORD, record)
         self.publish()
 
@@ -116,6 +125,11 @@ class Workspace:
             sync(self.folder)
             self.folder.rename(self.out)
             sync(self.out.parent)
+
+    def discard(self) -> None:
+        """Remove the folder: what is in it is of no use to anyone."""
+        with write_errors(self.folder):
+            shutil.rmtree(self.folder)
 
     def _append(self, line: dict[str, Any]) -> None:
         path = self.folder / _LEDGER
@@ -139,9 +153,9 @@ class Workspace:
                 self.committed[shard.file] = shard
 
     def _check_unused(self) -> None:
-        foreign = [p.name for p in self.folder.iterdir() if p.name != _LEDGER]
-        if foreign and not self.is_complete:
-            raise _foreign(self.folder, f"{foreign[0]} is in it")
+        others = [p.name for p in self.folder.iterdir() if p.name != _LEDGER]
+        if others and not self.is_complete:
+            raise foreign(self.folder, f"{others[0]} is in it")
 
 
 @contextmanager
@@ -162,56 +176,12 @@ def open_workspace(out: Path, identity: dict[str, Any]) -> Iterator[Workspace]:
         workspace.folder.mkdir(parents=True, exist_ok=True)
     with _locked(workspace.folder):
         if workspace.is_complete:
-            check_identity(workspace.folder, _recorded(workspace.folder), identity)
+            check_identity(
+                workspace.folder, recorded_identity(workspace.folder), identity
+            )
         else:
             workspace._resume()
         yield workspace
-
-
-def partial_of(out: Path) -> Path:
-    """Return the folder that becomes `out`."""
-    return out.parent / f"{out.name}.partial"
-
-
-def check_free(out: Path) -> None:
-    """Raise OutputError where `out` is taken."""
-    taken = out.exists() or out.is_symlink()
-    if taken and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(
-            f"{out} exists already.", "Remove it or choose another output folder."
-        )
-
-
-def check_space(out: Path, wanted: int) -> None:
-    """Raise OutputError where the disk has too little room, before work begins.
-
-    What an earlier run of the same name has written already counts as room.
-    """
-    partial = partial_of(out)
-    done = partial.glob("*.safetensors") if partial.is_dir() else ()
-    wanted -= sum(path.stat().st_size for path in done)
-    place = next(p for p in (out, *out.resolve().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if free < wanted:
-        raise OutputError(
-            f"{place} has {free / 2**30:.2f} GiB free, but {wanted / 2**30:.2f} GiB "
-            "are needed.",
-            "Free some space or choose another disk.",
-        )
-
-
-def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise OutputError, naming the differences, where two runs are not the same."""
-    different = [
-        f"{key}: {found.get(key)} there, {wanted.get(key)} here"
-        for key in dict.fromkeys([*found, *wanted])
-        if found.get(key) != wanted.get(key)
-    ]
-    if different:
-        raise OutputError(
-            f"{folder} was begun with other arguments ({'; '.join(different)}).",
-            "Run with those arguments to go on, remove the folder, or choose another.",
-        )
 
 
 def side_files(source: Path) -> list[Path]:
@@ -258,29 +228,29 @@ def _read_ledger(path: Path) -> tuple[dict[str, Any] | None, list[Committed]]:
         identity = dict(lines[0]["identity"]) if lines else None
         shards = [Committed(**line) for line in lines[1:]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _foreign(path.parent, f"its {path.name} cannot be read") from error
+        raise foreign(path.parent, f"its {path.name} cannot be read") from error
     with write_errors(path):
         os.truncate(path, len(whole) + 1 if whole else 0)
     return identity, shards
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    """Return the identity of the run that completed a folder."""
-    try:
-        return dict(json.loads((folder / RECORD).read_text("utf-8"))["identity"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _foreign(folder, f"its {RECORD} cannot be read") from error
-
-
-def _foreign(folder: Path, reason: str) -> OutputError:
-    return OutputError(
-        f"{folder} exists, and it is not the work of Halve ({reason}).",
-        "Remove it or choose another output folder.",
-    )
-
-
-def _index(sizes: dict[str, dict[str, int]]) -> str:
-    total = sum(size for tensors in sizes.values() for size in tensors.values())
-    weight_map = {name: file for file, tensors in sizes.items() for name in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+def _index(folder: Path, files: Iterable[str]) -> str:
+    """Return the index of shards, told from their headers."""
+    infos = [
+        info for file in files for info in Checkpoint.of_file(folder / file).stored
+    ]
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info in infos)},
+        "weight_map": {info.name: info.shard for info in infos},
+    }
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _set_quantization(config: Path, entry: dict[str, Any] | None) -> None:
+    """Let a config say how the weights beside it are packed, or that they are not."""
+    entries = json.loads(config.read_text("utf-8"))
+    if entries.get(_QUANTIZATION) == entry:
+        return
+    entries.pop(_QUANTIZATION, None)
+    entries |= {_QUANTIZATION: entry} if entry else {}
+    write_text(config, json.dumps(entries, indent=2, sort_keys=True) + "\n")

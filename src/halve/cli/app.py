@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from halve.cli import demo, evaluate, generate, inspect, prune
+from halve.cli import demo, evaluate, generate, inspect, pack, prune
 
 app = typer.Typer(
     name="halve",
@@ -18,6 +18,8 @@ app = typer.Typer(
 )
 app.command("prune", epilog=prune.EXAMPLES)(prune.command)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
+app.command("pack", epilog=pack.PACK_EXAMPLES)(pack.pack)
+app.command("unpack", epilog=pack.UNPACK_EXAMPLES)(pack.unpack)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
 app.command("generate", epilog=generate.EXAMPLES)(generate.command)
 app.command("demo", epilog=demo.EXAMPLES)(demo.command)

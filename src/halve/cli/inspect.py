@@ -1,8 +1,12 @@
 """`halve inspect`."""
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from halve.cli import options
+
+if TYPE_CHECKING:
+    from halve.records import MatrixInspection
 
 EXAMPLES = """
 **Examples**
@@ -36,10 +40,11 @@ def command(
             percent(matrix.sparsity),
             matrix.pattern,
             size(matrix.bytes),
+            _storage(matrix),
         )
         for matrix in found.matrices
     ]
-    columns = ["matrix", "shape", "dtype", "sparsity", "pattern", "size"]
+    columns = ["matrix", "shape", "dtype", "sparsity", "pattern", "size", "stored"]
     print_table("", columns, rows)
     prunable = sum(matrix.bytes for matrix in found.matrices)
     print(f"Prunable matrices: {percent(found.sparsity)} zeros, {size(prunable)}")
@@ -47,3 +52,13 @@ def command(
         f"Whole model: {found.parameters:,} parameters, "
         f"{percent(found.zeros / found.parameters)} zeros, {size(found.bytes)}"
     )
+
+
+def _storage(matrix: "MatrixInspection") -> str:
+    """Say how a matrix is stored, and what packing would bring where it is dense."""
+    if matrix.packed:
+        return "packed"
+    dense = matrix.bytes
+    if matrix.packed_bytes is None or matrix.packed_bytes >= dense:
+        return "dense (packing would not shrink it)"
+    return f"dense (packed: {100 * matrix.packed_bytes / dense:.1f}%)"

@@ -8,8 +8,7 @@ from halve.cli import options
 
 if TYPE_CHECKING:
     from halve.plan import Plan
-    from halve.pruning import Progress
-    from halve.records import PruneRecord
+    from halve.records import Progress, PruneRecord
 
 EXAMPLES = """
 **Examples**
@@ -17,6 +16,8 @@ EXAMPLES = """
 `halve prune facebook/opt-125m -o opt-125m-half --calibration wikitext2`
 
 `halve prune ./llama -o ./llama-24 --sparsity 2:4 --calibration text.jsonl`
+
+`halve prune ./llama -o ./llama-small --pack --calibration wikitext2`
 
 `halve prune ./llama -o ./llama-70 --sparsity 70% --calibration stdlib --dry-run`
 """
@@ -52,6 +53,10 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     ] = 128,
     device: options.Device = "auto",
     activation_memory: options.ActivationMemory = None,
+    packed: Annotated[
+        bool,
+        typer.Option("--pack", help="Store it packed, as `halve pack` does."),
+    ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its cost; do nothing.")
@@ -78,6 +83,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         damping=damping,
         block_size=block_size,
         device=device,
+        packed=packed,
     )
     if dry_run:
         plan = make_plan(locate(model), settings, trust_remote_code)
@@ -125,30 +131,32 @@ def _print_plan(plan: "Plan", budget: int | None, as_json: bool) -> None:
 
     on_disk = plan.hidden_on_disk(budget)
     figures = {
-        "blocks": len(plan.blocks),
-        "matrices": sum(len(block.matrices) for block in plan.blocks),
-        "prunable_weights": plan.prunable,
+        "blocks": len(plan.layout.blocks),
+        "matrices": sum(len(block.matrices) for block in plan.layout.blocks),
+        "prunable_weights": plan.layout.prunable,
         "sequence_length": plan.settings.seq_len,
         "bytes_block": plan.block_bytes,
         "bytes_gram": plan.gram_bytes,
         "bytes_hidden_states": plan.hidden_bytes,
         "hidden_states_on_disk": on_disk,
-        "bytes_output": plan.output_bytes,
+        "bytes_output": plan.layout.output_bytes,
     }
     if as_json:
         print(json.dumps(figures | {"identity": plan.identity()}, indent=2))
         return
     print(f"{figures['blocks']} blocks with {figures['matrices']} matrices to prune:")
-    for planned in plan.blocks[0].matrices:
+    for planned in plan.layout.blocks[0].matrices:
         rows, columns = planned.matrix.shape
         print(f"  {planned.tensor}  {rows} x {columns}")
-    if len(plan.blocks) > 1:
+    if len(plan.layout.blocks) > 1:
         print("  ... and so on in each block")
-    for name in plan.left_dense:
+    for name in plan.layout.left_dense:
         print(f"  {name}  left dense")
-    print(f"{plan.prunable:,} prunable weights, {plan.settings.sparsity} to go.")
+    print(f"{plan.layout.prunable:,} prunable weights, {plan.settings.sparsity} to go.")
     print(f"Weights of the largest block: {size(plan.block_bytes)}")
     print(f"Gram matrices of a block, at least: {size(plan.gram_bytes)}")
     place = "in a mapped file" if on_disk else "in memory"
     print(f"Hidden states between blocks, {place}: {size(plan.hidden_bytes)}")
-    print(f"Output: {size(plan.output_bytes)} in {len(plan.shards)} files")
+    print(
+        f"Output: {size(plan.layout.output_bytes)} in {len(plan.layout.shards)} files"
+    )

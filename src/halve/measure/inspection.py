@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from halve.checkpoint import Checkpoint, locate
+from halve.checkpoint import Checkpoint, TensorInfo, locate
+from halve.formats import DTYPES, packed_bytes
 from halve.models import Stored, build_skeleton, match_names, prunable_matrices
 from halve.models.matrices import Matrix
 from halve.patterns import describe
@@ -22,8 +23,7 @@ def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspect
         tensor = checkpoint.read([name])[name]
         zeros += int((tensor == 0).sum())
         if name in matrices:
-            dtype = str(info.dtype).removeprefix("torch.")
-            found.append(_matrix(name, matrices[name], tensor, dtype))
+            found.append(_matrix(info, matrices[name], tensor))
     order = list(matrices)
     infos = checkpoint.tensors.values()
     return Inspection(
@@ -31,7 +31,7 @@ def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspect
         matrices=tuple(sorted(found, key=lambda m: order.index(m.tensor))),
         parameters=sum(info.nbytes // info.dtype.itemsize for info in infos),
         zeros=zeros,
-        bytes=sum(info.nbytes for info in infos),
+        bytes=sum(info.stored_bytes for info in infos),
     )
 
 
@@ -49,14 +49,19 @@ def _matrices(
     }
 
 
-def _matrix(name: str, matrix: Matrix, tensor: Tensor, dtype: str) -> MatrixInspection:
+def _matrix(info: TensorInfo, matrix: Matrix, tensor: Tensor) -> MatrixInspection:
     weight = matrix.as_rows(tensor)
+    rows, columns = weight.shape
+    kept = int((weight != 0).sum())
+    packed = packed_bytes(rows, columns, kept, info.dtype.itemsize)
     return MatrixInspection(
-        tensor=name,
-        rows=weight.shape[0],
-        columns=weight.shape[1],
-        dtype=dtype,
-        sparsity=float((weight == 0).double().mean()),
+        tensor=info.name,
+        rows=rows,
+        columns=columns,
+        dtype=str(info.dtype).removeprefix("torch."),
+        sparsity=1 - kept / weight.numel(),
         pattern=describe(weight),
-        bytes=tensor.nbytes,
+        bytes=info.stored_bytes,
+        packed=bool(info.parts),
+        packed_bytes=packed if info.dtype in DTYPES else None,
     )

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from halve.errors import CalibrationError, CheckpointError, UnsupportedModelError
+from halve.formats import METHOD, check_version
 
 # Where a config says nothing of its longest sequence (BLOOM), the paper's length.
 _PAPER_LENGTH = 2048
@@ -147,7 +148,11 @@ def _entries(folder: Path) -> dict[str, Any]:
 def _refuse_quantised(folder: Path, entries: dict[str, Any]) -> None:
     found = [entries[name] for name in _QUANTISED if entries.get(name) is not None]
     if found:
-        method = found[0].get("quant_method") if isinstance(found[0], dict) else None
+        entry = found[0] if isinstance(found[0], dict) else {}
+        method = entry.get("quant_method")
+        if method == METHOD:
+            check_version(folder, entry)
+            return
         raise UnsupportedModelError(
             f"The checkpoint in {folder} is quantised ({method or 'method unnamed'}); "
             "Halve prunes floating-point weights.",

@@ -1,9 +1,7 @@
 """The main job, from a model's name to a whole new folder."""
 
-import datetime
 import hashlib
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,17 @@ from halve.calibration import (
 from halve.checkpoint import (
     RECORD,
     Workspace,
-    check_free,
-    check_identity,
     check_space,
+    foreign,
+    is_finished,
     locate,
     open_workspace,
-    partial_of,
+    output_path,
 )
-from halve.errors import OutputError
+from halve.formats import quantization_config
 from halve.plan import Plan, Settings, make_plan
-from halve.pruning.run import Execution, Progress, Run
-from halve.records import PruneRecord
+from halve.pruning.run import Execution, Run
+from halve.records import Progress, PruneRecord, now, versions
 from halve.runtime.generation import sample_windows
 from halve.runtime.streamed import choose_device
 from halve.solvers import SOLVERS
@@ -55,66 +53,41 @@ def prune_model(
             lies in `OUT.partial`, where the same call goes on.
     """
     begun = time.monotonic()
-    source, out = locate(model), _path_of(out)
-    if out.resolve() == source.resolve():
-        raise OutputError(
-            f"The output folder {out} is the model itself.",
-            "Choose another output folder.",
-        )
+    source = locate(model)
+    out = output_path(out, source)
     plan = make_plan(source, settings, execution.trust_remote_code)
     windows = _windows(plan, execution.trust_remote_code)
     identity = _identity(plan, windows)
-    if (done := _finished(out, identity)) is not None:
-        depth = len(plan.blocks)
+    if is_finished(out, identity):
+        depth = len(plan.layout.blocks)
         phase = "all were finished before, nothing was done"
-        execution.progress(Progress(depth - 1, depth, phase, None))
-        return done
-    check_space(out, plan.output_bytes)
+        execution.progress(Progress(depth - 1, depth, phase))
+        return _record_of(out)
+    check_space(out, plan.layout.output_bytes)
     with open_workspace(out, identity) as workspace:
         if workspace.is_complete:
             workspace.publish()
-            return PruneRecord.from_json((out / RECORD).read_text("utf-8"))
+            return _record_of(out)
         blocks = Run(plan, execution, workspace, windows).finish()
         record = PruneRecord(
-            versions=_versions(),
+            versions=versions(),
             identity=identity,
             blocks=tuple(blocks),
             shards=_shards(plan, workspace),
-            left_dense=plan.left_dense,
+            left_dense=plan.layout.left_dense,
             seconds=time.monotonic() - begun,
-            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            finished=now(),
         )
-        workspace.finish(source, record.to_json(), plan.shard_bytes())
+        packed = quantization_config() if settings.packed else None
+        workspace.finish(source, record.to_json(), packed)
     return record
 
 
-def _path_of(out: str | Path) -> Path:
+def _record_of(out: Path) -> PruneRecord:
     try:
-        path = Path(out).expanduser()
-        path.exists()
-        partial_of(path).exists()  # a longer name
-    except (OSError, RuntimeError) as error:  # too long a name, or an unknown ~user
-        raise OutputError(
-            f"{str(out)[:200]!r} is no name for a folder.",
-            "Choose another output folder.",
-        ) from error
-    return path
-
-
-def _finished(out: Path, identity: dict[str, Any]) -> PruneRecord | None:
-    """Return the record of a folder that this very run has already made."""
-    if not (out / RECORD).is_file():
-        check_free(out)
-        return None
-    try:
-        record = PruneRecord.from_json((out / RECORD).read_text("utf-8"))
+        return PruneRecord.from_json((out / RECORD).read_text("utf-8"))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise OutputError(
-            f"{out} exists, and its {RECORD} is not one that Halve wrote.",
-            "Remove it or choose another output folder.",
-        ) from error
-    check_identity(out, record.identity, identity)
-    return record
+        raise foreign(out, f"its {RECORD} cannot be read") from error
 
 
 def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
@@ -141,9 +114,5 @@ def _identity(plan: Plan, windows: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("halve", "torch", "transformers")}
-
-
 def _shards(plan: Plan, workspace: Workspace) -> dict[str, str]:
-    return {file: workspace.committed[file].sha256 for file in plan.shards}
+    return {file: workspace.committed[file].sha256 for file in plan.layout.shards}

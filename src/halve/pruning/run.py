@@ -9,31 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from halve.calibration import default_budget
-from halve.checkpoint import Workspace, read_shard
+from halve.checkpoint import Checkpoint, Workspace
 from halve.errors import TargetMissedError
+from halve.formats import store
 from halve.patterns import Pattern, parse_pattern
 from halve.plan import Plan, PlannedBlock, Settings
 from halve.pruning.block import Pruned, Task, install, prune_block
-from halve.records import BlockRecord, MatrixRecord, block_from_dict
+from halve.records import BlockRecord, MatrixRecord, Progress, block_from_dict
 from halve.runtime.streamed import Stream, StreamedModel
 from halve.solvers import SOLVERS, Solver, SparseGPT
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        block: Index of the block at hand.
-        blocks: How many there are.
-        phase: What is being done to it.
-        seconds_left: For the whole job; None before the first block is done.
-    """
-
-    block: int
-    blocks: int
-    phase: str
-    seconds_left: float | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +57,7 @@ class Run:
         self.workspace = workspace
         self.pattern: Pattern = parse_pattern(plan.settings.sparsity)
         self.solver = make_solver(plan.settings)
-        self.clock = _Clock(execution.progress, len(plan.blocks))
+        self.clock = _Clock(execution.progress, len(plan.layout.blocks))
         self.model = StreamedModel.open(
             plan.model, plan.settings.device, execution.trust_remote_code
         )
@@ -86,14 +70,14 @@ class Run:
 
     def finish(self) -> list[BlockRecord]:
         """Do every shard that is not done, and return what became of the blocks."""
-        own = {block.shard for block in self.plan.blocks}
-        for file, names in self.plan.shards.items():
+        own = {block.shard for block in self.plan.layout.blocks}
+        for file, names in self.plan.layout.shards.items():
             if file not in own and file not in self.workspace.committed:
                 tensors = self.model.checkpoint.read(names)
                 for name, tensor in tensors.items():
                     self.model.check_finite(name, tensor)
                 self.workspace.commit(file, tensors, lambda path: {})
-        return [self._block(planned) for planned in self.plan.blocks]
+        return [self._block(planned) for planned in self.plan.layout.blocks]
 
     def _block(self, planned: PlannedBlock) -> BlockRecord:
         committed = self.workspace.committed.get(planned.shard)
@@ -112,18 +96,28 @@ class Run:
         )
         pruned = prune_block(self.model, self.stream, planned, task)
         task.report("writing")
-        names = self.plan.shards[planned.shard]
+        names = self.plan.layout.shards[planned.shard]
         others = [name for name in names if name not in pruned.tensors]
-        tensors = self.model.checkpoint.read(others) | pruned.tensors
+        tensors = self.model.checkpoint.read(others) | self._stored(planned, pruned)
         return self.workspace.commit(
             planned.shard, tensors, lambda path: self._verify(planned, pruned, path)
         )
+
+    def _stored(self, planned: PlannedBlock, pruned: Pruned) -> dict[str, Tensor]:
+        """Return pruned matrices as the file will hold them."""
+        if not self.plan.settings.packed:
+            return pruned.tensors
+        tensors: dict[str, Tensor] = {}
+        for matrix in planned.matrices:
+            weight = pruned.tensors[matrix.tensor]
+            tensors |= store(matrix.tensor, weight, matrix.matrix.transposed)
+        return tensors
 
     def _verify(
         self, planned: PlannedBlock, pruned: Pruned, path: Path
     ) -> dict[str, Any]:
         """Read the file again; return the block's record, or refuse what is in it."""
-        written = read_shard(path, list(pruned.tensors))
+        written = Checkpoint.of_file(path).read(pruned.tensors)
         matrices: list[MatrixRecord] = []
         for matrix in planned.matrices:
             name, (rows, columns) = matrix.tensor, matrix.matrix.shape
@@ -146,7 +140,8 @@ class Run:
         if self.stream is None:
             return
         names = [matrix.tensor for matrix in planned.matrices]
-        stored = read_shard(self.workspace.folder / planned.shard, names)
+        file = self.workspace.folder / planned.shard
+        stored = Checkpoint.of_file(file).read(names)
         with self.model.block(planned.index) as block:
             install(block, planned, stored)
             self.stream.advance(block, planned.index)

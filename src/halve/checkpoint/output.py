@@ -1,0 +1,108 @@
+"""Whether a place can be used for an output, and whether it holds it already."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from halve.errors import OutputError
+
+RECORD = "halve.json"
+
+
+def output_path(out: str | Path, source: Path) -> Path:
+    """Return the path of an output folder.
+
+    Raises:
+        OutputError: It is no name for a folder, or the model itself.
+    """
+    try:
+        path = Path(out).expanduser()
+        path.exists()
+        partial_of(path).exists()  # a longer name
+    except (OSError, RuntimeError) as error:  # too long a name, or an unknown ~user
+        raise OutputError(
+            f"{str(out)[:200]!r} is no name for a folder.",
+            "Choose another output folder.",
+        ) from error
+    if path.resolve() == source.resolve():
+        raise OutputError(
+            f"The output folder {out} is the model itself.",
+            "Choose another output folder.",
+        )
+    return path
+
+
+def is_finished(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether a folder was made by the very run of an identity.
+
+    Raises:
+        OutputError: It was made by another, or holds something else.
+    """
+    if not (out / RECORD).is_file():
+        check_free(out)
+        return False
+    check_identity(out, recorded_identity(out), identity)
+    return True
+
+
+def recorded_identity(folder: Path) -> dict[str, Any]:
+    """Return the identity of the run that completed a folder."""
+    try:
+        return dict(json.loads((folder / RECORD).read_text("utf-8"))["identity"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise foreign(folder, f"its {RECORD} cannot be read") from error
+
+
+def foreign(folder: Path, reason: str) -> OutputError:
+    """Return the error for a folder that something else made."""
+    return OutputError(
+        f"{folder} exists, and it is not the work of Halve ({reason}).",
+        "Remove it or choose another output folder.",
+    )
+
+
+def partial_of(out: Path) -> Path:
+    """Return the folder that becomes `out`."""
+    return out.parent / f"{out.name}.partial"
+
+
+def check_free(out: Path) -> None:
+    """Raise OutputError where `out` is taken."""
+    taken = out.exists() or out.is_symlink()
+    if taken and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(
+            f"{out} exists already.", "Remove it or choose another output folder."
+        )
+
+
+def check_space(out: Path, wanted: int) -> None:
+    """Raise OutputError where the disk has too little room, before work begins.
+
+    What an earlier run of the same name has written already counts as room.
+    """
+    partial = partial_of(out)
+    done = partial.glob("*.safetensors") if partial.is_dir() else ()
+    wanted -= sum(path.stat().st_size for path in done)
+    place = next(p for p in (out, *out.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < wanted:
+        raise OutputError(
+            f"{place} has {free / 2**30:.2f} GiB free, but {wanted / 2**30:.2f} GiB "
+            "are needed.",
+            "Free some space or choose another disk.",
+        )
+
+
+def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise OutputError, naming the differences, where two runs are not the same."""
+    different = [
+        f"{key}: {found.get(key)} there, {wanted.get(key)} here"
+        for key in dict.fromkeys([*found, *wanted])
+        if found.get(key) != wanted.get(key)
+    ]
+    if different:
+        raise OutputError(
+            f"{folder} was begun with other arguments ({'; '.join(different)}).",
+            "Run with those arguments to go on, remove the folder, or choose another.",
+        )

@@ -1,0 +1,206 @@
+"""A checkpoint rewritten shard by shard, packed or dense, and nothing else changed."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint import (
+    RECORD,
+    Checkpoint,
+    TensorInfo,
+    Workspace,
+    check_space,
+    foreign,
+    is_finished,
+    locate,
+    open_workspace,
+    output_path,
+)
+from halve.errors import HalveError, OutputError
+from halve.formats import quantization_config, store
+from halve.models import Matrix, build_skeleton
+from halve.plan import Layout, lay_out
+from halve.records import MatrixStorage, PackRecord, Progress, now, versions
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What is asked for.
+
+    Attributes:
+        kind: `pack` or `unpack`.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        progress: Told of each file.
+    """
+
+    kind: str
+    trust_remote_code: bool = False
+    progress: Callable[[Progress], None] = lambda progress: None
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """What the new config.json says of packed matrices."""
+        return quantization_config() if self.kind == "pack" else None
+
+
+def rewrite_model(
+    model: str | Path, out: str | Path, rewriting: Rewriting
+) -> PackRecord:
+    """Rewrite a model; see `halve.pack` and `halve.unpack` for the contracts."""
+    begun = time.monotonic()
+    source = locate(model)
+    out = output_path(out, source)
+    if rewriting.kind == "unpack":
+        _check_packed(source)
+    layout = lay_out(source, build_skeleton(source, rewriting.trust_remote_code))
+    identity = {
+        "verb": rewriting.kind,
+        "format": quantization_config()["version"],
+        "sources": layout.sources,
+    }
+    if is_finished(out, identity):
+        return _record_of(out)
+    check_space(out, layout.output_bytes)
+    with open_workspace(out, identity) as workspace:
+        if workspace.is_complete:
+            workspace.publish()
+            return _record_of(out)
+        matrices = _Rewriter(source, layout, workspace, rewriting).run()
+        _check_gain(model, matrices, workspace, rewriting)
+        record = PackRecord(
+            kind=rewriting.kind,
+            versions=versions(),
+            identity=identity,
+            matrices=matrices,
+            shards={file: workspace.committed[file].sha256 for file in layout.shards},
+            source=_source_record(source),
+            seconds=time.monotonic() - begun,
+            finished=now(),
+        )
+        workspace.finish(source, record.to_json(), rewriting.quantization)
+    return record
+
+
+def _check_packed(source: Path) -> None:
+    if not any(info.parts for info in Checkpoint.open(source).tensors.values()):
+        raise HalveError(
+            f"Nothing in {source} is packed.", "Use the model as it is; it is dense."
+        )
+
+
+def _check_gain(
+    model: str | Path,
+    matrices: tuple[MatrixStorage, ...],
+    workspace: Workspace,
+    rewriting: Rewriting,
+) -> None:
+    """Refuse to have packed nothing at all."""
+    if rewriting.kind != "pack" or any(matrix.packed for matrix in matrices):
+        return
+    workspace.discard()
+    sparsest = max(matrix.sparsity for matrix in matrices)
+    raise HalveError(
+        f"No matrix of {model} would get smaller: the sparsest of {len(matrices)} has "
+        f"{100 * sparsest:.1f}% zeros, and each weight costs a bit more when packed.",
+        "Prune the model first, with `halve prune`.",
+    )
+
+
+class _Rewriter:
+    """The loop over the files of an output, each committed before the next."""
+
+    def __init__(
+        self, source: Path, layout: Layout, workspace: Workspace, rewriting: Rewriting
+    ) -> None:
+        self.checkpoint = Checkpoint.open(source)
+        self.layout = layout
+        self.workspace = workspace
+        self.rewriting = rewriting
+        self.matrices: dict[str, Matrix] = {
+            planned.tensor: planned.matrix
+            for block in layout.blocks
+            for planned in block.matrices
+        }
+
+    def run(self) -> tuple[MatrixStorage, ...]:
+        """Do every file that is not done; return how each matrix is stored."""
+        stored: list[MatrixStorage] = []
+        for number, file in enumerate(self.layout.shards):
+            self._report(number)
+            done = self.workspace.committed.get(file)
+            note = done.note if done else self._file(file)
+            stored += [MatrixStorage(**fields) for fields in note["matrices"]]
+        return tuple(stored)
+
+    def _report(self, number: int) -> None:
+        phase = f"{self.rewriting.kind}ing"
+        self.rewriting.progress(Progress(number, len(self.layout.shards), phase))
+
+    def _file(self, file: str) -> dict[str, Any]:
+        dense = self.checkpoint.read(self.layout.shards[file])
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in dense.items():
+            tensors |= self._stored(name, tensor)
+        return self.workspace.commit(
+            file, tensors, lambda path: self._verify(dense, path)
+        )
+
+    def _stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if self.rewriting.kind == "pack" and name in self.matrices:
+            return store(name, tensor, self.matrices[name].transposed)
+        return {name: tensor}
+
+    def _verify(self, dense: dict[str, Tensor], path: Path) -> dict[str, Any]:
+        """Read the file again, bit for bit; return how its matrices are stored."""
+        written = Checkpoint.of_file(path)
+        stored: list[dict[str, Any]] = []
+        for name, tensor in dense.items():
+            if not _same_bits(written.read([name])[name], tensor):
+                raise OutputError(
+                    f"{name} in {path} is not what was written.",
+                    "Check the disk; if it is sound, report a defect of Halve.",
+                )
+            if name in self.matrices:
+                stored.append(asdict(self._storage(written.tensors[name], tensor)))
+        return {"matrices": stored}
+
+    def _storage(self, info: TensorInfo, dense: Tensor) -> MatrixStorage:
+        rows, columns = self.matrices[info.name].shape
+        return MatrixStorage(
+            tensor=info.name,
+            rows=rows,
+            columns=columns,
+            sparsity=float((dense == 0).double().mean()),
+            dense_bytes=info.nbytes,
+            stored_bytes=info.stored_bytes,
+            packed=bool(info.parts),
+        )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(_octets(a), _octets(b))
+
+
+def _octets(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _source_record(source: Path) -> dict[str, Any] | None:
+    """Return the input's own record, so that where it came from is not lost."""
+    try:
+        return dict(json.loads((source / RECORD).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _record_of(out: Path) -> PackRecord:
+    try:
+        return PackRecord.from_json((out / RECORD).read_text("utf-8"))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise foreign(out, f"its {RECORD} cannot be read") from error
