@@ -6,11 +6,14 @@
     halve.inspect("out")
     halve.pack("out", "out-packed")
 
-Names are loaded on first use, so that `import halve` costs nothing.
+Names are loaded on first use, so that `import halve` costs nothing. After it,
+transformers' own `from_pretrained` loads packed models, and they run sparse.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from halve.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from halve.api import inspect, pack, perplexity, prune, unpack
@@ -46,6 +49,9 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
     if name not in _HOMES:
         raise AttributeError(f"module 'halve' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+register_with_transformers()
 
 
 def __dir__() -> list[str]:

@@ -107,6 +107,7 @@ def pack(
     model: str | Path,
     out: str | Path,
     *,
+    positive_zeros: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PackRecord:
@@ -124,6 +125,9 @@ def pack(
     Args:
         model: A folder or a name on the hub.
         out: The new folder; must not exist, or be empty.
+        positive_zeros: Whether minus zeros become zeros first. They arise where weights
+            were multiplied by a mask; otherwise they are kept, bit for bit, and take
+            their room.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each file.
 
@@ -139,7 +143,8 @@ def pack(
     Source:
         docs/format.md.
     """
-    rewriting = Rewriting("pack", trust_remote_code, progress or (lambda _: None))
+    show = progress or (lambda _: None)
+    rewriting = Rewriting("pack", positive_zeros, trust_remote_code, show)
     return rewrite_model(model, out, rewriting)
 
 
@@ -154,7 +159,8 @@ def unpack(
 
     `unpack(pack(m)) == m`, bit for bit. Arguments, errors and cost as for `pack`.
     """
-    rewriting = Rewriting("unpack", trust_remote_code, progress or (lambda _: None))
+    show = progress or (lambda _: None)
+    rewriting = Rewriting("unpack", False, trust_remote_code, show)
     return rewrite_model(model, out, rewriting)
 
 

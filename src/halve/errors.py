@@ -22,6 +22,10 @@ class HalveError(Exception):
         return type(self), (self.problem, self.remedy)
 
 
+class HalveWarning(UserWarning):
+    """Something that works, but not as well as a user would expect."""
+
+
 class SourceError(HalveError):
     """A model or text that cannot be found, or a hub that cannot be reached."""
 

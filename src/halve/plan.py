@@ -248,14 +248,15 @@ def _shards(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield output files: what lies outside the blocks, in pieces, then the blocks.
 
-    Large tensors come first, so that the small ones share a piece.
+    Large tensors come first, so that the small ones share a piece; the files of the
+    input do not matter.
     """
     blocks: list[list[str]] = [[] for _ in range(depth)]
     rest: list[str] = []
     for name in checkpoint.tensors:
         (blocks[owners[name]] if name in owners else rest).append(name)
     sizes = [sum(checkpoint.tensors[n].nbytes for n in names) for names in blocks]
-    rest.sort(key=lambda name: -checkpoint.tensors[name].nbytes)
+    rest.sort(key=lambda name: (-checkpoint.tensors[name].nbytes, name))
     pieces = _pieces(checkpoint, rest, max(sizes))
     contents = [*pieces, *blocks]
     for number, names in enumerate(contents, start=1):

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import statistics
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -141,7 +142,8 @@ class MatrixStorage:
         tensor: Its name in the checkpoint.
         rows: Outputs.
         columns: Inputs.
-        sparsity: Share of weights that are not stored, were it packed.
+        sparsity: Share of zeros.
+        minus_zeros: Zeros with a sign, which are kept like any other weight.
         dense_bytes: When dense.
         stored_bytes: In the file.
         packed: Whether it is; a matrix that would not get smaller stays dense.
@@ -151,6 +153,7 @@ class MatrixStorage:
     rows: int
     columns: int
     sparsity: float
+    minus_zeros: int
     dense_bytes: int
     stored_bytes: int
     packed: bool
@@ -300,3 +303,91 @@ class Inspection:
         """Share of zeros over all prunable matrices."""
         zeros = sum(m.sparsity * m.rows * m.columns for m in self.matrices)
         return zeros / sum(m.rows * m.columns for m in self.matrices)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Peaks of a process's resident memory, in bytes.
+
+    Attributes:
+        interpreter: Python with torch and transformers, before anything is loaded.
+        loaded: After loading a model.
+        run: After generating with it.
+    """
+
+    interpreter: int
+    loaded: int
+    run: int
+
+
+@dataclass(frozen=True)
+class SpeedRecord:
+    """How fast one backend did one test.
+
+    Attributes:
+        backend: What multiplied.
+        test: `pp512`, `tg128`, `tg128 x4` ...
+        batch: Sequences at once.
+        tokens: Processed or generated in each round.
+        seconds: Of each round.
+        weight_bytes: Bytes of weights that one decode step reads.
+    """
+
+    backend: str
+    test: str
+    batch: int
+    tokens: int
+    seconds: tuple[float, ...]
+    weight_bytes: int
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second of each round."""
+        return [self.tokens / seconds for seconds in self.seconds]
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds' tokens a second."""
+        return statistics.median(self.rates)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the rounds' tokens a second."""
+        return statistics.stdev(self.rates) if len(self.seconds) > 1 else 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean of the rounds' tokens a second."""
+        return statistics.fmean(self.rates)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes of weights read in a second, for decoding."""
+        return self.weight_bytes * self.median / self.batch
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """A model timed on one machine.
+
+    Attributes:
+        model: Its name.
+        parameters: Numbers in all tensors.
+        sizes: Backend -> bytes of all tensors in the files it runs from.
+        cpu: As the machine names it.
+        threads: Of torch, and of the kernels.
+        kernel: The kernel in use, `torch` where there is none.
+        bandwidth: Bytes a second that all threads read from memory, at best.
+        results: Each backend in each test.
+        footprints: `dense` and `packed` -> memory of a process that runs it.
+    """
+
+    model: str
+    parameters: int
+    sizes: dict[str, int]
+    cpu: str
+    threads: int
+    kernel: str
+    bandwidth: float
+    results: tuple[SpeedRecord, ...]
+    footprints: dict[str, Footprint]

@@ -109,10 +109,12 @@ class Checkpoint:
         return cls(folder, _folded(folder, tensors))
 
     @classmethod
-    def of_file(cls, path: Path) -> "Checkpoint":
-        """Read the header of one file, as `open` reads those of all."""
-        tensors = {info.name: info for info in _header(path.parent, path.name)}
-        return cls(path.parent, _folded(path.parent, tensors))
+    def of_files(cls, paths: Iterable[Path]) -> "Checkpoint":
+        """Read the headers of some files of one folder, as `open` does of all."""
+        files = list(paths)
+        folder = files[0].parent
+        infos = (info for path in files for info in _header(folder, path.name))
+        return cls(folder, _folded(folder, {info.name: info for info in infos}))
 
     @property
     def shards(self) -> list[str]:

@@ -236,9 +236,7 @@ def _read_ledger(path: Path) -> tuple[dict[str, Any] | None, list[Committed]]:
 
 def _index(folder: Path, files: Iterable[str]) -> str:
     """Return the index of shards, told from their headers."""
-    infos = [
-        info for file in files for info in Checkpoint.of_file(folder / file).stored
-    ]
+    infos = Checkpoint.of_files(folder / file for file in files).stored
     index = {
         "metadata": {"total_size": sum(info.nbytes for info in infos)},
         "weight_map": {info.name: info.shard for info in infos},

@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from halve.cli import demo, evaluate, generate, inspect, pack, prune
+from halve.cli import bench, demo, evaluate, generate, inspect, pack, prune, serve
 
 app = typer.Typer(
     name="halve",
@@ -22,6 +22,8 @@ app.command("pack", epilog=pack.PACK_EXAMPLES)(pack.pack)
 app.command("unpack", epilog=pack.UNPACK_EXAMPLES)(pack.unpack)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
 app.command("generate", epilog=generate.EXAMPLES)(generate.command)
+app.command("serve", epilog=serve.EXAMPLES)(serve.command)
+app.command("bench", epilog=bench.EXAMPLES)(bench.command)
 app.command("demo", epilog=demo.EXAMPLES)(demo.command)
 
 
@@ -42,9 +44,13 @@ def _printable(message: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
+def _print_warning(message: Warning | str, *_: object) -> None:
+    print(f"Warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line; exit 0 when done, 1 on a HalveError, 2 on bad usage."""
-    from halve.errors import HalveError
+    from halve.errors import HalveError, HalveWarning
 
     # What the libraries have to say while loading is Halve's to say or not.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -54,6 +60,8 @@ def main() -> None:
         with warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
+                warnings.simplefilter("default", HalveWarning)
+                warnings.showwarning = _print_warning
             app()
     except HalveError as error:
         print(f"Error: {_printable(str(error))}", file=sys.stderr)

@@ -12,21 +12,20 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_WIDTH_OF_A_FILE = 110
-
 
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
     """Print a table whose first column is text and whose others are numbers."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_OF_A_FILE)
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     for row in rows:
         table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        # A file has room for every name; cut short, q_proj and k_proj look alike.
+        console = Console(width=Console(width=10_000).measure(table).maximum)
     console.print(table)
 
 

@@ -7,6 +7,7 @@ import typer
 from halve.cli import options
 
 if TYPE_CHECKING:
+    from halve.packing import Rewriting
     from halve.records import PackRecord
 
 PACK_EXAMPLES = """
@@ -28,12 +29,22 @@ Out = Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new fo
 def pack(
     model: options.Model,
     out: Out,
+    positive_zeros: Annotated[
+        bool,
+        typer.Option(
+            "--positive-zeros",
+            help="Drop minus zeros, too, which multiplying by a mask leaves behind.",
+        ),
+    ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Store a pruned model small: a bit for each weight beside what is kept."""
-    record = _rewrite("pack", model, out, trust_remote_code, quiet)
+    from halve.packing import Rewriting
+
+    rewriting = Rewriting("pack", positive_zeros, trust_remote_code)
+    record = _rewrite(model, out, rewriting, quiet)
     _print(record, as_json)
 
 
@@ -45,23 +56,25 @@ def unpack(
     quiet: options.Quiet = False,
 ) -> None:
     """Store a packed model dense again, bit for bit."""
-    record = _rewrite("unpack", model, out, trust_remote_code, quiet)
+    from halve.packing import Rewriting
+
+    rewriting = Rewriting("unpack", False, trust_remote_code)
+    record = _rewrite(model, out, rewriting, quiet)
     _print(record, as_json)
 
 
-def _rewrite(
-    kind: str, model: str, out: str, trust_remote_code: bool, quiet: bool
-) -> "PackRecord":
+def _rewrite(model: str, out: str, rewriting: "Rewriting", quiet: bool) -> "PackRecord":
+    from dataclasses import replace
+
     from halve.cli.console import progress_line
-    from halve.packing import Rewriting, rewrite_model
+    from halve.packing import rewrite_model
 
     with progress_line(quiet) as show:
-        rewriting = Rewriting(
-            kind,
-            trust_remote_code,
-            lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
+        told = replace(
+            rewriting,
+            progress=lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
         )
-        return rewrite_model(model, out, rewriting)
+        return rewrite_model(model, out, told)
 
 
 def _print(record: "PackRecord", as_json: bool) -> None:
@@ -78,6 +91,11 @@ def _print(record: "PackRecord", as_json: bool) -> None:
         print(f"{count} matrices are dense: {after}.")
     else:
         print(f"{packed} of {count} matrices are packed: {after}, {share} of {before}.")
+        if minus_zeros := sum(matrix.minus_zeros for matrix in record.matrices):
+            print(
+                f"{minus_zeros:,} zeros have a minus sign and are kept, bit for bit; "
+                "--positive-zeros drops them."
+            )
         if dense:
             print(f"Dense, as packing would not shrink them: {', '.join(dense)}.")
     print(f"Finished {record.finished}, after {duration(record.seconds)}.")

@@ -60,6 +60,11 @@ class Packed:
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
+    def layout(self) -> Tensor:
+        """What the other parts do not say: [rows, columns, transposed], int64."""
+        return torch.tensor([self.rows, self.columns, int(self.transposed)])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return packed_bytes(
@@ -152,7 +157,7 @@ def pack(weight: Tensor, transposed: bool = False) -> Packed:
     """Pack a matrix.
 
     Args:
-        weight: As a checkpoint stores it, of a dtype of `DTYPES`.
+        weight: As a checkpoint stores it, of a dtype of `DTYPES`; not empty.
         transposed: Whether that is [columns, rows], as in GPT-2's Conv1D.
 
     Cost:
@@ -164,7 +169,7 @@ def pack(weight: Tensor, transposed: bool = False) -> Packed:
     counts = weight.new_zeros(rows + 1, dtype=torch.int64)
     values = []
     for part in _chunks(rows, columns):
-        kept = weight[part].view(DTYPES[weight.dtype]) != 0
+        kept = kept_weights(weight[part])
         mask[part] = _octets(kept)
         counts[1:][part] = kept.sum(dim=1)
         values.append(weight[part][kept])
@@ -172,6 +177,11 @@ def pack(weight: Tensor, transposed: bool = False) -> Packed:
     offsets = offsets.to(torch.uint32 if offsets[-1] < 2**32 else torch.uint64)
     kept_values = torch.cat(values) if values else weight.new_empty(0)
     return Packed(kept_values, mask.view(torch.uint64), offsets, columns, transposed)
+
+
+def kept_weights(weight: Tensor) -> Tensor:
+    """Return where a matrix of a dtype of `DTYPES` has a bit set, as booleans."""
+    return weight.view(DTYPES[weight.dtype]) != 0
 
 
 def store(name: str, weight: Tensor, transposed: bool = False) -> dict[str, Tensor]:
@@ -182,7 +192,7 @@ def store(name: str, weight: Tensor, transposed: bool = False) -> dict[str, Tens
         weight: As a checkpoint stores it, of any dtype.
         transposed: Whether that is [columns, rows].
     """
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in DTYPES or not weight.numel():
         return {name: weight}
     packed = pack(weight, transposed)
     return split(name, packed) if packed.nbytes < weight.nbytes else {name: weight}
@@ -204,8 +214,7 @@ def packed_bytes(rows: int, columns: int, kept: int, itemsize: int) -> int:
 
 def split(name: str, packed: Packed) -> dict[str, Tensor]:
     """Return the tensors that a file holds for a parameter: `join` turns them back."""
-    layout = [packed.rows, packed.columns, int(packed.transposed)]
-    parts = (packed.mask, packed.offsets, torch.tensor(layout))
+    parts = (packed.mask, packed.offsets, packed.layout)
     companions = zip(COMPANIONS, parts, strict=True)
     return {name: packed.values} | {name + end: part for end, part in companions}
 

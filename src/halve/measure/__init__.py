@@ -1,5 +1,14 @@
-"""What a model is, measured rather than believed."""
+"""What is in a model's files, and how fast and large it is when it runs."""
 
+from halve.measure.bench import Bench, run_bench
 from halve.measure.inspection import inspect_model
+from halve.measure.random_models import write_random_model
+from halve.measure.speed import TORCH
 
-__all__ = ["inspect_model"]
+__all__ = [
+    "TORCH",
+    "Bench",
+    "inspect_model",
+    "run_bench",
+    "write_random_model",
+]

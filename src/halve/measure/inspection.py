@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from halve.checkpoint import Checkpoint, TensorInfo, locate
-from halve.formats import DTYPES, packed_bytes
+from halve.formats import DTYPES, kept_weights, packed_bytes
 from halve.models import Stored, build_skeleton, match_names, prunable_matrices
 from halve.models.matrices import Matrix
 from halve.patterns import describe
@@ -52,16 +52,20 @@ def _matrices(
 def _matrix(info: TensorInfo, matrix: Matrix, tensor: Tensor) -> MatrixInspection:
     weight = matrix.as_rows(tensor)
     rows, columns = weight.shape
-    kept = int((weight != 0).sum())
-    packed = packed_bytes(rows, columns, kept, info.dtype.itemsize)
     return MatrixInspection(
         tensor=info.name,
         rows=rows,
         columns=columns,
         dtype=str(info.dtype).removeprefix("torch."),
-        sparsity=1 - kept / weight.numel(),
+        sparsity=float((weight == 0).double().mean()),
         pattern=describe(weight),
         bytes=info.stored_bytes,
         packed=bool(info.parts),
-        packed_bytes=packed if info.dtype in DTYPES else None,
+        packed_bytes=_packed_bytes(weight) if info.dtype in DTYPES else None,
     )
+
+
+def _packed_bytes(weight: Tensor) -> int:
+    rows, columns = weight.shape
+    kept = int(kept_weights(weight).sum())
+    return packed_bytes(rows, columns, kept, weight.element_size())

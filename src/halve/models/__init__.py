@@ -1,9 +1,14 @@
 """Any causal language model of transformers, with no forward code of our own."""
 
 from halve.models.matrices import Matrix, prunable_matrices
-from halve.models.names import Stored, match_names
+from halve.models.names import Stored, match_names, renamer
 from halve.models.replay import Call, Recording, finish, record
-from halve.models.skeleton import Skeleton, build_skeleton, longest_sequence
+from halve.models.skeleton import (
+    Skeleton,
+    build_skeleton,
+    load_config,
+    longest_sequence,
+)
 
 __all__ = [
     "Call",
@@ -13,8 +18,10 @@ __all__ = [
     "Stored",
     "build_skeleton",
     "finish",
+    "load_config",
     "longest_sequence",
     "match_names",
     "prunable_matrices",
     "record",
+    "renamer",
 ]

@@ -5,8 +5,9 @@ model, old ones use old names. transformers knows all of that; its own tables ar
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def match_names(skeleton: Skeleton, stored: Iterable[Stored]) -> dict[str, str]:
         UnsupportedModelError: Tensors are merged on loading, as experts are.
     """
     wanted = skeleton.model.state_dict()
-    rename = _renamer(skeleton)
+    rename = renamer(skeleton.model)
     found: dict[str, str] = {}
     for tensor in stored:
         target = rename(tensor.name)
@@ -107,8 +108,16 @@ def _tied(model: nn.Module, found: dict[str, str]) -> dict[str, str]:
     return tied
 
 
-def _renamer(skeleton: Skeleton):  # noqa: ANN202  (a closure over transformers' types)
-    model = skeleton.model
+def renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
+    """Return what turns a checkpoint's name into the model's.
+
+    Args:
+        model: One of transformers' models; parameters may lie on the meta device.
+
+    Returns:
+        A function of names, which raises UnsupportedModelError for a tensor that is
+        merged with others on loading.
+    """
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]

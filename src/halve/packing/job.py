@@ -35,11 +35,14 @@ class Rewriting:
 
     Attributes:
         kind: `pack` or `unpack`.
+        positive_zeros: Whether minus zeros become zeros first. They arise where a
+            weight was multiplied by a mask, and are kept, bit for bit, otherwise.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each file.
     """
 
     kind: str
+    positive_zeros: bool = False
     trust_remote_code: bool = False
     progress: Callable[[Progress], None] = lambda progress: None
 
@@ -62,6 +65,7 @@ def rewrite_model(
     identity = {
         "verb": rewriting.kind,
         "format": quantization_config()["version"],
+        "positive_zeros": rewriting.positive_zeros,
         "sources": layout.sources,
     }
     if is_finished(out, identity):
@@ -108,7 +112,8 @@ def _check_gain(
     raise HalveError(
         f"No matrix of {model} would get smaller: the sparsest of {len(matrices)} has "
         f"{100 * sparsest:.1f}% zeros, and each weight costs a bit more when packed.",
-        "Prune the model first, with `halve prune`.",
+        "Prune the model first, with `halve prune`; if its zeros are minus zeros, pass "
+        "--positive-zeros.",
     )
 
 
@@ -144,6 +149,8 @@ class _Rewriter:
 
     def _file(self, file: str) -> dict[str, Any]:
         dense = self.checkpoint.read(self.layout.shards[file])
+        if self.rewriting.positive_zeros:
+            dense |= {name: dense[name] + 0 for name in dense if name in self.matrices}
         tensors: dict[str, Tensor] = {}
         for name, tensor in dense.items():
             tensors |= self._stored(name, tensor)
@@ -158,7 +165,7 @@ class _Rewriter:
 
     def _verify(self, dense: dict[str, Tensor], path: Path) -> dict[str, Any]:
         """Read the file again, bit for bit; return how its matrices are stored."""
-        written = Checkpoint.of_file(path)
+        written = Checkpoint.of_files([path])
         stored: list[dict[str, Any]] = []
         for name, tensor in dense.items():
             if not _same_bits(written.read([name])[name], tensor):
@@ -177,6 +184,7 @@ class _Rewriter:
             rows=rows,
             columns=columns,
             sparsity=float((dense == 0).double().mean()),
+            minus_zeros=int(((dense == 0) & dense.signbit()).sum()),
             dense_bytes=info.nbytes,
             stored_bytes=info.stored_bytes,
             packed=bool(info.parts),

@@ -117,7 +117,7 @@ class Run:
         self, planned: PlannedBlock, pruned: Pruned, path: Path
     ) -> dict[str, Any]:
         """Read the file again; return the block's record, or refuse what is in it."""
-        written = Checkpoint.of_file(path).read(pruned.tensors)
+        written = Checkpoint.of_files([path]).read(pruned.tensors)
         matrices: list[MatrixRecord] = []
         for matrix in planned.matrices:
             name, (rows, columns) = matrix.tensor, matrix.matrix.shape
@@ -141,7 +141,7 @@ class Run:
             return
         names = [matrix.tensor for matrix in planned.matrices]
         file = self.workspace.folder / planned.shard
-        stored = Checkpoint.of_file(file).read(names)
+        stored = Checkpoint.of_files([file]).read(names)
         with self.model.block(planned.index) as block:
             install(block, planned, stored)
             self.stream.advance(block, planned.index)

@@ -17,10 +17,10 @@ from halve.runtime.streamed import StreamedModel
 def load(
     model: str | Path, device: str = "auto", trust_remote_code: bool = False
 ) -> Any:  # noqa: ANN401  (one of transformers' model classes)
-    """Return a model of transformers, whole, in evaluation mode.
+    """Return a model of transformers, whole, in evaluation mode; packed, it runs so.
 
     Args:
-        model: A folder, dense or pruned, or a name on the hub.
+        model: A folder, dense or packed, or a name on the hub.
         device: `cpu`, `cuda` or `auto`.
         trust_remote_code: Whether Python code that comes with the model may run.
 
@@ -33,9 +33,12 @@ def load(
     # Refuses with a sentence what transformers would fill at random or trip over.
     opened = StreamedModel.open(folder, device, trust_remote_code)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code
+        folder,
+        dtype="auto",
+        device_map={"": opened.device},
+        trust_remote_code=trust_remote_code,
     )
-    return loaded.eval().to(opened.device)
+    return loaded.eval()
 
 
 @torch.no_grad()

@@ -1,0 +1,503 @@
+// The kernels' algorithms, written once over the lanes of an instruction set. Not here:
+// any instruction set, threads, memory, argument checks.
+//
+// Everything is in an anonymous namespace. An ordinary inline function exists once in a
+// program, and the linker may keep the copy that was compiled for AVX-512 and let a CPU
+// without it run into it. For the same reason these files include next to nothing.
+//
+// `L`, the lanes, has
+//   Stored                   the type of a weight in memory: its bits
+//   Element                  the type of an arranged x and of an expanded weight
+//   Vector, Sum              registers of `width` Elements and of partial sums
+//   width                    columns a vector holds: a divisor of 64
+//   few                      the most vectors of x for which rows go without a tile
+//   batch_tile               vectors of x whose sums with four rows fit the registers
+//   zero, load, store, dot(sum, a, b), add(sum, sum), total(sum)
+//   totals(sums, out)        those of tile_rows sums
+//   widen(stored)            `width` weights as a Vector
+//   expand(stored, bits)     the next weights where `bits` has ones, zeros elsewhere
+//   copy(out, stored, bits)  the same, as bits in memory
+//   to_float(stored)         one number
+//   from_float(float)        one number, rounded to the nearest, ties to even
+
+#ifndef HALVE_GENERIC_H
+#define HALVE_GENERIC_H
+
+#include "kernel.h"
+#include "packed.h"
+
+#if defined(__clang__)
+#define HALVE_UNROLL _Pragma("unroll")
+#else
+#define HALVE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace {
+
+using halve::Dense;
+using halve::Kernel;
+using halve::Operands;
+using halve::Range;
+using halve::tile_rows;
+
+// The rows whose products a register tile sums at once.
+constexpr int64_t quad = 4;
+static_assert(tile_rows % quad == 0);
+
+// Words of each row that are expanded before they are multiplied. A block of the tile
+// and the matching block of x stay in the L1 cache.
+constexpr int64_t block_words = 8;
+
+// The hardware does not see where loads led by popcounts go next: without these the
+// packed product is slower than the dense one. At 45 GB/s 2 to 8 KB do equally well; at
+// 65 GB/s 4 KB cost a tenth (docs/log.md).
+constexpr int64_t values_ahead = 8192;
+constexpr int64_t mask_ahead = 1024;
+constexpr int64_t line = 64;
+
+// Fetching an address past the end of an array is harmless.
+inline void prefetch(const void* from, int64_t ahead) {
+  __builtin_prefetch(static_cast<const char*>(from) + ahead, 0, 3);
+}
+
+// A word's values are a line on average. Where they are more, one prefetch a word would
+// leave out every twentieth line; where they are less, the second is free.
+inline void prefetch_values(const void* from) {
+  prefetch(from, values_ahead);
+  prefetch(from, values_ahead + line);
+}
+
+template <int64_t n>
+struct Count {
+  static constexpr int64_t value = n;
+};
+
+// Calls `use(Count<n>())` for the n in [1, most] that `wanted` is.
+template <int64_t most, class Use>
+inline void with_count(int64_t wanted, Use use) {
+  if constexpr (most > 0) {
+    if (wanted == most) return use(Count<most>());
+    with_count<most - 1>(wanted, use);
+  }
+}
+
+template <class L>
+constexpr int64_t vectors_per_word = word_columns / L::width;
+
+template <class L>
+inline int64_t kept_in(uint64_t bits) {
+  return __builtin_popcountll(bits & ((uint64_t{1} << L::width) - 1));
+}
+
+// The next word of a row, vector by vector: `use(vector index, values, bits)`.
+template <class L, class Use>
+inline const typename L::Stored* walk_word(const typename L::Stored* values,
+                                           uint64_t bits, Use use) {
+  HALVE_UNROLL
+  for (int64_t i = 0; i < vectors_per_word<L>; ++i) {
+    use(i, values, bits);
+    values += kept_in<L>(bits);
+    bits >>= L::width;
+  }
+  return values;
+}
+
+// Columns [first, first + width) of a dense row; those past its end are zeros.
+template <class L>
+inline typename L::Vector load_columns(const typename L::Stored* row, int64_t columns,
+                                       int64_t first) {
+  if (first + L::width <= columns) return L::widen(row + first);
+  typename L::Stored padded[L::width] = {};
+  if (first < columns) {
+    std::memcpy(padded, row + first, (columns - first) * sizeof(*row));
+  }
+  return L::widen(padded);
+}
+
+// ---- Arranging x ----
+// [columns / width][batch][width]: the order in which the register tile reads it. Rows
+// of x left a power of two apart would fall on the same lines of the L1 cache.
+
+template <class L>
+double arranged_bytes(int64_t batch, int64_t columns) {
+  return double(words_of(columns)) * word_columns * batch * sizeof(typename L::Element);
+}
+
+template <class L>
+void arrange(const void* x, int64_t batch, int64_t columns, void* arranged) {
+  const auto* rows = static_cast<const typename L::Stored*>(x);
+  auto* out = static_cast<typename L::Element*>(arranged);
+  const int64_t padded = words_of(columns) * word_columns;
+  for (int64_t first = 0; first < padded; first += L::width) {
+    for (int64_t b = 0; b < batch; ++b, out += L::width) {
+      L::store(out, load_columns<L>(rows + b * columns, columns, first));
+    }
+  }
+}
+
+// ---- Results ----
+
+template <class L>
+inline void put(const Operands& o, int64_t rows, int64_t b, int64_t row, float sum) {
+  using Stored = typename L::Stored;
+  const float bias = o.bias ? L::to_float(read<Stored>(o.bias, row)) : 0.0f;
+  const Stored rounded = L::from_float(sum + bias);
+  std::memcpy(static_cast<Stored*>(o.y) + b * rows + row, &rounded, sizeof(rounded));
+}
+
+// ---- A few vectors ----
+
+// A product waits for the one before it in the same sum, so a row has several sums.
+template <int64_t count>
+constexpr int64_t chains = count == 1 ? 4 : 2;
+
+template <class L, int64_t count>
+struct RowSums {
+  typename L::Sum sums[chains<count>][count];
+
+  RowSums() {
+    for (auto& chain : sums) {
+      for (auto& sum : chain) sum = L::zero();
+    }
+  }
+
+  // The products of the columns in `w` with every vector's part of x.
+  void add(int64_t chain, typename L::Vector w, const typename L::Element* x) {
+    HALVE_UNROLL
+    for (int64_t b = 0; b < count; ++b) {
+      typename L::Sum& sum = sums[chain % chains<count>][b];
+      sum = L::dot(sum, w, L::load(x + b * L::width));
+    }
+  }
+
+  float total(int64_t b) const {
+    typename L::Sum all = sums[0][b];
+    for (int64_t i = 1; i < chains<count>; ++i) all = L::add(all, sums[i][b]);
+    return L::total(all);
+  }
+};
+
+// One row at a time: one stream of values and one of masks, which can be fetched ahead.
+// Several rows at once measured slower. With more than a few vectors it is x that no
+// longer fits the L1 cache, and rows have to share it: see below.
+template <class L, int64_t count>
+inline RowSums<L, count> packed_row(const typename L::Stored* values,
+                                    const unsigned char* mask, int64_t words,
+                                    const typename L::Element* x) {
+  constexpr int64_t per_word = vectors_per_word<L>;
+  constexpr int64_t step = chains<count> > per_word ? chains<count> / per_word : 1;
+  RowSums<L, count> sums;
+  const auto add_word = [&](int64_t k, int64_t chain) {
+    prefetch_values(values);
+    if (k % 8 == 0) prefetch(mask, 8 * k + mask_ahead);
+    const auto* part = x + k * word_columns * count;
+    values = walk_word<L>(values, read<uint64_t>(mask, k),
+                          [&](int64_t i, const auto* next, uint64_t bits) {
+                            const auto* columns = part + i * L::width * count;
+                            sums.add(chain + i, L::expand(next, bits), columns);
+                          });
+  };
+  int64_t k = 0;
+  for (; k + step <= words; k += step) {
+    HALVE_UNROLL
+    for (int64_t i = 0; i < step; ++i) add_word(k + i, i * per_word);
+  }
+  for (; k < words; ++k) add_word(k, 0);
+  return sums;
+}
+
+template <class L, int64_t count>
+void packed_rows(const halve_packed& w, const Operands& o, Range rows,
+                 void* workspace) {
+  auto* spare = static_cast<typename L::Stored*>(workspace);
+  const auto* x = static_cast<const typename L::Element*>(o.x);
+  const int64_t words = words_of(w.columns);
+  for (int64_t row = rows.first; row < rows.last; ++row) {
+    const auto* values = values_of(w, row, spare);
+    const auto sums = packed_row<L, count>(values, mask_of(w, row), words, x);
+    for (int64_t b = 0; b < count; ++b) put<L>(o, w.rows, b, row, sums.total(b));
+  }
+}
+
+// `height` rows at once, so that a part of x is loaded once for all of them. The
+// hardware follows these streams by itself.
+template <class L, int64_t count, int64_t height>
+inline void dense_some(const Dense& w, const Operands& o, int64_t row) {
+  const auto* weight =
+      static_cast<const typename L::Stored*>(w.weight) + row * w.columns;
+  const auto* x = static_cast<const typename L::Element*>(o.x);
+  typename L::Sum sums[height][count];
+  for (auto& of_row : sums) {
+    for (auto& sum : of_row) sum = L::zero();
+  }
+  const auto add = [&](int64_t first, auto load) {
+    HALVE_UNROLL
+    for (int64_t r = 0; r < height; ++r) {
+      const auto part = load(weight + r * w.columns);
+      HALVE_UNROLL
+      for (int64_t b = 0; b < count; ++b) {
+        const auto* columns = x + first * count + b * L::width;
+        sums[r][b] = L::dot(sums[r][b], part, L::load(columns));
+      }
+    }
+  };
+  int64_t first = 0;
+  for (; first + L::width <= w.columns; first += L::width) {
+    add(first, [&](const auto* from) { return L::widen(from + first); });
+  }
+  if (first < w.columns) {
+    add(first,
+        [&](const auto* from) { return load_columns<L>(from, w.columns, first); });
+  }
+  for (int64_t r = 0; r < height; ++r) {
+    for (int64_t b = 0; b < count; ++b) {
+      put<L>(o, w.rows, b, row + r, L::total(sums[r][b]));
+    }
+  }
+}
+
+template <class L, int64_t count>
+void dense_rows(const Dense& w, const Operands& o, Range rows) {
+  constexpr int64_t height = count <= 2 ? 4 : 2;
+  int64_t row = rows.first;
+  for (; row + height <= rows.last; row += height) {
+    dense_some<L, count, height>(w, o, row);
+  }
+  for (; row < rows.last; ++row) dense_some<L, count, 1>(w, o, row);
+}
+
+// ---- Many vectors ----
+// Rows are expanded a block of columns at a time into a tile in the cache, then the
+// tile is multiplied with every vector of the batch. A source of rows has
+//   open(slot, row)            begins a row
+//   fill(slot, words, out)     its next columns, to every tile_rows-th vector of out
+
+template <class L>
+class PackedRows {
+ public:
+  using Stored = typename L::Stored;
+
+  PackedRows(const halve_packed& w, Stored* spare) : w_(w), spare_(spare) {}
+
+  void open(int64_t slot, int64_t row) {
+    Stored* spare = spare_ + slot * words_of(w_.columns) * word_columns;
+    const int64_t later = smaller(row + tile_rows, w_.rows - 1);
+    ahead_[slot] = (begin_of(w_, later) - begin_of(w_, row)) * int64_t{sizeof(Stored)};
+    values_[slot] = values_of(w_, row, spare);
+    mask_[slot] = mask_of(w_, row);
+  }
+
+  void fill(int64_t slot, int64_t words, typename L::Element* out) {
+    const Stored* values = values_[slot];
+    const int64_t masks_ahead = mask_of(w_, tile_rows) - mask_of(w_, 0);
+    for (int64_t k = 0; k < words; ++k) {
+      prefetch(values, ahead_[slot]);
+      if (k % 8 == 0) prefetch(mask_[slot], 8 * k + masks_ahead);
+      values = walk_word<L>(values, read<uint64_t>(mask_[slot], k),
+                            [&](int64_t, const Stored* next, uint64_t bits) {
+                              L::store(out, L::expand(next, bits));
+                              out += tile_rows * L::width;
+                            });
+    }
+    values_[slot] = values;
+    mask_[slot] += words * sizeof(uint64_t);
+  }
+
+ private:
+  const halve_packed& w_;
+  Stored* spare_;
+  const Stored* values_[tile_rows];
+  int64_t ahead_[tile_rows];  // bytes from a row's values to those of the next tile
+  const unsigned char* mask_[tile_rows];
+};
+
+template <class L>
+class DenseRows {
+ public:
+  using Stored = typename L::Stored;
+
+  explicit DenseRows(const Dense& w) : w_(w) {}
+
+  void open(int64_t slot, int64_t row) {
+    row_[slot] = static_cast<const Stored*>(w_.weight) + row * w_.columns;
+    column_[slot] = 0;
+  }
+
+  void fill(int64_t slot, int64_t words, typename L::Element* out) {
+    const int64_t end = column_[slot] + words * word_columns;
+    const int64_t ahead = tile_rows * w_.columns * sizeof(Stored);
+    for (int64_t& c = column_[slot]; c < end; c += L::width) {
+      prefetch(row_[slot] + c, ahead);
+      L::store(out, load_columns<L>(row_[slot], w_.columns, c));
+      out += tile_rows * L::width;
+    }
+  }
+
+ private:
+  const Dense& w_;
+  const Stored* row_[tile_rows];
+  int64_t column_[tile_rows];
+};
+
+// Adds the products of four rows and `count` vectors to `sums`, [count][tile_rows].
+template <class L, int64_t count>
+void multiply(const typename L::Element* tile, const typename L::Element* x,
+              int64_t batch, int64_t vectors, typename L::Sum* sums) {
+  typename L::Sum held[count][quad];
+  HALVE_UNROLL
+  for (int64_t b = 0; b < count; ++b) {
+    HALVE_UNROLL
+    for (int64_t r = 0; r < quad; ++r) held[b][r] = sums[b * tile_rows + r];
+  }
+  for (int64_t k = 0; k < vectors; ++k) {
+    typename L::Vector w[quad];
+    HALVE_UNROLL
+    for (int64_t r = 0; r < quad; ++r) w[r] = L::load(tile + r * L::width);
+    HALVE_UNROLL
+    for (int64_t b = 0; b < count; ++b) {
+      const auto part = L::load(x + b * L::width);
+      HALVE_UNROLL
+      for (int64_t r = 0; r < quad; ++r) held[b][r] = L::dot(held[b][r], w[r], part);
+    }
+    tile += tile_rows * L::width;
+    x += batch * L::width;
+  }
+  HALVE_UNROLL
+  for (int64_t b = 0; b < count; ++b) {
+    HALVE_UNROLL
+    for (int64_t r = 0; r < quad; ++r) sums[b * tile_rows + r] = held[b][r];
+  }
+}
+
+// A block of the tile with the whole batch, in groups as equal as possible: a last
+// group of one vector would load as much for a quarter of the work.
+template <class L>
+void multiply_block(const typename L::Element* tile, const typename L::Element* x,
+                    int64_t batch, int64_t vectors, typename L::Sum* sums) {
+  const int64_t groups = (batch + L::batch_tile - 1) / L::batch_tile;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t b = batch * g / groups;
+    const int64_t count = batch * (g + 1) / groups - b;
+    with_count<L::batch_tile>(count, [&](auto n) {
+      for (int64_t r = 0; r < tile_rows; r += quad) {
+        multiply<L, n.value>(tile + r * L::width, x + b * L::width, batch, vectors,
+                             sums + b * tile_rows + r);
+      }
+    });
+  }
+}
+
+template <class L>
+double tile_bytes(int64_t batch) {
+  return double(tile_rows) * block_words * word_columns * sizeof(typename L::Element) +
+         double(tile_rows) * batch * sizeof(typename L::Sum);
+}
+
+// The sums of eight rows, opened in `source`, with the whole batch.
+template <class L, class Source>
+void sum_tile(Source& source, const Operands& o, int64_t columns,
+              typename L::Element* tile, typename L::Sum* sums) {
+  const auto* x = static_cast<const typename L::Element*>(o.x);
+  for (int64_t i = 0; i < tile_rows * o.batch; ++i) sums[i] = L::zero();
+  const int64_t words = words_of(columns);
+  for (int64_t k = 0; k < words; k += block_words) {
+    const int64_t count = smaller(block_words, words - k);
+    for (int64_t r = 0; r < tile_rows; ++r) source.fill(r, count, tile + r * L::width);
+    multiply_block<L>(tile, x + k * word_columns * o.batch, o.batch,
+                      count * vectors_per_word<L>, sums);
+  }
+}
+
+template <class L, class Source>
+void batch_product(Source& source, const Operands& o, int64_t all_rows, int64_t columns,
+                   Range rows, void* workspace) {
+  auto* tile = static_cast<typename L::Element*>(workspace);
+  auto* sums =
+      reinterpret_cast<typename L::Sum*>(tile + tile_rows * block_words * word_columns);
+  for (int64_t row = rows.first; row < rows.last; row += tile_rows) {
+    const int64_t count = smaller(tile_rows, rows.last - row);
+    // A short last tile repeats its last row rather than having a loop of its own.
+    for (int64_t r = 0; r < tile_rows; ++r) {
+      source.open(r, row + smaller(r, count - 1));
+    }
+    sum_tile<L>(source, o, columns, tile, sums);
+    for (int64_t b = 0; b < o.batch; ++b) {
+      float totals[tile_rows];
+      L::totals(sums + b * tile_rows, totals);
+      for (int64_t r = 0; r < count; ++r) put<L>(o, all_rows, b, row + r, totals[r]);
+    }
+  }
+}
+
+// ---- The functions of a kernel ----
+
+// A few vectors need a spare row; many need eight, after their tile and sums.
+template <class L>
+double workspace_bytes(int64_t batch, int64_t columns) {
+  const double spare =
+      double(words_of(columns)) * word_columns * sizeof(typename L::Stored);
+  return batch <= L::few ? spare : tile_bytes<L>(batch) + tile_rows * spare;
+}
+
+template <class L>
+void packed(const halve_packed& w, const Operands& o, Range rows, void* workspace) {
+  if (o.batch <= L::few) {
+    return with_count<L::few>(o.batch, [&](auto count) {
+      packed_rows<L, count.value>(w, o, rows, workspace);
+    });
+  }
+  char* spare = static_cast<char*>(workspace) + int64_t(tile_bytes<L>(o.batch));
+  PackedRows<L> source(w, reinterpret_cast<typename L::Stored*>(spare));
+  batch_product<L>(source, o, w.rows, w.columns, rows, workspace);
+}
+
+template <class L>
+void dense(const Dense& w, const Operands& o, Range rows, void* workspace) {
+  if (o.batch <= L::few) {
+    return with_count<L::few>(
+        o.batch, [&](auto count) { dense_rows<L, count.value>(w, o, rows); });
+  }
+  DenseRows<L> source(w);
+  batch_product<L>(source, o, w.rows, w.columns, rows, workspace);
+}
+
+template <class L>
+inline const typename L::Stored* unpack_word(const typename L::Stored* values,
+                                             uint64_t bits, typename L::Stored* out) {
+  return walk_word<L>(values, bits, [&](int64_t i, const auto* next, uint64_t some) {
+    L::copy(out + i * L::width, next, some);
+  });
+}
+
+template <class L>
+void unpack_row(const typename L::Stored* values, const unsigned char* mask,
+                int64_t columns, typename L::Stored* out) {
+  const int64_t whole = columns / word_columns, rest = columns % word_columns;
+  for (int64_t k = 0; k < whole; ++k, out += word_columns) {
+    prefetch_values(values);
+    if (k % 8 == 0) prefetch(mask, 8 * k + mask_ahead);
+    values = unpack_word<L>(values, read<uint64_t>(mask, k), out);
+  }
+  if (rest == 0) return;
+  typename L::Stored last[word_columns];
+  unpack_word<L>(values, read<uint64_t>(mask, whole), last);
+  std::memcpy(out, last, rest * sizeof(*out));
+}
+
+template <class L>
+void unpack(const halve_packed& w, Range rows, void* out, void* workspace) {
+  using Stored = typename L::Stored;
+  auto* dense = static_cast<Stored*>(out);
+  auto* spare = static_cast<Stored*>(workspace);
+  for (int64_t row = rows.first; row < rows.last; ++row, dense += w.columns) {
+    unpack_row<L>(values_of(w, row, spare), mask_of(w, row), w.columns, dense);
+  }
+}
+
+template <class L>
+constexpr Kernel kernel_of = {arranged_bytes<L>, workspace_bytes<L>, arrange<L>,
+                              packed<L>,         dense<L>,           unpack<L>};
+
+}  // namespace
+
+#endif

@@ -1,0 +1,58 @@
+"""`halve serve`."""
+
+from typing import Annotated
+
+import typer
+
+from halve.cli import options
+
+EXAMPLES = """
+**Examples**
+
+`halve serve ./opt-125m-packed`
+
+`halve serve ./llama-24-packed --port 8080 --host 0.0.0.0`
+"""
+
+
+def command(
+    model: options.Model,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Serve a model, dense or packed, to clients of OpenAI's interface.
+
+    This is transformers' own server, `transformers serve`, with Halve's packed models
+    known to it. It needs `pip install 'halve[serve]'`.
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    from halve.errors import HalveError
+
+    if not is_serve_available():
+        raise HalveError(
+            "The libraries of the server are not installed.",
+            "Run pip install 'halve[serve]'.",
+        )
+    from pathlib import Path
+
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from transformers.cli.serve import Serve
+
+    from halve.checkpoint import locate
+    from halve.runtime.streamed import StreamedModel
+
+    folder = locate(model)
+    # Refuses with a sentence what the server would trip over at the first request.
+    opened = StreamedModel.open(folder, device, trust_remote_code)
+    # The server lists what is in the hub's cache, and fails where there is none.
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+    Serve(
+        str(folder),
+        host=host,
+        port=port,
+        device=str(opened.device),
+        trust_remote_code=trust_remote_code,
+    )

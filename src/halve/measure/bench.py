@@ -1,0 +1,123 @@
+"""Everything that `halve bench` measures, put together."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from halve.checkpoint import Checkpoint
+from halve.errors import HalveError
+from halve.measure.footprint import footprint
+from halve.measure.speed import (
+    OWN,
+    PACKED,
+    TORCH,
+    Test,
+    measure_speed,
+    read_bandwidth,
+    tests,
+)
+from halve.models import load_config, longest_sequence
+from halve.records import BenchRecord
+from halve.runtime.kernels import TORCH as WITHOUT
+from halve.runtime.kernels import kernels
+
+# What llama-bench measures by default.
+_PROMPT = 512
+_GENERATED = 128
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure.
+
+    Attributes:
+        name: Of the model, for the table.
+        dense: Folder of the model, dense.
+        packed: Folder of the same model, packed.
+        prompt: Tokens of the prompt, 0 for no such test; None for 512, or what the
+            model takes.
+        generated: Tokens generated, 0 for no such test; None for 128, or what the model
+            takes.
+        batches: Sequences decoded at once.
+        rounds: How often.
+        trust_remote_code: Whether Python code that comes with the model may run.
+    """
+
+    name: str
+    dense: Path
+    packed: Path
+    prompt: int | None
+    generated: int | None
+    batches: tuple[int, ...]
+    rounds: int
+    trust_remote_code: bool = False
+
+
+def run_bench(bench: Bench, progress: Callable[[str], None]) -> BenchRecord:
+    """Measure footprints, bandwidth and speed; see `halve bench`.
+
+    Cost:
+        Memory for the model dense and packed at once.
+    """
+    plan = _tests(bench)
+    progress("measuring memory")
+    footprints = {
+        "dense": footprint(bench.dense, bench.trust_remote_code),
+        "packed": footprint(bench.packed, bench.trust_remote_code),
+    }
+    found = kernels()
+    dense, packed = _tensors(bench.dense), _tensors(bench.packed)
+    return BenchRecord(
+        model=bench.name,
+        parameters=sum(info.nbytes // info.dtype.itemsize for info in dense),
+        sizes={
+            TORCH: sum(info.stored_bytes for info in dense),
+            OWN: sum(info.stored_bytes for info in dense),
+            PACKED: sum(info.stored_bytes for info in packed),
+        },
+        cpu=_cpu(),
+        threads=torch.get_num_threads(),
+        kernel=found.name if found else WITHOUT,
+        bandwidth=read_bandwidth(),
+        results=tuple(
+            measure_speed(
+                bench.packed,
+                plan,
+                bench.rounds,
+                progress,
+                bench.trust_remote_code,
+            )
+        ),
+        footprints=footprints,
+    )
+
+
+def _tests(bench: Bench) -> list[Test]:
+    config = load_config(bench.dense, bench.trust_remote_code)
+    longest = longest_sequence(config) or max(_PROMPT, _GENERATED + 1)
+    prompt, generated = bench.prompt, bench.generated
+    prompt = min(_PROMPT, longest) if prompt is None else prompt
+    generated = min(_GENERATED, longest - 1) if generated is None else generated
+    if max(prompt, generated + 1) > longest:
+        raise HalveError(
+            f"{bench.name} takes {longest} tokens, which is less than a test needs.",
+            f"Pass --pp {longest} and --tg {longest - 1}, or less.",
+        )
+    return tests(prompt, generated, bench.batches)
+
+
+def _tensors(folder: Path) -> list:
+    return list(Checkpoint.open(folder).tensors.values())
+
+
+def _cpu() -> str:
+    """Return the CPU's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,46 @@
+"""How much memory loading a model takes, measured in a process of its own."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from halve.records import Footprint
+
+
+def footprint(folder: Path, trust_remote_code: bool = False) -> Footprint:
+    """Load a model and generate two tokens in a new process.
+
+    Args:
+        folder: Of a model, dense or packed.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Returns:
+        Peaks of resident memory, mapped files included.
+    """
+    program = f"import {__name__} as m; m.main({str(folder)!r}, {trust_remote_code})"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return Footprint(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(folder: str, trust_remote_code: bool) -> None:
+    """Print the footprint of this process, while it loads and runs a model, as JSON."""
+    # The interpreter with its libraries is counted first, and alone.
+    import torch  # noqa: PLC0415
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+
+    from halve.runtime.generation import load  # noqa: PLC0415
+
+    disable_progress_bar()
+    interpreter = _peak()
+    model = load(folder, "cpu", trust_remote_code)
+    loaded = _peak()
+    with torch.inference_mode():
+        model.generate(torch.tensor([[2]]), max_new_tokens=2, do_sample=False)
+    print(json.dumps({"interpreter": interpreter, "loaded": loaded, "run": _peak()}))  # noqa: T201
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

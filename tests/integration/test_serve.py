@@ -1,0 +1,60 @@
+"""`halve serve` answers as OpenAI's clients expect, with a packed model."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+import halve
+from tests.tables import BUNDLED
+
+PROMPT = "def main("
+PATIENCE = 60  # seconds, for a busy machine
+
+
+@pytest.fixture
+def server(tmp_path):
+    halve.prune(BUNDLED, tmp_path / "model", solver="magnitude", packed=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "halve", "serve", tmp_path / "model"]
+    process = subprocess.Popen([*command, "--port", str(port)])
+    try:
+        yield tmp_path / "model", f"http://localhost:{port}"
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def ask(url, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        return json.load(answer)
+
+
+def wait_for(url):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            return ask(url)
+        except urllib.error.URLError:
+            time.sleep(0.2)
+    raise AssertionError(f"{url} did not answer")
+
+
+def test_server_completes_a_prompt_as_generate_does(server):
+    folder, url = server
+    assert wait_for(f"{url}/health") == {"status": "ok"}
+    body = {"model": str(folder), "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    answer = ask(f"{url}/v1/completions", body)
+    assert answer["usage"]["completion_tokens"] == 12
+    whole = halve.generate(folder, PROMPT, max_new_tokens=12)
+    assert PROMPT + answer["choices"][0]["text"] == whole
+    assert "data" in ask(f"{url}/v1/models")

@@ -1,0 +1,256 @@
+"""A packed checkpoint is a model of transformers that runs sparse."""
+
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import halve
+from halve.errors import CheckpointError, UnsupportedModelError
+from halve.runtime.layers import DenseLinear, SparseLinear
+from tests.tables import BUNDLED
+
+FAMILIES = ("opt", "gpt2", "bloom", "llama", "gpt_neox", "phi3", "falcon", "gemma2")
+PROMPT = "def main("
+
+
+@pytest.fixture(scope="module")
+def both(pico, tmp_path_factory):
+    """Return a function that gives a family's pruned model, dense and packed."""
+    made = {}
+
+    def folders(row, **options):
+        key = f"{row}-{options}"
+        if key not in made:
+            home = tmp_path_factory.mktemp("sparse")
+            halve.prune(pico(row, **options), home / "dense", solver="magnitude")
+            halve.pack(home / "dense", home / "packed")
+            made[key] = home / "dense", home / "packed"
+        return made[key]
+
+    return folders
+
+
+def load(folder, **options) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def some_ids(length=12, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, 4096, (batch, length), generator=generator)
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+@torch.no_grad()
+def test_packed_model_computes_what_the_dense_one_does(row, both):
+    dense, packed = (load(folder) for folder in both(row))
+    layers = [m for m in packed.modules() if isinstance(m, SparseLinear)]
+    assert len(layers) >= 8
+    for ids in (some_ids(1, 1), some_ids(5, 3), some_ids(40, 2)):
+        theirs, ours = dense(ids).logits, packed(ids).logits
+        assert torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_saved_again_it_is_the_same_tensor_for_tensor(row, both, tmp_path):
+    model = load(both(row, dtype=torch.bfloat16)[1])
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert halve.inspect(tmp_path).matrices[0].packed
+    assert load_file(tmp_path / "model.safetensors").keys() == {
+        name
+        for path in both(row, dtype=torch.bfloat16)[1].glob("*.safetensors")
+        for name in load_file(path)
+    }
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    home = tmp_path_factory.mktemp("bundled")
+    halve.prune(BUNDLED, home / "dense", sparsity="2:4", solver="magnitude")
+    halve.pack(home / "dense", home / "packed")
+    return home
+
+
+def test_greedy_text_of_the_bundled_model_is_the_dense_models(bundled):
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    texts = [
+        load(bundled / kind, dtype=torch.float32).generate(
+            **inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False
+        )
+        for kind in ("dense", "packed")
+    ]
+    assert texts[0].shape[1] == inputs["input_ids"].shape[1] + 64
+    assert torch.equal(*texts)
+
+
+@torch.no_grad()
+def test_bfloat16_logits_are_no_farther_from_float32_than_torchs(bundled):
+    ids = some_ids(100, 1)
+    exact = load(bundled / "dense", dtype=torch.float32)(ids).logits
+    for length in (100, 20, 1):
+        part = ids[:, :length]
+        theirs = load(bundled / "dense")(part).logits.float() - exact[:, :length]
+        ours = load(bundled / "packed")(part).logits.float() - exact[:, :length]
+        assert ours.norm() <= 1.05 * theirs.norm()
+
+
+def test_pipeline_and_halve_generate_write_the_same(bundled):
+    writer = pipeline("text-generation", model=str(bundled / "packed"))
+    text = writer(PROMPT, max_new_tokens=12, do_sample=False)[0]["generated_text"]
+    assert text == halve.generate(bundled / "packed", PROMPT, max_new_tokens=12)
+
+
+@torch.no_grad()
+def test_compiles_whole(both):
+    model = load(both("llama")[1])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ids in (some_ids(1, 1), some_ids(9, 2)):
+        assert torch.allclose(compiled(ids).logits, model(ids).logits, atol=1e-5)
+
+
+def test_loaded_in_another_dtype_it_is_converted(both):
+    _, packed = both("llama", dtype=torch.bfloat16)
+    model = load(packed, dtype=torch.float32)
+    dense = load(both("llama", dtype=torch.bfloat16)[0], dtype=torch.float32)
+    ids = some_ids()
+    assert torch.allclose(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_stay_dense_multiply_a_few_rows_with_our_kernel(both):
+    model = load(both("llama")[1])
+    assert isinstance(model.lm_head, DenseLinear)
+    assert "lm_head.weight" in dict(model.named_parameters(remove_duplicate=False))
+    x = torch.randn(1, 1, 64)
+    ours, plain = model.lm_head(x), torch.nn.functional.linear(x, model.lm_head.weight)
+    assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_is_packed_carries_no_gradient(both):
+    model = load(both("opt")[1])
+    assert not any(
+        layer.weight.requires_grad
+        for layer in model.modules()
+        if isinstance(layer, SparseLinear)
+    )
+
+
+@pytest.mark.parametrize("row", ["llama", "gpt2"])
+@torch.no_grad()
+def test_dequantized_it_is_the_dense_model(row, both, tmp_path):
+    dense, model = load(both(row)[0]), load(both(row)[1])
+    model.dequantize()
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    model.save_pretrained(tmp_path)
+    assert not any(m.packed for m in halve.inspect(tmp_path).matrices)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    ids = some_ids()
+    assert torch.equal(load(tmp_path)(ids).logits, dense(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import halve, transformers",
+        "import transformers, halve",
+        "import transformers.quantizers, halve",
+        "import halve.errors, transformers",
+    ],
+)
+def test_import_order_does_not_matter(order, both):
+    code = (
+        f"{order}\nimport sys\n"
+        "from transformers import AutoModelForCausalLM as A\n"
+        "m = A.from_pretrained(sys.argv[1])\n"
+        "print(sum('SparseLinear' in type(x).__name__ for x in m.modules()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, both("opt")[1]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["12"]
+
+
+def test_import_of_halve_alone_loads_nothing_large():
+    code = "import halve, sys; print('torch' in sys.modules, len(sys.modules) < 300)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_without_kernels_it_writes_the_same_and_says_so(bundled):
+    command = [sys.executable, "-m", "halve", "generate", bundled / "packed", PROMPT]
+    command += ["--max-new-tokens", "8"]
+    runs = [
+        subprocess.run(
+            command,
+            env=os.environ | {"HALVE_KERNEL": kernel},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for kernel in ("", "torch")
+    ]
+    assert runs[0].stdout == runs[1].stdout
+    assert "Warning" not in runs[0].stderr
+    assert runs[1].stderr.count("without Halve's kernels (HALVE_KERNEL is torch)") == 1
+
+
+def lie(folder, out, edit):
+    """Copy a packed model and let `edit` change the tensors of its last file."""
+    shutil.copytree(folder, out)
+    path = sorted(out.glob("*.safetensors"))[-1]
+    tensors = load_file(path)
+    edit(tensors, next(name for name in tensors if name.endswith("fc1.weight")))
+    save_file(tensors, path, {"format": "pt"})
+    return out
+
+
+def _bit(tensors, name):
+    mask = tensors[name + "_mask"].view(torch.int64)
+    mask[3, 0] ^= 1
+
+
+def _values(tensors, name):
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def _rows(tensors, name):
+    tensors[name + "_mask"] = tensors[name + "_mask"][:-1].clone()
+
+
+def _part(tensors, name):
+    del tensors[name + "_offsets"]
+
+
+@pytest.mark.parametrize("edit", [_bit, _values, _rows, _part])
+def test_a_file_that_lies_is_refused_before_a_kernel_runs(edit, both, tmp_path):
+    folder = lie(both("opt")[1], tmp_path / "lie", edit)
+    with pytest.raises(CheckpointError, match=r"fc1\.weight"):
+        load(folder)
+    with pytest.raises(CheckpointError, match=r"fc1\.weight"):
+        halve.load(folder)
+
+
+def test_a_later_version_is_refused_with_what_is_needed(both, tmp_path):
+    folder = shutil.copytree(both("opt")[1], tmp_path / "later")
+    config = (folder / "config.json").read_text()
+    config = config.replace('"version": 1', '"version": 9').replace("0.1", "7.0")
+    (folder / "config.json").write_text(config)
+    for loader in (load, halve.load):
+        with pytest.raises(UnsupportedModelError, match=r"Install Halve 7\.0 or newer"):
+            loader(folder)
