@@ -24,6 +24,8 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/kernel_regression.py
+	$(BIN)/python benchmarks/sparse_model.py
 	$(BIN)/python benchmarks/prune_speed.py
 
 format: $(READY)

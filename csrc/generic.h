@@ -49,8 +49,8 @@ static_assert(tile_rows % quad == 0);
 constexpr int64_t block_words = 8;
 
 // The hardware does not see where loads led by popcounts go next: without these the
-// packed product is slower than the dense one. At 45 GB/s 2 to 8 KB do equally well; at
-// 65 GB/s 4 KB cost a tenth (docs/log.md).
+// packed product loses a tenth of its speed with one vector and half with four. At
+// 45 GB/s 2 to 8 KB ahead do equally well; at 65 GB/s 4 KB cost a tenth (docs/log.md).
 constexpr int64_t values_ahead = 8192;
 constexpr int64_t mask_ahead = 1024;
 constexpr int64_t line = 64;

@@ -27,7 +27,11 @@ _ROWS = (
     ("sparsegpt", "50%"),
     ("sparsegpt", "2:4"),
 )
+# The row that is packed and run.
+_PACKED = ("sparsegpt", "50%")
 _SEGMENTS = 300
+_PROMPT = "def main("
+_TOKENS = 24
 
 
 def command(
@@ -42,20 +46,28 @@ def command(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Prune the bundled model four ways and compare what is left of it.
+    """Prune the bundled model four ways, pack one result, run it, and compare.
 
     The model knows Python. It is calibrated on modules of this Python's library and
     judged on others, which it was not trained on.
     """
     import json
 
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     with _model() as model, _folder(out) as folder:
-        rows = [_row("dense", "", str(model), None)]
+        rows = [_row("dense", "", model, None)]
         rows += [_pruned(model, folder, *row) for row in _ROWS]
+        pruned = _target(folder, *_PACKED)
+        packed = pruned.with_name(f"{pruned.name}-packed")
+        rows.append(_packed(pruned, packed))
+        run = _run(packed)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps({"models": rows, "run": run}, indent=2))
     else:
         _print(rows)
+        _print_run(run)
 
 
 @contextmanager
@@ -83,20 +95,49 @@ def _pruned(
 ) -> dict[str, object]:
     from halve.api import prune
 
-    print(f"pruning: {solver} {sparsity}", file=sys.stderr, flush=True)
-    target = folder / f"{solver}-{sparsity.replace(':', '-').strip('%')}"
+    _say(f"pruning: {solver} {sparsity}")
+    target = _target(folder, solver, sparsity)
     record = prune(
         model, target, sparsity=sparsity, solver=solver, calibration="stdlib"
     )
-    return _row(solver, sparsity, str(target), record.seconds)
+    return _row(solver, sparsity, target, record.seconds)
+
+
+def _target(folder: "Path", solver: str, sparsity: str) -> "Path":
+    return folder / f"{solver}-{sparsity.replace(':', '-').strip('%')}"
+
+
+def _packed(pruned: "Path", packed: "Path") -> dict[str, object]:
+    from halve.api import pack
+
+    _say("packing")
+    record = pack(pruned, packed)
+    row = _row(*_PACKED, packed, None)
+    share = record.stored_bytes / record.dense_bytes
+    return row | {"model": f"{row['model']}, packed", "share_of_dense": share}
+
+
+def _run(packed: "Path") -> dict[str, object]:
+    """Let the packed model write, and time it against itself dense."""
+    from halve.measure import measure_speed, tests
+    from halve.runtime.generation import generate
+
+    _say("running")
+    text = generate(packed, _PROMPT, max_new_tokens=_TOKENS, device="cpu")
+    speeds = measure_speed(packed, tests(0, _TOKENS, (1,)), rounds=5)
+    return {"text": text, "tokens_per_second": {s.backend: s.median for s in speeds}}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _row(
-    solver: str, sparsity: str, model: str, seconds: float | None
+    solver: str, sparsity: str, model: "Path", seconds: float | None
 ) -> dict[str, object]:
     from halve.api import inspect, perplexity
 
-    print(f"judging: {solver} {sparsity}", file=sys.stderr, flush=True)
+    _say(f"judging: {solver} {sparsity}".rstrip())
     judged = perplexity(model, data="stdlib", segments=_SEGMENTS)
     found = inspect(model)
     return {
@@ -127,3 +168,9 @@ def _print(rows: list[dict]) -> None:
             for row in rows
         ],
     )
+
+
+def _print_run(run: dict) -> None:
+    speeds = ", ".join(f"{k} {v:.0f}" for k, v in run["tokens_per_second"].items())
+    print(f"The packed model writes:\n\n{run['text']}\n")
+    print(f"Tokens a second, one by one, for what they are worth so small: {speeds}.")

@@ -3,12 +3,14 @@
 from halve.measure.bench import Bench, run_bench
 from halve.measure.inspection import inspect_model
 from halve.measure.random_models import write_random_model
-from halve.measure.speed import TORCH
+from halve.measure.speed import TORCH, measure_speed, tests
 
 __all__ = [
     "TORCH",
     "Bench",
     "inspect_model",
+    "measure_speed",
     "run_bench",
+    "tests",
     "write_random_model",
 ]

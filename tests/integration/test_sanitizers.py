@@ -1,0 +1,23 @@
+"""The kernels' own tests, built with the address and undefined-behaviour sanitizers."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CMAKE = Path(sys.executable).with_name("cmake")  # a dependency of the developers
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_kernels_run_clean_under_the_sanitizers(tmp_path):
+    options = ["-DHALVE_SANITIZE=ON", "-DHALVE_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    build = ["--build", tmp_path, "--parallel", "2", "--target", "test_kernels"]
+    for command in (["-S", ROOT, "-B", tmp_path, *options], build):
+        subprocess.run([CMAKE, *command], check=True, capture_output=True)
+    done = subprocess.run(
+        [tmp_path / "test_kernels"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
