@@ -27,12 +27,7 @@ struct Bfloat16Lanes {
   static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
   static void totals(const Sum* sums, float* out) {
-    __m256 halves[tile_rows];
-    for (int64_t r = 0; r < tile_rows; ++r) {
-      const __m256 high = _mm512_extractf32x8_ps(sums[r], 1);
-      halves[r] = _mm256_add_ps(_mm512_castps512_ps256(sums[r]), high);
-    }
-    _mm256_storeu_ps(out, sum_eight(halves));
+    _mm256_storeu_ps(out, sum_eight(sums));
   }
 
   static Sum dot(Sum sum, Vector a, Vector b) {

@@ -1,5 +1,5 @@
-// The totals of eight AVX registers at once: a tree of pairwise sums, about half the
-// instructions of eight totals one by one.
+// The totals of eight registers at once: a tree of pairwise sums, about half the
+// instructions of eight totals one by one. For AVX2 and AVX-512.
 
 #ifndef HALVE_SUM_EIGHT_H
 #define HALVE_SUM_EIGHT_H
@@ -17,6 +17,19 @@ inline __m256 sum_eight(const __m256 (&v)[8]) {
   const __m256 high = _mm256_permute2f128_ps(first, second, 0x31);
   return _mm256_add_ps(low, high);
 }
+
+#if defined(__AVX512DQ__)
+
+inline __m256 sum_eight(const __m512* v) {
+  __m256 halves[8];
+  for (int r = 0; r < 8; ++r) {
+    const __m256 high = _mm512_extractf32x8_ps(v[r], 1);
+    halves[r] = _mm256_add_ps(_mm512_castps512_ps256(v[r]), high);
+  }
+  return sum_eight(halves);
+}
+
+#endif
 
 }  // namespace
 

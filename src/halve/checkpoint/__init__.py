@@ -3,9 +3,9 @@
 from halve.checkpoint.output import (
     RECORD,
     check_space,
-    foreign,
     is_finished,
     output_path,
+    read_record,
 )
 from halve.checkpoint.reader import Checkpoint, TensorInfo
 from halve.checkpoint.source import locate
@@ -17,9 +17,9 @@ __all__ = [
     "TensorInfo",
     "Workspace",
     "check_space",
-    "foreign",
     "is_finished",
     "locate",
     "open_workspace",
     "output_path",
+    "read_record",
 ]

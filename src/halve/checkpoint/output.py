@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from halve.errors import OutputError
 
 RECORD = "halve.json"
+
+Record = TypeVar("Record")
 
 
 def output_path(out: str | Path, source: Path) -> Path:
@@ -46,12 +49,25 @@ def is_finished(out: Path, identity: dict[str, Any]) -> bool:
     return True
 
 
+def read_record(folder: Path, parse: Callable[[str], Record]) -> Record:
+    """Return what is recorded in a folder that a run has completed.
+
+    Args:
+        folder: Holds `halve.json`.
+        parse: Turns its text into a value.
+
+    Raises:
+        OutputError: It is not what such a run writes.
+    """
+    try:
+        return parse((folder / RECORD).read_text("utf-8"))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise foreign(folder, f"its {RECORD} cannot be read") from error
+
+
 def recorded_identity(folder: Path) -> dict[str, Any]:
     """Return the identity of the run that completed a folder."""
-    try:
-        return dict(json.loads((folder / RECORD).read_text("utf-8"))["identity"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise foreign(folder, f"its {RECORD} cannot be read") from error
+    return read_record(folder, lambda text: dict(json.loads(text)["identity"]))
 
 
 def foreign(folder: Path, reason: str) -> OutputError:

@@ -16,11 +16,11 @@ from halve.checkpoint import (
     TensorInfo,
     Workspace,
     check_space,
-    foreign,
     is_finished,
     locate,
     open_workspace,
     output_path,
+    read_record,
 )
 from halve.errors import HalveError, OutputError
 from halve.formats import quantization_config, store
@@ -69,12 +69,12 @@ def rewrite_model(
         "sources": layout.sources,
     }
     if is_finished(out, identity):
-        return _record_of(out)
+        return read_record(out, PackRecord.from_json)
     check_space(out, layout.output_bytes)
     with open_workspace(out, identity) as workspace:
         if workspace.is_complete:
             workspace.publish()
-            return _record_of(out)
+            return read_record(out, PackRecord.from_json)
         matrices = _Rewriter(source, layout, workspace, rewriting).run()
         _check_gain(model, matrices, workspace, rewriting)
         record = PackRecord(
@@ -205,10 +205,3 @@ def _source_record(source: Path) -> dict[str, Any] | None:
         return dict(json.loads((source / RECORD).read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-
-
-def _record_of(out: Path) -> PackRecord:
-    try:
-        return PackRecord.from_json((out / RECORD).read_text("utf-8"))
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise foreign(out, f"its {RECORD} cannot be read") from error

@@ -14,14 +14,13 @@ from halve.calibration import (
     load_encoder,
 )
 from halve.checkpoint import (
-    RECORD,
     Workspace,
     check_space,
-    foreign,
     is_finished,
     locate,
     open_workspace,
     output_path,
+    read_record,
 )
 from halve.formats import quantization_config
 from halve.plan import Plan, Settings, make_plan
@@ -62,12 +61,12 @@ def prune_model(
         depth = len(plan.layout.blocks)
         phase = "all were finished before, nothing was done"
         execution.progress(Progress(depth - 1, depth, phase))
-        return _record_of(out)
+        return read_record(out, PruneRecord.from_json)
     check_space(out, plan.layout.output_bytes)
     with open_workspace(out, identity) as workspace:
         if workspace.is_complete:
             workspace.publish()
-            return _record_of(out)
+            return read_record(out, PruneRecord.from_json)
         blocks = Run(plan, execution, workspace, windows).finish()
         record = PruneRecord(
             versions=versions(),
@@ -81,13 +80,6 @@ def prune_model(
         packed = quantization_config() if settings.packed else None
         workspace.finish(source, record.to_json(), packed)
     return record
-
-
-def _record_of(out: Path) -> PruneRecord:
-    try:
-        return PruneRecord.from_json((out / RECORD).read_text("utf-8"))
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise foreign(out, f"its {RECORD} cannot be read") from error
 
 
 def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
