@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench bench-quality format clean
 
 demo: $(READY)
 	$(BIN)/halve demo
@@ -27,6 +27,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/kernel_regression.py
 	$(BIN)/python benchmarks/sparse_model.py
 	$(BIN)/python benchmarks/prune_speed.py
+
+bench-quality: $(READY)
+	$(BIN)/python benchmarks/quality.py
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -13,7 +13,7 @@ from transformers import (
 BUNDLED = Path(__file__).parents[1] / "src/halve/data/pycode-opt"
 VOCABULARY = 4096
 
-SOLVERS = ("magnitude", "wanda", "sparsegpt")
+SOLVERS = ("magnitude", "wanda", "sparsegpt", "admm")
 PATTERNS = ("50%", "0.3", "0.9", "2:4", "4:8", "1:4")
 
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 2}

@@ -32,6 +32,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     device: str = "auto",
     activation_memory: int | None = None,
     packed: bool = False,
+    refit: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PruneRecord:
@@ -52,7 +53,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
             pytorch_model.bin, whole or in shards), or a name on the hub.
         out: The new folder; must not exist, or be empty.
         sparsity: A share (`0.5`, `"50%"`) or n kept of every m inputs (`"2:4"`).
-        solver: `sparsegpt`, `wanda` or `magnitude`.
+        solver: `sparsegpt`, `admm`, `wanda` or `magnitude` (docs/solvers.md).
         calibration: `c4`, `wikitext2`, `ptb`, a data set of the hub, a .txt, .jsonl
             or .parquet file, `stdlib` (this Python's own sources), or `self` (text
             sampled from the model, which then must fit into memory).
@@ -65,6 +66,8 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         activation_memory: Bytes of hidden states kept in memory before they go to a
             mapped file; by default a quarter of the machine's.
         packed: Whether to store the pruned matrices packed, as `pack` does.
+        refit: Whether the kept weights are tuned by conjugate gradients once the mask
+            is chosen; the layer error never rises. `admm` does that by itself.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase of each block.
 
@@ -83,7 +86,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
 
     Source:
         Frantar and Alistarh, "SparseGPT" (2023), algorithm 1; for wanda, Sun et al.
-        (2023), equation 1.
+        (2023), equation 1; for admm, Meng et al., "ALPS" (2024), algorithm 1.
     """
     settings = Settings(
         sparsity=sparsity,
@@ -96,6 +99,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         block_size=block_size,
         device=device,
         packed=packed,
+        refit=refit,
     )
     execution = Execution(
         activation_memory, trust_remote_code, progress or (lambda _: None)

@@ -39,6 +39,7 @@ class Settings:
         block_size: Columns that SparseGPT handles at once.
         device: `cpu`, `cuda` or `auto`.
         packed: Whether matrices are stored packed.
+        refit: Whether the kept weights are tuned once the mask is chosen.
     """
 
     sparsity: str | float = "50%"
@@ -51,6 +52,7 @@ class Settings:
     block_size: int = 128
     device: str = "auto"
     packed: bool = False
+    refit: bool = False
 
     def check(self) -> None:
         """Raise HalveError on the first setting that makes no sense."""

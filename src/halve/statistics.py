@@ -5,6 +5,7 @@ inputs [tokens, columns] in float32 and keeps no more than it must.
 """
 
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ class Statistic(ABC):
     @abstractmethod
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
+    @classmethod
+    @abstractmethod
+    def of(cls, gram: Tensor) -> Self:
+        """Return the statistic of inputs whose X^T X is known; it may share memory."""
+
     @abstractmethod
     def add(self, inputs: Tensor) -> None:
         """Take in one batch of inputs, [tokens, columns]."""
@@ -34,6 +40,11 @@ class Nothing(Statistic):
     """For solvers that look at weights alone."""
 
     def __init__(self, columns: int, device: torch.device) -> None: ...
+
+    @classmethod
+    def of(cls, gram: Tensor) -> Self:
+        """Forget it."""
+        return cls(len(gram), gram.device)
 
     def add(self, inputs: Tensor) -> None:
         """Forget the inputs."""
@@ -52,6 +63,13 @@ class ColumnNorms(Statistic):
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.squares = torch.zeros(columns, device=device)
+
+    @classmethod
+    def of(cls, gram: Tensor) -> Self:
+        """Take the diagonal."""
+        norms = cls(len(gram), gram.device)
+        norms.squares += gram.diagonal()
+        return norms
 
     def add(self, inputs: Tensor) -> None:
         """Add the squares of [tokens, columns]."""
@@ -74,6 +92,14 @@ class Gram(Statistic):
         self._upper = torch.zeros(columns, columns, device=device)
         size = -(-columns // _TILES)
         self._starts = range(0, columns, max(size, 1))
+
+    @classmethod
+    def of(cls, gram: Tensor) -> Self:
+        """Take it as it is; `take_matrix` hands it back."""
+        statistic = cls(0, gram.device)
+        statistic._upper = gram
+        statistic._starts = range(0)  # both triangles are there already
+        return statistic
 
     def add(self, inputs: Tensor) -> None:
         """Add X^T X of X = `inputs`, [tokens, columns]."""

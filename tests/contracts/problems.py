@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from halve.patterns import Pattern, parse_pattern
-from halve.solvers import SOLVERS, Solution
+from halve.solvers import SOLVERS, Solution, Solver
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,12 @@ class Problem:
 
     def solve(self, solver: str, pattern: Pattern | str, **options) -> Solution:
         """Solve it with a row of the table of solvers."""
+        return self.solve_with(SOLVERS[solver](**options), pattern)
+
+    def solve_with(self, made: Solver, pattern: Pattern | str) -> Solution:
+        """Solve it with a solver."""
         if isinstance(pattern, str):
             pattern = parse_pattern(pattern)
-        made = SOLVERS[solver](**options)
         statistic = made.statistic(self.inputs.shape[1], torch.device("cpu"))
         statistic.add(self.inputs)
         return made.solve(made.prepare(statistic), self.weight, pattern)
@@ -40,3 +43,25 @@ def correlated(rows: int = 48, columns: int = 160, seed: int = 0) -> Problem:
     inputs = torch.randn(6 * columns, columns, generator=generator)
     inputs = (inputs + inputs @ mixing) * scales
     return Problem(torch.randn(rows, columns, generator=generator), inputs)
+
+
+def few_tokens() -> Problem:
+    """Return fewer tokens than columns: X^T X has rank 40 of 160."""
+    problem = correlated(seed=4)
+    return Problem(problem.weight, problem.inputs[:40])
+
+
+def outliers() -> Problem:
+    """Return inputs of which three features are a hundred times as large."""
+    problem = correlated(seed=5)
+    problem.inputs[:, [3, 40, 111]] *= 100
+    return problem
+
+
+def two_directions() -> Problem:
+    """Return inputs that vary, but for a little noise, along two directions only."""
+    generator = torch.Generator().manual_seed(6)
+    problem = correlated(seed=6)
+    directions = torch.randn(2, 160, generator=generator)
+    along = torch.randn(len(problem.inputs), 2, generator=generator) @ directions
+    return Problem(problem.weight, along + 0.01 * problem.inputs)

@@ -8,11 +8,19 @@ import torch
 
 from halve.errors import NumericalError
 from halve.patterns import NM, Unstructured, parse_pattern
-from halve.solvers import SparseGPT
+from halve.solvers import ADMM, Magnitude, Refitted, SparseGPT
+from halve.solvers import SOLVERS as SOLVER_CLASSES
 from halve.statistics import Gram
-from tests.contracts.problems import Problem, correlated
+from tests.contracts.problems import (
+    Problem,
+    correlated,
+    few_tokens,
+    outliers,
+    two_directions,
+)
 from tests.tables import PATTERNS, SOLVERS
 from tests.twins import sparsegpt as twin
+from tests.twins.refit import least_squares
 
 GOLDEN = Path(__file__).parents[1] / "golden/masks.json"
 over_solvers = pytest.mark.parametrize("solver", SOLVERS)
@@ -88,6 +96,47 @@ def test_sparsegpt_loses_less_than_the_others(text):
     assert errors["sparsegpt"] < min(errors["wanda"], errors["magnitude"])
 
 
+HARD = {
+    "correlated": correlated(),
+    "wide": correlated(8, 320, seed=3),
+    "few tokens": few_tokens(),
+    "outliers": outliers(),
+    "two directions": two_directions(),
+}
+
+
+@over_patterns
+@pytest.mark.parametrize("name", HARD)
+def test_admm_loses_no_more_than_sparsegpt(name, text):
+    problem = HARD[name]
+    errors = [
+        problem.error(problem.solve(s, text).weight) for s in ("sparsegpt", "admm")
+    ]
+    assert errors[1] <= errors[0]
+
+
+@over_solvers
+@over_patterns
+@pytest.mark.parametrize("name", HARD)
+def test_refit_never_raises_the_error_and_keeps_the_mask(name, solver, text):
+    problem = HARD[name]
+    plain = problem.solve(solver, text).weight
+    refitted = problem.solve_with(Refitted(SOLVER_CLASSES[solver]()), text).weight
+    # Errors are compared in float32, which cannot tell apart what is nearer than that.
+    assert problem.error(refitted) <= problem.error(plain) * (1 + 1e-6) + 1e-7
+    assert bool((refitted[plain == 0] == 0).all())
+
+
+def test_refit_comes_near_the_exact_solution():
+    """Ten steps are within a few per cent of least squares, row by row."""
+    problem = correlated(16, 64)
+    plain = problem.solve("magnitude", "50%").weight
+    refitted = problem.solve_with(Refitted(Magnitude()), "50%").weight
+    exact = least_squares(problem.weight, problem.inputs, plain != 0)
+    errors = [problem.error(z) for z in (plain, refitted, exact)]
+    assert errors[2] <= errors[1] <= errors[2] + 0.05 * (errors[0] - errors[2])
+
+
 @over_patterns
 def test_inputs_of_one_kind_make_all_solvers_agree(text):
     """With X^T X = c I nothing can be compensated, and only magnitude counts.
@@ -100,6 +149,7 @@ def test_inputs_of_one_kind_make_all_solvers_agree(text):
     assert torch.equal(problem.solve("sparsegpt", text).weight, expected)
     if ":" in text:
         assert torch.equal(problem.solve("wanda", text).weight, expected)
+    assert torch.allclose(problem.solve("admm", text).weight, expected, atol=1e-5)
 
 
 @over_patterns
@@ -123,17 +173,19 @@ def test_n_m_does_not_depend_on_the_block_size(block_size):
 
 
 @over_patterns
-def test_reported_error_is_the_error(text):
+@pytest.mark.parametrize("solver", ["sparsegpt", "admm"])
+def test_reported_error_is_the_error(solver, text):
     problem = correlated()
-    solution = problem.solve("sparsegpt", text)
+    solution = problem.solve(solver, text)
     expected = problem.error(solution.weight)
     assert solution.outcome.error == pytest.approx(expected, rel=1e-3)
 
 
-def test_dead_inputs_lose_their_weights():
+@pytest.mark.parametrize("solver", ["sparsegpt", "admm"])
+def test_dead_inputs_lose_their_weights(solver):
     problem = correlated()
     problem.inputs[:, [0, 7, 159]] = 0
-    solution = problem.solve("sparsegpt", "50%").weight
+    solution = problem.solve(solver, "50%").weight
     assert (solution[:, [0, 7, 159]] == 0).all()
     assert solution.isfinite().all()
 
@@ -146,12 +198,13 @@ def test_damping_is_raised_until_it_works_and_said():
     assert outcome.damping > 0
 
 
-def test_a_matrix_that_is_no_gram_matrix_is_refused():
+@pytest.mark.parametrize("solver", [SparseGPT(), ADMM()])
+def test_a_matrix_that_is_no_gram_matrix_is_refused(solver):
     statistic = Gram(8, torch.device("cpu"))
     statistic.add(torch.randn(32, 8))
     statistic._upper.neg_()
     with pytest.raises(NumericalError, match="not positive definite"):
-        SparseGPT().prepare(statistic)
+        solver.solve(solver.prepare(statistic), torch.randn(4, 8), Unstructured(0.5))
 
 
 @over_solvers

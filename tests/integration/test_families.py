@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import halve
 from halve.plan import Settings, make_plan
 from halve.runtime.streamed import Stream, StreamedModel
-from tests.tables import FAMILIES, MIXTURES
+from tests.tables import FAMILIES, MIXTURES, SOLVERS
 
 
 def _tensors(folder):
@@ -35,6 +35,16 @@ def test_streamed_logits_equal_the_whole_models(row, pico):
     with torch.no_grad():
         theirs = whole(ids, use_cache=False).logits
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "sparsegpt"])
+@pytest.mark.parametrize("row", FAMILIES)
+def test_every_solver_prunes_every_family(row, solver, pico, text, tmp_path):
+    options = {"samples": 4, "seq_len": 32, "device": "cpu", "solver": solver}
+    record = halve.prune(
+        pico(row), tmp_path / "out", sparsity="2:4", calibration=str(text), **options
+    )
+    assert record.sparsity == 0.5
 
 
 @pytest.mark.parametrize("row", FAMILIES)

@@ -17,6 +17,8 @@ EXAMPLES = """
 
 `halve prune ./llama -o ./llama-24 --sparsity 2:4 --calibration text.jsonl`
 
+`halve prune ./llama -o ./llama-best --solver admm --calibration wikitext2`
+
 `halve prune ./llama -o ./llama-small --pack --calibration wikitext2`
 
 `halve prune ./llama -o ./llama-70 --sparsity 70% --calibration stdlib --dry-run`
@@ -32,7 +34,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         str, typer.Option(help="50%, 0.5, or n:m such as 2:4: n kept of every m.")
     ] = "50%",
     solver: Annotated[
-        str, typer.Option(help="sparsegpt, wanda or magnitude.")
+        str, typer.Option(help="sparsegpt, admm, wanda or magnitude.")
     ] = "sparsegpt",
     calibration: Annotated[
         str,
@@ -53,6 +55,12 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     ] = 128,
     device: options.Device = "auto",
     activation_memory: options.ActivationMemory = None,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit", help="Tune the kept weights once the mask is chosen; admm does."
+        ),
+    ] = False,
     packed: Annotated[
         bool,
         typer.Option("--pack", help="Store it packed, as `halve pack` does."),
@@ -84,6 +92,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         block_size=block_size,
         device=device,
         packed=packed,
+        refit=refit,
     )
     if dry_run:
         plan = make_plan(locate(model), settings, trust_remote_code)

@@ -24,11 +24,10 @@ from halve.checkpoint import (
 )
 from halve.formats import quantization_config
 from halve.plan import Plan, Settings, make_plan
-from halve.pruning.run import Execution, Run
+from halve.pruning.run import Execution, Run, make_solver
 from halve.records import Progress, PruneRecord, now, versions
 from halve.runtime.generation import sample_windows
 from halve.runtime.streamed import choose_device
-from halve.solvers import SOLVERS
 from halve.statistics import Nothing
 
 
@@ -85,7 +84,7 @@ def prune_model(
 def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
     """Return calibration windows, None where the solver needs none."""
     settings = plan.settings
-    if SOLVERS[settings.solver].statistic is Nothing:
+    if make_solver(settings).statistic is Nothing:
         return None
     assert settings.seq_len is not None
     size = (settings.samples, settings.seq_len)

@@ -17,7 +17,7 @@ from halve.plan import Plan, PlannedBlock, Settings
 from halve.pruning.block import Pruned, Task, install, prune_block
 from halve.records import BlockRecord, MatrixRecord, Progress, block_from_dict
 from halve.runtime.streamed import Stream, StreamedModel
-from halve.solvers import SOLVERS, Solver, SparseGPT
+from halve.solvers import ADMM, SOLVERS, Refitted, Solver, SparseGPT
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,15 @@ class Execution:
 
 def make_solver(settings: Settings) -> Solver:
     """Return the solver that the settings name."""
+    solver = _named_solver(settings)
+    return Refitted(solver, settings.damping) if settings.refit else solver
+
+
+def _named_solver(settings: Settings) -> Solver:
     if settings.solver == "sparsegpt":
         return SparseGPT(settings.damping, settings.block_size)
+    if settings.solver == "admm":
+        return ADMM(settings.damping)
     return SOLVERS[settings.solver]()
 
 

@@ -3,8 +3,10 @@
 A solver is one row of `SOLVERS`; its tests come from the same table.
 """
 
+from halve.solvers.admm import ADMM
 from halve.solvers.interface import Outcome, Solution, Solver
 from halve.solvers.magnitude import Magnitude
+from halve.solvers.refit import Refitted
 from halve.solvers.sparsegpt import SparseGPT
 from halve.solvers.wanda import Wanda
 
@@ -12,12 +14,15 @@ SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
+    "admm": ADMM,
 }
 
 __all__ = [
+    "ADMM",
     "SOLVERS",
     "Magnitude",
     "Outcome",
+    "Refitted",
     "Solution",
     "Solver",
     "SparseGPT",

@@ -24,6 +24,7 @@ from torch import Tensor
 from halve.errors import NumericalError
 from halve.patterns import NM, Pattern, lowest
 from halve.products import linear
+from halve.solvers.hessian import damped, relative_error
 from halve.solvers.interface import Outcome, Solution, Solver
 from halve.statistics import Gram
 
@@ -75,7 +76,7 @@ class SparseGPT(Solver[Gram, Prepared]):
         dead = gram.diagonal() == 0
         damping = self.damping
         while True:
-            factor = _inverse_factor(_damped(gram, dead, damping))
+            factor = _inverse_factor(damped(gram, dead, damping))
             if factor is not None:
                 return Prepared(gram, factor, dead, damping)
             if damping >= _MOST_DAMPING:
@@ -146,15 +147,6 @@ def _sweep_block(block: Tensor, factor: Tensor, pattern: Pattern, quota: int) ->
     return errors
 
 
-def _damped(gram: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """Return H of the published code, up to its scale, on which nothing depends."""
-    hessian = gram.clone()
-    diagonal = hessian.diagonal()
-    diagonal[dead] = 1
-    diagonal += damping * diagonal.mean()
-    return hessian
-
-
 def _inverse_factor(hessian: Tensor) -> Tensor | None:
     """Return upper triangular U with U^T U = H^-1, None where H is not positive.
 
@@ -186,24 +178,3 @@ def _inverse_of_cholesky(matrix: Tensor) -> Tensor | None:
         return None
     inverse, failed = invert(lower, lower=1, overwrite_c=1)
     return None if failed else torch.from_numpy(inverse)
-
-
-def relative_error(gram: Tensor, weight: Tensor, solution: Tensor) -> float:
-    """Return ||X (W - Z)^T||^2 / ||X W^T||^2 from X^T X.
-
-    Args:
-        gram: X^T X, [columns, columns].
-        weight: W, [rows, columns].
-        solution: Z, [rows, columns].
-
-    Returns:
-        0 where both are zero, and infinity where only the dense output is.
-    """
-    lost, kept = (_energy(gram, m) for m in (weight - solution, weight))
-    if kept == 0:
-        return 0.0 if lost == 0 else float("inf")
-    return max(lost, 0.0) / kept
-
-
-def _energy(gram: Tensor, matrix: Tensor) -> float:
-    return float((linear(matrix, gram) * matrix).sum())
