@@ -12,6 +12,7 @@ from typing import Any
 from halve.calibration import default_budget
 from halve.checkpoint import Checkpoint, TensorInfo
 from halve.errors import HalveError
+from halve.formats import packed_bytes
 from halve.models import (
     Matrix,
     Skeleton,
@@ -194,6 +195,8 @@ def make_plan(model: Path, settings: Settings, trust_remote_code: bool = False) 
     skeleton = build_skeleton(model, trust_remote_code)
     layout = lay_out(model, skeleton)
     _check_pattern(layout.blocks, settings)
+    if settings.packed:
+        _check_packing(layout, settings)
     return Plan(
         model=model,
         settings=_with_length(settings, skeleton),
@@ -298,6 +301,23 @@ def _check_pattern(blocks: tuple[PlannedBlock, ...], settings: Settings) -> None
         for block in blocks:
             for planned in block.matrices:
                 pattern.check_fits(planned.tensor, planned.matrix.shape[1])
+
+
+def _check_packing(layout: Layout, settings: Settings) -> None:
+    """Raise HalveError where no matrix would get smaller when packed."""
+    pattern = parse_pattern(settings.sparsity)
+    for block in layout.blocks:
+        for planned in block.matrices:
+            rows, columns = planned.matrix.shape
+            info = layout.tensors[planned.tensor]
+            kept = rows * columns - pattern.count(rows * columns)
+            if packed_bytes(rows, columns, kept, info.dtype.itemsize) < info.nbytes:
+                return
+    raise HalveError(
+        f"With {pattern} zeros no matrix of {layout.blocks[0].name} or any other block "
+        "would get smaller when packed: each weight costs a bit more.",
+        "Leave out --pack, or prune more.",
+    )
 
 
 def _left_dense(

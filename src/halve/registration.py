@@ -31,22 +31,29 @@ def _register() -> None:
 class _Awaiting(MetaPathFinder):
     """Finds nothing itself; adds a step to the import that it waits for."""
 
+    def __init__(self) -> None:
+        self.asking = False
+
     def find_spec(
         self,
         fullname: str,
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if fullname != _AWAITED:
+        if fullname != _AWAITED or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.asking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.asking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
+            sys.meta_path.remove(self)
             _register()
 
         spec.loader.exec_module = execute_and_register

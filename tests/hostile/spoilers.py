@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
+SHARD = "model-00001-of-00001.safetensors"
 INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -121,15 +122,21 @@ def one_value(name: str, value: float) -> Spoiler:
 
 
 def index(change: Callable[[dict], object] = lambda _: None) -> Spoiler:
-    """Write an index for the one file of weights, with a change."""
+    """Make the one file of weights a shard and write its index, with a change."""
 
     def spoil(folder: Path) -> None:
         names = load_file(folder / WEIGHTS)
-        entries = {"metadata": {}, "weight_map": dict.fromkeys(names, WEIGHTS)}
+        (folder / WEIGHTS).rename(folder / SHARD)
+        entries = {"metadata": {}, "weight_map": dict.fromkeys(names, SHARD)}
         new = change(entries)
         (folder / INDEX).write_text(json.dumps(entries if new is None else new))
 
     return spoil
+
+
+def index_text(contents: str) -> Spoiler:
+    """Make the one file of weights a shard whose index is some text."""
+    return both(index(), text(INDEX, contents))
 
 
 def indexed_as(shard: str) -> Spoiler:

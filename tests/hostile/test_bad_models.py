@@ -123,8 +123,8 @@ WEIGHTS = {
 INDEXES = {
     "a shard missing": (by.indexed_as("other.safetensors"), ("other.safetensors",)),
     "not in its shard": (
-        by.index(lambda i: i["weight_map"].update({"a.b": by.WEIGHTS})),
-        ("a.b", by.WEIGHTS),
+        by.index(lambda i: i["weight_map"].update({"a.b": by.SHARD})),
+        ("a.b", by.SHARD),
     ),
     "in another shard": (
         by.both(
@@ -147,12 +147,12 @@ INDEXES = {
     "null byte": (by.indexed_as("a\0b"), ("not there",)),
     "half a character": (by.indexed_as("\ud800"), ("not there",)),
     "endless name": (by.indexed_as("a" * 5000), ("not there",)),
-    "number": (by.text(by.INDEX, "7"), (by.INDEX,)),
-    "list": (by.text(by.INDEX, "[]"), (by.INDEX,)),
-    "not json": (by.text(by.INDEX, "{"), (by.INDEX,)),
-    "empty": (by.text(by.INDEX, " "), (by.INDEX,)),
-    "nested too deep": (by.text(by.INDEX, "[" * 100_000), (by.INDEX,)),
-    "no map": (by.text(by.INDEX, "{}"), (by.INDEX,)),
+    "number": (by.index_text("7"), (by.INDEX,)),
+    "list": (by.index_text("[]"), (by.INDEX,)),
+    "not json": (by.index_text("{"), (by.INDEX,)),
+    "empty": (by.index_text(" "), (by.INDEX,)),
+    "nested too deep": (by.index_text("[" * 100_000), (by.INDEX,)),
+    "no map": (by.index_text("{}"), (by.INDEX,)),
     "map is a list": (by.index(lambda i: {"weight_map": []}), (by.INDEX,)),
     "map is null": (by.index(lambda i: {"weight_map": None}), (by.INDEX,)),
     "map is empty": (by.index(lambda i: {"weight_map": {}}), ("no tensor",)),

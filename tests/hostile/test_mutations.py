@@ -40,9 +40,10 @@ edits = st.lists(
 def good(pico) -> dict[str, bytes]:
     """Return the files of a model with an index, by name."""
     folder = pico("llama", hidden_size=16, intermediate_size=32, vocab_size=64)
-    files = {name: (folder / name).read_bytes() for name in ("config.json", by.WEIGHTS)}
+    stored = {"config.json": "config.json", by.SHARD: by.WEIGHTS}
+    files = {name: (folder / old).read_bytes() for name, old in stored.items()}
     names = load_file(folder / by.WEIGHTS)
-    weight_map = dict.fromkeys(names, by.WEIGHTS)
+    weight_map = dict.fromkeys(names, by.SHARD)
     files[by.INDEX] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
     return files
 
@@ -81,10 +82,10 @@ def _edited(contents: bytes, changes: list[tuple[int, int]]) -> bytes:
 @few
 @given(edits)
 def test_bytes_of_the_header(survives, good, changes):
-    weights = good[by.WEIGHTS]
+    weights = good[by.SHARD]
     (size,) = struct.unpack("<Q", weights[:8])
     header = _edited(weights[: 8 + size], changes)
-    survives(by.WEIGHTS, header + weights[8 + size :])
+    survives(by.SHARD, header + weights[8 + size :])
 
 
 @few
@@ -110,11 +111,11 @@ def test_values_of_the_config(survives, good, place, value):
 @few
 @given(st.integers(0, 100), st.sampled_from(["dtype", "shape", "data_offsets"]), values)
 def test_values_of_the_header(survives, good, place, key, value):
-    weights = good[by.WEIGHTS]
+    weights = good[by.SHARD]
     (size,) = struct.unpack("<Q", weights[:8])
     header = json.loads(weights[8 : 8 + size])
     names = [name for name in header if name != "__metadata__"]
     header[names[place % len(names)]][key] = value
     text = json.dumps(header).encode()
     contents = struct.pack("<Q", len(text)) + text + weights[8 + size :]
-    survives(by.WEIGHTS, contents)
+    survives(by.SHARD, contents)

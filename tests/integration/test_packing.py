@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import halve
 from halve.checkpoint import Checkpoint
 from halve.cli import main
+from halve.errors import HalveError
 from halve.records import PackRecord
 from tests.integration.test_resume import Stopped, _stop_at_rename, digests, stop_at
 from tests.tables import save_pico
@@ -77,6 +78,17 @@ def test_files_do_not_depend_on_the_files_of_the_input(made, tmp_path):
     dense, _, packed = made("phi", vocab_size=300)
     prune(dense, tmp_path / "out", packed=True)
     assert digests(tmp_path / "out") == digests(packed)
+
+
+def test_packing_that_would_gain_nothing_is_refused_before_the_work(pico, tmp_path):
+    with pytest.raises(HalveError, match=r"no matrix .* would get smaller"):
+        prune(
+            pico("llama", dtype=torch.bfloat16),
+            tmp_path / "out",
+            sparsity="2%",
+            packed=True,
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_packing_what_is_packed_changes_nothing(made, tmp_path):

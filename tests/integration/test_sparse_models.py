@@ -136,13 +136,64 @@ def test_layers_that_stay_dense_multiply_a_few_rows_with_our_kernel(both):
     assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_that_is_packed_carries_no_gradient(both):
-    model = load(both("opt")[1])
-    assert not any(
-        layer.weight.requires_grad
-        for layer in model.modules()
-        if isinstance(layer, SparseLinear)
-    )
+@pytest.mark.parametrize("length", [1, 3, 60])
+@pytest.mark.parametrize("row", ["opt", "llama", "gpt2"])
+def test_gradients_pass_through_but_not_to_packed_weights(row, length, both):
+    """Whatever is dense or outside the blocks can be trained, as in the dense model."""
+    dense, packed = (load(folder) for folder in both(row))
+    ids = some_ids(length, 1)
+    for model in (dense, packed):
+        model(ids).logits.square().mean().backward()
+    expected = {name: p.grad for name, p in dense.named_parameters()}
+    sparse = {n for n, m in packed.named_modules() if isinstance(m, SparseLinear)}
+    for name, parameter in packed.named_parameters():
+        if name.removesuffix(".weight") in sparse:
+            assert parameter.grad is None
+            assert not parameter.requires_grad
+        else:
+            assert torch.allclose(parameter.grad, expected[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("length", [1, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_and_gradient_mode_are_no_hindrance(length, dtype, both):
+    dense, packed = (load(folder) for folder in both("llama", dtype=dtype))
+    ids = some_ids(length, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = packed(ids).logits, dense(ids).logits
+    assert torch.allclose(ours.float(), theirs.float(), atol=0.05)
+    assert packed(ids).logits.shape == theirs.shape
+
+
+def test_what_does_not_fit_is_refused_as_torch_would(both):
+    model = load(both("opt", dtype=torch.bfloat16)[1])
+    layer = model.model.decoder.layers[0].fc1
+    x = torch.randn(1, 1, 64).bfloat16()
+    for wrong in (torch.zeros(1).bfloat16(), torch.zeros(128)):
+        layer.bias = torch.nn.Parameter(wrong)
+        with pytest.raises(RuntimeError, match="bias"), torch.no_grad():
+            layer(x)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        model.lm_head(torch.randn(4, 32).bfloat16())
+
+
+def test_a_single_file_counts_before_an_index(both, tmp_path):
+    """As for transformers, which leaves the old index behind when it saves."""
+    folder = shutil.copytree(both("llama")[0], tmp_path / "again")
+    model = load(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    model.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").exists()
+    found = {m.tensor: m.sparsity for m in halve.inspect(folder).matrices}
+    assert found["model.layers.0.mlp.up_proj.weight"] == 1
+
+
+def test_packed_files_whose_config_hides_it_are_refused(both, tmp_path):
+    folder = shutil.copytree(both("llama")[1], tmp_path / "hidden")
+    shutil.copy(both("llama")[0] / "config.json", folder / "config.json")
+    with pytest.raises(CheckpointError, match="no quantization_config"):
+        halve.generate(folder, PROMPT)
 
 
 @pytest.mark.parametrize("row", ["llama", "gpt2"])
@@ -166,6 +217,7 @@ def test_dequantized_it_is_the_dense_model(row, both, tmp_path):
         "import transformers, halve",
         "import transformers.quantizers, halve",
         "import halve.errors, transformers",
+        "import halve, importlib.util as u; u.find_spec('transformers.quantizers')",
     ],
 )
 def test_import_order_does_not_matter(order, both):

@@ -85,8 +85,8 @@ def partial_of(out: Path) -> Path:
 
 def check_free(out: Path) -> None:
     """Raise OutputError where `out` is taken."""
-    taken = out.exists() or out.is_symlink()
-    if taken and not (out.is_dir() and not any(out.iterdir())):
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.is_symlink() or (out.exists() and not empty):
         raise OutputError(
             f"{out} exists already.", "Remove it or choose another output folder."
         )

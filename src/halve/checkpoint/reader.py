@@ -23,7 +23,8 @@ from torch import Tensor
 from halve.errors import CheckpointError
 from halve.formats import COMPANIONS, Packed, join
 
-# (index, single file) of each format, the preferred first, as transformers prefers.
+# (index, single file) of each format, the preferred first. Where both are there the
+# single file counts, as for transformers, which leaves an old index behind on saving.
 _FORMATS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -203,11 +204,11 @@ def _dense_view(
 def _indexed_shards(folder: Path) -> dict[str, set[str] | None]:
     """Return shard -> tensor names promised by the index (None without an index)."""
     for index, single in _FORMATS:
-        if (folder / index).is_file():
-            return _shards_of_index(folder, index)
         if (folder / single).is_file():
             _check_inside(folder, single, "the folder")
             return {single: None}
+        if (folder / index).is_file():
+            return _shards_of_index(folder, index)
     raise CheckpointError(
         f"There are no weights in {folder}: neither model.safetensors nor "
         "pytorch_model.bin, nor an index of either.",

@@ -1,5 +1,6 @@
 """`halve bench`."""
 
+import os
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -78,7 +79,12 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     rounds: Annotated[int, typer.Option(help="Repetitions.", min=1)] = 5,
     threads: Annotated[
         int | None,
-        typer.Option(help="torch's own choice by default.", show_default=False),
+        typer.Option(
+            help="torch's own choice by default.",
+            show_default=False,
+            min=1,
+            max=4 * (os.cpu_count() or 1),
+        ),
     ] = None,
     output: Annotated[Output, typer.Option(help="Format of the table.")] = Output.md,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -140,10 +146,10 @@ def _source(
     if model is not None:
         yield model, locate(model)
         return
-    (family, size), share = chosen[0], parse_pattern(sparsity).sparsity
+    (family, size), pattern = chosen[0], parse_pattern(sparsity)
     with TemporaryDirectory(prefix="halve-bench-") as folder:
         show(f"making a random {family} {size}")
-        write_random_model(Path(folder), family, size, share)
+        write_random_model(Path(folder), family, size, pattern)
         yield f"random {family} {size}, {sparsity} zeros", Path(folder)
 
 

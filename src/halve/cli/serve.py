@@ -18,7 +18,9 @@ EXAMPLES = """
 def command(
     model: options.Model,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    port: Annotated[
+        int, typer.Option(help="Port to listen at.", min=1, max=65535)
+    ] = 8000,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -36,6 +38,7 @@ def command(
             "The libraries of the server are not installed.",
             "Run pip install 'halve[serve]'.",
         )
+    from contextlib import suppress
     from pathlib import Path
 
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -48,7 +51,8 @@ def command(
     # Refuses with a sentence what the server would trip over at the first request.
     opened = StreamedModel.open(folder, device, trust_remote_code)
     # The server lists what is in the hub's cache, and fails where there is none.
-    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     Serve(
         str(folder),
         host=host,

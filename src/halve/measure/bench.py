@@ -99,6 +99,11 @@ def _tests(bench: Bench) -> list[Test]:
     config = load_config(bench.dense, bench.trust_remote_code)
     longest = longest_sequence(config) or max(_PROMPT, _GENERATED + 1)
     prompt, generated = bench.prompt, bench.generated
+    if prompt == 0 and generated == 0:
+        raise HalveError(
+            "A prompt of no tokens and none generated leave nothing to time.",
+            "Leave out --pp 0 or --tg 0.",
+        )
     prompt = min(_PROMPT, longest) if prompt is None else prompt
     generated = min(_GENERATED, longest - 1) if generated is None else generated
     if max(prompt, generated + 1) > longest:

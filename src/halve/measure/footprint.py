@@ -38,7 +38,7 @@ def main(folder: str, trust_remote_code: bool) -> None:
     model = load(folder, "cpu", trust_remote_code)
     loaded = _peak()
     with torch.inference_mode():
-        model.generate(torch.tensor([[2]]), max_new_tokens=2, do_sample=False)
+        model.generate(torch.tensor([[0]]), max_new_tokens=2, do_sample=False)
     print(json.dumps({"interpreter": interpreter, "loaded": loaded, "run": _peak()}))  # noqa: T201
 
 

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halve.errors import HalveError
 from halve.models import build_skeleton, prunable_matrices
+from halve.patterns import NM, Pattern
 
 # Widths, inner widths, blocks and heads of the published models of these sizes.
 _SIZES = {
@@ -27,7 +29,7 @@ _CONTEXT = 2048
 
 @torch.no_grad()
 def write_random_model(
-    folder: Path, family: str, size: str, sparsity: float, seed: int = 0
+    folder: Path, family: str, size: str, pattern: Pattern, seed: int = 0
 ) -> None:
     """Write a random bfloat16 checkpoint whose prunable matrices have random zeros.
 
@@ -35,7 +37,7 @@ def write_random_model(
         folder: An empty folder.
         family: `llama` or `opt`.
         size: Such as `1.2b`.
-        sparsity: Share of the weights of each prunable matrix that are zero.
+        pattern: What the zeros of each prunable matrix obey, if only on average.
         seed: Of the weights.
 
     Raises:
@@ -53,8 +55,15 @@ def write_random_model(
         for matrix in prunable_matrices(block, skeleton.path):
             path = f"{skeleton.path}.{index}.{matrix.path}"
             weight = model.get_submodule(path).weight
-            weight.masked_fill_(torch.rand(weight.shape) < sparsity, 0)
+            weight.masked_fill_(_random_mask(weight, pattern), 0)
     model.save_pretrained(folder, max_shard_size="1GB")
+
+
+def _random_mask(weight: Tensor, pattern: Pattern) -> Tensor:
+    scores = torch.rand(weight.shape)
+    if isinstance(pattern, NM):
+        return pattern.mask(scores)
+    return scores < pattern.sparsity
 
 
 def _config(family: str, size: str) -> Any:  # noqa: ANN401

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from halve.calibration import load_tokenizer
 from halve.checkpoint import locate
-from halve.errors import HalveError
+from halve.errors import CheckpointError, HalveError
 from halve.models import longest_sequence
 from halve.runtime.streamed import StreamedModel
 
@@ -32,6 +32,7 @@ def load(
     folder = locate(model)
     # Refuses with a sentence what transformers would fill at random or trip over.
     opened = StreamedModel.open(folder, device, trust_remote_code)
+    _check_said(opened)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto",
@@ -39,6 +40,17 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     return loaded.eval()
+
+
+def _check_said(opened: StreamedModel) -> None:
+    """Refuse packed files whose config hides it from transformers."""
+    packed = any(info.parts for info in opened.checkpoint.tensors.values())
+    if packed and getattr(opened.skeleton.config, "quantization_config", None) is None:
+        raise CheckpointError(
+            f"The files in {opened.checkpoint.folder} are packed, but its config.json "
+            "has no quantization_config that says so.",
+            "Take the config.json that was written with them, or pack the model again.",
+        )
 
 
 @torch.no_grad()

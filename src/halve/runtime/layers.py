@@ -1,5 +1,7 @@
 """Linear layers that run Halve's operators: packed, and those that stayed dense."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,7 +17,7 @@ class SparseLinear(nn.Module):
     """`y = x W.T + bias` for a packed W: takes the place of nn.Linear and Conv1D.
 
     Its tensors bear the names that they have in a file: `weight` holds the kept values.
-    It is for inference; no gradient passes through it.
+    Gradients pass to its inputs and its bias; the weights have none.
 
     Attributes:
         in_features: Inputs.
@@ -52,7 +54,10 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply [..., in_features] to [..., out_features]."""
-        return packed_linear(
+        if x.dtype != self.weight.dtype and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.weight.dtype)  # the weights stay as they are
+        multiply = _Differentiable.apply if _wants_gradient(x, self.bias) else _multiply
+        return multiply(
             x,
             self.weight,
             self.weight_mask,
@@ -70,6 +75,36 @@ class SparseLinear(nn.Module):
         )
 
 
+def _multiply(*operands: Any) -> Tensor:  # noqa: ANN401
+    return packed_linear(*operands)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+
+
+class _Differentiable(torch.autograd.Function):
+    """The packed product with gradients for its inputs and its bias."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:  # noqa: ANN401
+        _, values, mask, offsets, _, columns = operands
+        ctx.save_for_backward(values, mask, offsets)
+        ctx.columns = columns
+        return packed_linear(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # noqa: ANN401
+        (gradient,) = grad_outputs
+        values, mask, offsets = ctx.saved_tensors
+        weight = Packed(values, mask, offsets, ctx.columns).unpack()
+        for_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        for_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+        return for_x, None, None, None, for_bias, None
+
+
 class DenseLinear(nn.Linear):
     """nn.Linear whose product with a few rows runs Halve's kernel.
 
@@ -79,9 +114,14 @@ class DenseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply [..., in_features] to [..., out_features]."""
         few = 0 < input.numel() <= _FEW_ROWS * self.in_features
-        if few and input.device.type == "cpu":
+        if few and input.device.type == "cpu" and not self._needs_torch(input):
             return dense_linear(input, self.weight, self.bias)
         return functional.linear(input, self.weight, self.bias)
+
+    def _needs_torch(self, x: Tensor) -> bool:
+        """Whether gradients or conversions are wanted, which our kernel has not."""
+        gradient = _wants_gradient(x, self.weight, self.bias)
+        return gradient or torch.is_autocast_enabled("cpu")
 
 
 def plain_linear(layer: DenseLinear) -> nn.Linear:

@@ -65,7 +65,12 @@ def _packed_linear_cpu(
     bias: Tensor | None,
     columns: int,
 ) -> Tensor:
-    _check_dtypes(x, values)
+    _check_operands(x, values, bias, (mask.shape[0], columns))
+    if offsets.numel() != mask.shape[0] + 1 or 64 * mask.shape[1] < columns:
+        raise RuntimeError(
+            f"{offsets.numel()} offsets and a mask of {list(mask.shape)} do not belong "
+            f"to {columns} columns"
+        )
     found = kernels() if supports(values.dtype) else None
     if found is None:
         return packed_linear_twin(x, values, mask, offsets, bias, columns)
@@ -126,18 +131,31 @@ def _multiply_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def _dense_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check_dtypes(x, weight)
+    rows, columns = weight.shape
+    _check_operands(x, weight, bias, (rows, columns))
     found = kernels() if supports(weight.dtype) and weight.is_contiguous() else None
     if found is None:
         return functional.linear(x, weight, bias)
-    rows = x.reshape(-1, weight.shape[1]).contiguous()
-    return found.dense_linear(rows, weight, bias).view(*x.shape[:-1], -1)
+    inputs = x.reshape(-1, columns).contiguous()
+    return found.dense_linear(inputs, weight, bias).view(*x.shape[:-1], rows)
 
 
-def _check_dtypes(x: Tensor, weight: Tensor) -> None:
-    if x.dtype != weight.dtype:
+def _check_operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, int]
+) -> None:
+    """Refuse what the kernels would read past, in RuntimeErrors as torch's own are."""
+    rows, columns = shape
+    dtypes = {x.dtype, weight.dtype} | ({bias.dtype} if bias is not None else set())
+    if len(dtypes) > 1:
         raise RuntimeError(
             f"inputs of {x.dtype} cannot be multiplied by weights of {weight.dtype}"
+            + (f" with a bias of {bias.dtype}" if bias is not None else "")
+        )
+    if x.shape[-1] != columns or (bias is not None and bias.shape != (rows,)):
+        raise RuntimeError(
+            f"inputs of {list(x.shape)} and a bias of "
+            f"{None if bias is None else list(bias.shape)} do not fit weights of "
+            f"{list(shape)}"
         )
 
 
