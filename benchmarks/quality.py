@@ -6,7 +6,7 @@ The recovered share of a solver is (P_sparsegpt - P) / (P_sparsegpt - P_dense), 
 perplexity. Exits with 1 where admm recovers less than it promises, or takes more than
 twice SparseGPT's time.
 
-    python benchmarks/quality.py [--seeds 3] [--segments 300]
+    python benchmarks/quality.py [--seeds 3] [--segments 128]
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> int:
     """Print the table; 1 where a promise was not kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--segments", type=int, default=300)
+    parser.add_argument("--segments", type=int, default=128)
     options = parser.parse_args()
     print(describe_machine())
     dense = halve.perplexity(MODEL, data="stdlib", segments=options.segments).perplexity
