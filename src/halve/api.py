@@ -22,7 +22,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     out: str | Path,
     *,
     sparsity: str | float = "50%",
-    solver: str = "sparsegpt",
+    solver: str = "auto",
     calibration: str = "c4",
     samples: int = 128,
     seq_len: int | None = None,
@@ -33,6 +33,9 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     activation_memory: int | None = None,
     packed: bool = False,
     refit: bool = False,
+    sequential: bool | None = None,
+    refine: bool = False,
+    epochs: int = 5,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PruneRecord:
@@ -53,7 +56,9 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
             pytorch_model.bin, whole or in shards), or a name on the hub.
         out: The new folder; must not exist, or be empty.
         sparsity: A share (`0.5`, `"50%"`) or n kept of every m inputs (`"2:4"`).
-        solver: `sparsegpt`, `admm`, `wanda` or `magnitude` (docs/solvers.md).
+        solver: `auto`, `admm`, `sparsegpt`, `wanda` or `magnitude` (docs/solvers.md).
+            `auto` keeps an eighth of the windows apart and takes, for each matrix, the
+            solution of `admm` or `sparsegpt` with refit that is better on those.
         calibration: `c4`, `wikitext2`, `ptb`, a data set of the hub, a .txt, .jsonl
             or .parquet file, `stdlib` (this Python's own sources), or `self` (text
             sampled from the model, which then must fit into memory).
@@ -68,6 +73,14 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         packed: Whether to store the pruned matrices packed, as `pack` does.
         refit: Whether the kept weights are tuned by conjugate gradients once the mask
             is chosen; the layer error never rises. `admm` does that by itself.
+        sequential: Whether the matrices of a block are pruned in the order in which
+            data meets them, each so that its outputs come near to the dense model's
+            although its inputs are the pruned model's. By default for `auto` and
+            `admm` only.
+        refine: Whether each block, once pruned, is tuned (kept weights, biases, norms)
+            to the outputs of the dense one. An eighth of the windows is kept apart,
+            and what is best on those stays: never worse than without.
+        epochs: Passes over the windows for that.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase of each block.
 
@@ -82,7 +95,10 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         columns^2 floats; the hidden states, samples * seq_len * width floats, in memory
         or on disk; whatever the depth of the model. Time: two passes of the windows
         through the model, tokens * columns^2 operations for each Gram matrix, and
-        about (rows + columns) * columns^2 for each matrix.
+        about (rows + columns) * columns^2 for each matrix. `sequential` and `refine`:
+        the hidden states twice; `sequential` besides the dense inputs of one block's
+        matrices, in memory or on disk, and a third square matrix for each input; about
+        two passes more. `refine`: three passes an epoch.
 
     Source:
         Frantar and Alistarh, "SparseGPT" (2023), algorithm 1; for wanda, Sun et al.
@@ -100,6 +116,9 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         device=device,
         packed=packed,
         refit=refit,
+        sequential=sequential,
+        refine=refine,
+        epochs=epochs,
     )
     execution = Execution(
         activation_memory, trust_remote_code, progress or (lambda _: None)

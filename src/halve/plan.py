@@ -24,6 +24,12 @@ from halve.models import (
 from halve.patterns import NM, parse_pattern
 from halve.solvers import SOLVERS
 
+# Solvers whose targets are corrected unless the user says otherwise: where it measures
+# better. The others are as they were published.
+_SEQUENTIAL = ("auto", "admm")
+# One window in so many is kept apart where something is chosen.
+_HELD_OUT = 8
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,10 +47,14 @@ class Settings:
         device: `cpu`, `cuda` or `auto`.
         packed: Whether matrices are stored packed.
         refit: Whether the kept weights are tuned once the mask is chosen.
+        sequential: Whether the matrices of a block are pruned in the order in which
+            data meets them, for error-corrected targets; None leaves it to the solver.
+        refine: Whether whole blocks are tuned after they are pruned.
+        epochs: Passes over the windows for that.
     """
 
     sparsity: str | float = "50%"
-    solver: str = "sparsegpt"
+    solver: str = "auto"
     calibration: str = "c4"
     samples: int = 128
     seq_len: int | None = None
@@ -54,21 +64,48 @@ class Settings:
     device: str = "auto"
     packed: bool = False
     refit: bool = False
+    sequential: bool | None = None
+    refine: bool = False
+    epochs: int = 5
+
+    @property
+    def corrects(self) -> bool:
+        """Whether matrices are pruned in order, for error-corrected targets."""
+        if self.sequential is None:
+            return self.solver in _SEQUENTIAL
+        return self.sequential
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether the dense model runs beside, to be compared with."""
+        return self.corrects or self.refine
+
+    @property
+    def held_out(self) -> int:
+        """Windows kept apart, to choose by."""
+        chooses = self.solver == "auto" or self.refine
+        return max(self.samples // _HELD_OUT, 1) if chooses else 0
 
     def check(self) -> None:
         """Raise HalveError on the first setting that makes no sense."""
         parse_pattern(self.sparsity)
-        if self.solver not in SOLVERS:
+        if self.solver not in ("auto", *SOLVERS):
             raise HalveError(
                 f"There is no solver {self.solver!r}.",
-                f"Choose one of {', '.join(SOLVERS)}.",
+                f"Choose one of auto, {', '.join(SOLVERS)}.",
             )
-        for name in ("samples", "block_size", "seq_len"):
+        for name in ("samples", "block_size", "seq_len", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise HalveError(
                     f"{name} is {value}, which is not positive.", "Pass 1 or more."
                 )
+        if self.held_out >= self.samples:
+            raise HalveError(
+                f"One of {self.samples} samples was to be kept apart to choose by, and "
+                "none would be left to calibrate on.",
+                "Pass --samples 2 or more.",
+            )
         if not 0 <= self.damping <= 1:
             raise HalveError(
                 f"The damping is {self.damping}; a share of the mean diagonal from 0 "
@@ -149,8 +186,10 @@ class Plan:
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of the hidden states between two blocks, in float32."""
-        return 4 * self.settings.samples * (self.settings.seq_len or 0) * self.width
+        """Bytes of all hidden states between two blocks, in float32."""
+        settings = self.settings
+        states = (1 + settings.has_dense) * settings.samples * (settings.seq_len or 0)
+        return 4 * states * self.width
 
     @property
     def block_bytes(self) -> int:

@@ -38,10 +38,41 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """
     if not _onednn_takes(inputs, weight):
         return _torch_linear(inputs, weight, bias)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (inputs, weight, bias)
+    ):
+        return _Differentiable.apply(inputs, weight, bias)
     # oneDNN falls to a reference kernel, hundreds of times slower, on strided operands.
     return torch.ops.mkldnn._linear_pointwise(
         inputs.contiguous(), weight.contiguous(), bias, "none", [], ""
     )
+
+
+class _Differentiable(torch.autograd.Function):
+    """`linear` with its derivatives, which the operator of oneDNN lacks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  (torch's own signature)
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Return the product, and keep both operands."""
+        ctx.save_for_backward(inputs, weight)
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """Return the gradients of inputs, weight and bias, where they are wanted."""
+        inputs, weight = ctx.saved_tensors
+        wanted, (gradient,) = ctx.needs_input_grad, gradients
+        flat = gradient.flatten(0, -2)
+        return (
+            linear(gradient, weight.T) if wanted[0] else None,
+            linear(flat.T, inputs.flatten(0, -2).T) if wanted[1] else None,
+            flat.sum(dim=0) if wanted[2] else None,
+        )
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor:  # noqa: ANN401

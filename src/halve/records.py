@@ -44,9 +44,14 @@ class MatrixRecord:
         rows: Outputs.
         columns: Inputs.
         sparsity: Share of zeros, counted in the file that was written.
-        error: ||X (W - Z)^T||^2 / ||X W^T||^2 on the calibration inputs; None where
-            the solver does not know them.
+        error: ||X (W - Z)^T||^2 / ||X W^T||^2 on the calibration inputs, W being the
+            corrected target where targets are corrected; None where the solver does
+            not know them.
         damping: Share of the mean diagonal added to the Gram matrix, if any.
+        solver: Which one's solution was taken.
+        held_out: ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2 on windows that no
+            solver was given; None where none were kept apart.
+        runner_up: The same of the next best solution; None where there was no other.
     """
 
     tensor: str
@@ -55,6 +60,9 @@ class MatrixRecord:
     sparsity: float
     error: float | None = None
     damping: float | None = None
+    solver: str = ""
+    held_out: float | None = None
+    runner_up: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,15 @@ class BlockRecord:
         error: ||Y - Y'|| / ||Y|| for the block's outputs before and after pruning on
             the same inputs (the first calibration batch); None without calibration.
         seconds: Wall time.
+        refined: ||Y_dense - Y'||^2 / ||Y_dense||^2 of the block's outputs on windows
+            kept apart, before and after refining; None where it was not refined.
     """
 
     name: str
     matrices: tuple[MatrixRecord, ...]
     error: float | None
     seconds: float
+    refined: tuple[float, float] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -131,7 +142,8 @@ class PruneRecord:
 def block_from_dict(fields: dict[str, Any]) -> BlockRecord:
     """Read what `dataclasses.asdict` made of a BlockRecord."""
     matrices = tuple(MatrixRecord(**m) for m in fields["matrices"])
-    return BlockRecord(**{**fields, "matrices": matrices})
+    refined = fields.get("refined") and tuple(fields["refined"])
+    return BlockRecord(**{**fields, "matrices": matrices, "refined": refined})
 
 
 @dataclass(frozen=True)

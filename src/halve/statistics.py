@@ -1,7 +1,8 @@
 """What a solver needs to know of a matrix's inputs, gathered batch by batch.
 
 Three kinds, from nothing to everything: `Nothing`, `ColumnNorms`, `Gram`. Each takes
-inputs [tokens, columns] in float32 and keeps no more than it must.
+inputs [tokens, columns] in float32 and keeps no more than it must. `Drift` is what has
+become of the inputs since they were a dense model's.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +26,7 @@ class Statistic(ABC):
     @classmethod
     @abstractmethod
     def of(cls, gram: Tensor) -> Self:
-        """Return the statistic of inputs whose X^T X is known; it may share memory."""
+        """Return the statistic of inputs whose X^T X is known; they share memory."""
 
     @abstractmethod
     def add(self, inputs: Tensor) -> None:
@@ -91,18 +92,19 @@ class Gram(Statistic):
     def __init__(self, columns: int, device: torch.device) -> None:
         self._upper = torch.zeros(columns, columns, device=device)
         size = -(-columns // _TILES)
-        self._starts = range(0, columns, max(size, 1))
+        self._starts: range | None = range(0, columns, max(size, 1))
 
     @classmethod
     def of(cls, gram: Tensor) -> Self:
-        """Take it as it is; `take_matrix` hands it back."""
+        """Take it as it is; `matrix` gives it back."""
         statistic = cls(0, gram.device)
         statistic._upper = gram
-        statistic._starts = range(0)  # both triangles are there already
+        statistic._starts = None  # both triangles are there already
         return statistic
 
     def add(self, inputs: Tensor) -> None:
         """Add X^T X of X = `inputs`, [tokens, columns]."""
+        assert self._starts is not None, "the matrix was completed"
         features = inputs.T.contiguous()  # [columns, tokens]
         for start in self._starts:
             rows = features[start : start + self._starts.step]
@@ -113,16 +115,31 @@ class Gram(Statistic):
         """Whether the diagonal is finite, and with it (Cauchy-Schwarz) all entries."""
         return bool(self._upper.diagonal().isfinite().all())
 
-    def take_matrix(self) -> Tensor:
-        """Hand over the full symmetric matrix, [columns, columns], in place.
+    def matrix(self) -> Tensor:
+        """Return the full symmetric matrix, [columns, columns]: not to be written to.
 
-        The statistic gives its memory away and cannot be added to afterwards.
+        It is completed in place, so nothing can be added afterwards.
         """
         matrix = self._upper
-        del self._upper
-        for start in self._starts:
-            stop = start + self._starts.step
+        starts, self._starts = self._starts or range(0), None
+        for start in starts:
+            stop = start + starts.step
             square = matrix[start:stop, start:stop]
             square.copy_(square.triu() + square.triu(1).T)
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
         return matrix
+
+
+class Drift:
+    """(X_dense - X)^T X of inputs X and what they are in the dense model.
+
+    Attributes:
+        cross: [columns, columns], float32, not symmetric.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.cross = torch.zeros(columns, columns, device=device)
+
+    def add(self, inputs: Tensor, dense: Tensor) -> None:
+        """Take in one batch of X and X_dense, each [tokens, columns]."""
+        self.cross += linear((dense - inputs).T, inputs.T)

@@ -16,7 +16,7 @@ def test_gram_is_the_product_of_all_inputs(columns):
     for batch in batches:
         gram.add(batch)
     inputs = torch.cat(batches).double()
-    matrix = gram.take_matrix()
+    matrix = gram.matrix()
     assert torch.allclose(matrix.double(), inputs.T @ inputs, rtol=1e-4, atol=1e-4)
     assert torch.equal(matrix, matrix.T)
 
@@ -26,7 +26,7 @@ def test_column_norms_are_the_diagonal_of_the_gram_matrix():
     gram, norms = Gram(12, CPU), ColumnNorms(12, CPU)
     gram.add(inputs)
     norms.add(inputs)
-    assert torch.allclose(gram.take_matrix().diagonal(), norms.squares, rtol=1e-5)
+    assert torch.allclose(gram.matrix().diagonal(), norms.squares, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])

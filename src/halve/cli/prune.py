@@ -17,7 +17,7 @@ EXAMPLES = """
 
 `halve prune ./llama -o ./llama-24 --sparsity 2:4 --calibration text.jsonl`
 
-`halve prune ./llama -o ./llama-best --solver admm --calibration wikitext2`
+`halve prune ./llama -o ./llama-best --refine --calibration wikitext2`
 
 `halve prune ./llama -o ./llama-small --pack --calibration wikitext2`
 
@@ -34,8 +34,12 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         str, typer.Option(help="50%, 0.5, or n:m such as 2:4: n kept of every m.")
     ] = "50%",
     solver: Annotated[
-        str, typer.Option(help="sparsegpt, admm, wanda or magnitude.")
-    ] = "sparsegpt",
+        str,
+        typer.Option(
+            help="auto (the best on held-out windows), admm, sparsegpt, wanda or "
+            "magnitude."
+        ),
+    ] = "auto",
     calibration: Annotated[
         str,
         typer.Option(
@@ -61,6 +65,24 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
             "--refit", help="Tune the kept weights once the mask is chosen; admm does."
         ),
     ] = False,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--no-sequential",
+            help="Prune the matrices of a block in order, each for what those "
+            "before it give when pruned; on for auto and admm.",
+            show_default=False,
+        ),
+    ] = None,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine", help="Tune each block to the dense one's outputs; no labels."
+        ),
+    ] = False,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the windows for --refine.")
+    ] = 5,
     packed: Annotated[
         bool,
         typer.Option("--pack", help="Store it packed, as `halve pack` does."),
@@ -93,6 +115,9 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         device=device,
         packed=packed,
         refit=refit,
+        sequential=sequential,
+        refine=refine,
+        epochs=epochs,
     )
     if dry_run:
         plan = make_plan(locate(model), settings, trust_remote_code)

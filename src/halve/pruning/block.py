@@ -1,20 +1,26 @@
-"""One block: statistics on its dense weights, then each matrix, then its outputs."""
+"""One block: what its matrices see, each matrix in turn, the block as a whole."""
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halve.errors import NumericalError
 from halve.patterns import Pattern
 from halve.plan import PlannedBlock, PlannedMatrix
-from halve.pruning.groups import Group, collect, find_groups
-from halve.runtime.streamed import Stream, StreamedModel
-from halve.solvers import Outcome, Solver
-from halve.statistics import Nothing, Statistic
+from halve.pruning.choice import Choice, Contest
+from halve.pruning.evidence import Evidence, collect
+from halve.pruning.groups import Group
+from halve.pruning.reference import Reference
+from halve.pruning.refine import Refined, Refining, refine
+from halve.pruning.site import Paths, Site, weight_path
+from halve.runtime.streamed import StreamedModel
+from halve.solvers import Solver
+from halve.solvers.correction import Correction
+from halve.statistics import Gram, Nothing, Statistic
 
 
 @dataclass(frozen=True)
@@ -22,14 +28,30 @@ class Task:
     """What is done to every block.
 
     Attributes:
-        solver: Prunes the matrices.
-        pattern: What they shall obey.
+        solvers: Name -> solver. Of several the best on held-out inputs wins.
+        pattern: What the matrices shall obey.
+        correction: Damping of error-corrected targets; None to prune all matrices of a
+            block at once, for the targets of the dense block on the same inputs.
+        refining: How the block is tuned afterwards, if it is.
+        budget: Bytes of the dense model's inputs that may live in memory.
+        folder: Where a mapped file lies past that.
         report: Told of each phase.
     """
 
-    solver: Solver
+    solvers: dict[str, Solver]
     pattern: Pattern
+    correction: float | None
+    refining: Refining | None
+    budget: int
+    folder: Path | None
     report: Callable[[str], None]
+
+    @property
+    def statistic(self) -> type[Statistic]:
+        """What the solvers need to know of the inputs."""
+        if self.correction is not None or len(self.solvers) > 1:
+            return Gram
+        return next(iter(self.solvers.values())).statistic
 
 
 @dataclass(frozen=True)
@@ -37,28 +59,30 @@ class Pruned:
     """A block after pruning.
 
     Attributes:
-        tensors: Its new matrices, as they will be stored.
-        outcomes: What the solver knows of each.
+        tensors: What has changed in it, as it will be stored.
+        choices: For each matrix the solution that was taken.
         error: ||Y - Y'|| / ||Y|| of the outputs of the first batch; None without text.
+        refined: What refining brought, if it was asked for.
         seconds: Wall time.
     """
 
     tensors: dict[str, Tensor]
-    outcomes: dict[str, Outcome]
+    choices: dict[str, Choice]
     error: float | None
+    refined: Refined | None
     seconds: float
 
 
 @torch.no_grad()
 def prune_block(
-    model: StreamedModel, stream: Stream | None, planned: PlannedBlock, task: Task
+    model: StreamedModel, paths: Paths | None, planned: PlannedBlock, task: Task
 ) -> Pruned:
-    """Prune a block and carry the stream through the pruned block.
+    """Prune a block and carry all hidden states through it.
 
     Args:
         model: Holds the dense weights.
-        stream: Hidden states that enter the block; afterwards those that leave it.
-            None where the solver needs no text.
+        paths: Hidden states that enter the block; afterwards those that leave it. None
+            where the solver needs no text.
         planned: The block.
         task: What to do to it.
 
@@ -67,101 +91,107 @@ def prune_block(
     """
     begun = time.perf_counter()
     with model.block(planned.index) as block:
-        task.report("collecting")
-        statistics, dense = _statistics(stream, block, planned, task.solver)
-        task.report("solving")
-        solved = list(_solve_all(model, block, planned, statistics, task))
+        site = Site(block, planned, paths)
+        before = site.first_outputs()
+        choices: dict[str, Choice] = {}
+        for evidence in _observe(site, task):
+            choices |= _solve_group(site, model, evidence, task)
+        refined = _refine(site, model, task)
         task.report("propagating")
-        error = _propagate(stream, block, planned, dense)
-    return Pruned(
-        tensors={name: stored for name, stored, _ in solved},
-        outcomes={name: outcome for name, _, outcome in solved},
-        error=error,
-        seconds=time.perf_counter() - begun,
-    )
+        error = site.advance(before)
+        tensors = dict(_stored(site, model))
+    return Pruned(tensors, choices, error, refined, time.perf_counter() - begun)
 
 
-def _statistics(
-    stream: Stream | None, block: nn.Module, planned: PlannedBlock, solver: Solver
-) -> tuple[list[tuple[Group, Statistic]], Tensor | None]:
-    """Return each group with its statistic, and the first batch's dense outputs."""
-    if stream is None:
+def _observe(site: Site, task: Task) -> Iterator[Evidence]:
+    """Yield each group with what is known of its inputs.
+
+    Where targets are corrected that is only gathered once the groups before it are
+    pruned, and so by a pass for each; else by one pass of the dense block.
+    """
+    if site.paths is None:
         nothing = Nothing(0, torch.device("cpu"))
-        return [(Group((matrix,)), nothing) for matrix in planned.matrices], None
-    groups = find_groups(stream, block, planned)
-    return collect(stream, block, planned, groups, solver.statistic)
+        task.report("solving")
+        for matrix in site.planned.matrices:
+            yield Evidence(Group((matrix,)), nothing, None)
+        return
+    groups = site.groups()
+    reference = _reference(site, groups, task)
+    for stage in [groups] if reference is None else [[group] for group in groups]:
+        task.report("collecting")
+        found = collect(site, stage, task.statistic, reference)
+        task.report("solving")
+        while found:
+            yield found.pop(0)  # not held here while the next is worked on
 
 
-def _solve_all(
-    model: StreamedModel,
-    block: nn.Module,
-    planned: PlannedBlock,
-    statistics: list[tuple[Group, Statistic]],
-    task: Task,
-) -> Iterator[tuple[str, Tensor, Outcome]]:
-    """Yield each matrix's tensor, its pruned values as stored, and its outcome."""
-    while statistics:
-        group, statistic = statistics.pop(0)
-        state = _prepare(task.solver, statistic, f"{planned.name}.{group.leader}")
-        del statistic
-        for matrix in group.matrices:
-            yield matrix.tensor, *_solve(model, block, matrix, task, state)
-        del state  # two square matrices: not to be held beside the next group's
+def _reference(site: Site, groups: list[Group], task: Task) -> Reference | None:
+    """Carry the dense stream on, if there is one; keep what corrections need."""
+    if not site.has_dense:
+        return None
+    wanted = groups if task.correction is not None else []
+    reference = Reference.record(site, wanted, task.budget, task.folder)
+    return reference if wanted else None
 
 
-def _prepare(solver: Solver, statistic: Statistic, name: str) -> Any:  # noqa: ANN401
+def _solve_group(
+    site: Site, model: StreamedModel, evidence: Evidence, task: Task
+) -> dict[str, Choice]:
+    """Prune the matrices of a group, and put them into the block as they will be."""
+    name = f"{site.planned.name}.{evidence.group.leader}"
     try:
-        return solver.prepare(statistic)
+        correction = _correction(evidence, task)
+        contest = Contest.prepare(task.solvers, evidence)
     except NumericalError as error:
         raise NumericalError(f"{name}: {error.problem}", error.remedy) from error
+    choices: dict[str, Choice] = {}
+    for planned in evidence.group.matrices:
+        dense = site.weight(planned).contiguous()
+        target = correction.target(dense) if correction else dense
+        choice = contest.solve(dense, target, task.pattern)
+        _put(site, model, planned, choice.solution.weight)
+        choices[planned.tensor] = choice
+    return choices
 
 
-def _solve(
-    model: StreamedModel,
-    block: nn.Module,
-    planned: PlannedMatrix,
-    task: Task,
-    state: Any,  # noqa: ANN401
-) -> tuple[Tensor, Outcome]:
-    """Prune one matrix; put it into the block just as it will be stored."""
-    weight = _weight(block, planned)
-    dense = planned.matrix.as_rows(weight).contiguous()
-    solution = task.solver.solve(state, dense, task.pattern)
+def _correction(evidence: Evidence, task: Task) -> Correction | None:
+    if evidence.drift is None or task.correction is None:
+        return None
+    assert isinstance(evidence.statistic, Gram)
+    return Correction.of(evidence.statistic, evidence.drift, task.correction)
+
+
+def _put(
+    site: Site, model: StreamedModel, planned: PlannedMatrix, weight: Tensor
+) -> None:
+    """Put a matrix into the block, rounded to what will be stored."""
     dtype = model.checkpoint.tensors[planned.tensor].dtype
-    stored = planned.matrix.as_rows(solution.weight).to(dtype).contiguous()
-    if not stored.isfinite().all():
+    rounded = planned.matrix.as_rows(weight).to(dtype).to(torch.float32).contiguous()
+    if not rounded.isfinite().all():
         raise NumericalError(
             f"The solution for {planned.tensor} is not finite in {dtype}.",
             "Raise --damping, or calibrate on other text.",
         )
-    weight.copy_(stored)
-    return stored.cpu(), solution.outcome
+    site.exchange(weight_path(planned), rounded)
 
 
-def _weight(block: nn.Module, planned: PlannedMatrix) -> Tensor:
-    weight = block.get_submodule(planned.matrix.path).weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-@torch.no_grad()
-def install(block: nn.Module, planned: PlannedBlock, stored: dict[str, Tensor]) -> None:
-    """Put matrices that an earlier run pruned into a block."""
-    for matrix in planned.matrices:
-        _weight(block, matrix).copy_(stored[matrix.tensor])
-
-
-def _propagate(
-    stream: Stream | None, block: nn.Module, planned: PlannedBlock, dense: Tensor | None
-) -> float | None:
-    """Feed the next block; return how far the first batch's outputs moved."""
-    if stream is None or dense is None:
+def _refine(site: Site, model: StreamedModel, task: Task) -> Refined | None:
+    if task.refining is None:
         return None
-    errors: list[float] = []
+    task.report("refining")
+    return refine(site, model.own_dtypes(site.planned.name), task.refining)
 
-    def compare(part: slice, states: Tensor) -> None:
-        if part.start == 0:
-            errors.append(float((states - dense).norm() / dense.norm()))
 
-    stream.advance(block, planned.index, compare)
-    return errors[0]
+def _stored(site: Site, model: StreamedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield what has changed in a block: tensors of the checkpoint, in its dtype."""
+    for path in sorted(site.changed):
+        tensor = model.tensors[f"{site.planned.name}.{path}"]
+        dtype = model.checkpoint.tensors[tensor].dtype
+        yield tensor, site.block.get_parameter(path).data.to(dtype).cpu()
+
+
+def install(site: Site, model: StreamedModel, stored: dict[str, Tensor]) -> None:
+    """Put what an earlier run has stored into a block that is dense."""
+    for path, parameter in site.block.named_parameters():
+        value = stored[model.tensors[f"{site.planned.name}.{path}"]]
+        site.exchange(path, value.to(parameter.device, torch.float32))

@@ -15,6 +15,8 @@ from halve.formats import store
 from halve.patterns import Pattern, parse_pattern
 from halve.plan import Plan, PlannedBlock, Settings
 from halve.pruning.block import Pruned, Task, install, prune_block
+from halve.pruning.refine import Refining
+from halve.pruning.site import Paths, Site
 from halve.records import BlockRecord, MatrixRecord, Progress, block_from_dict
 from halve.runtime.streamed import Stream, StreamedModel
 from halve.solvers import ADMM, SOLVERS, Refitted, Solver, SparseGPT
@@ -36,18 +38,25 @@ class Execution:
     progress: Callable[[Progress], None] = lambda progress: None
 
 
-def make_solver(settings: Settings) -> Solver:
-    """Return the solver that the settings name."""
-    solver = _named_solver(settings)
-    return Refitted(solver, settings.damping) if settings.refit else solver
+def make_solvers(settings: Settings) -> dict[str, Solver]:
+    """Return the solvers that the settings name: several are `auto`'s candidates."""
+    if settings.solver == "auto":
+        return {
+            "admm": ADMM(settings.damping),
+            "sparsegpt --refit": Refitted(_solver("sparsegpt", settings)),
+        }
+    solver = _solver(settings.solver, settings)
+    if settings.refit:
+        return {f"{settings.solver} --refit": Refitted(solver, settings.damping)}
+    return {settings.solver: solver}
 
 
-def _named_solver(settings: Settings) -> Solver:
-    if settings.solver == "sparsegpt":
+def _solver(name: str, settings: Settings) -> Solver:
+    if name == "sparsegpt":
         return SparseGPT(settings.damping, settings.block_size)
-    if settings.solver == "admm":
+    if name == "admm":
         return ADMM(settings.damping)
-    return SOLVERS[settings.solver]()
+    return SOLVERS[name]()
 
 
 class Run:
@@ -63,17 +72,21 @@ class Run:
         self.plan = plan
         self.workspace = workspace
         self.pattern: Pattern = parse_pattern(plan.settings.sparsity)
-        self.solver = make_solver(plan.settings)
+        self.solvers = make_solvers(plan.settings)
         self.clock = _Clock(execution.progress, len(plan.layout.blocks))
         self.model = StreamedModel.open(
             plan.model, plan.settings.device, execution.trust_remote_code
         )
-        self.stream = None if windows is None else self._start(windows, execution)
-
-    def _start(self, windows: Tensor, execution: Execution) -> Stream:
+        # Two streams, where there are two, and what the dense one leaves share alike.
         budget = execution.activation_memory
-        budget = default_budget() if budget is None else budget
-        return Stream.start(self.model, windows, budget, self.workspace.folder)
+        self.budget = default_budget() if budget is None else budget
+        self.budget //= 3 if plan.settings.has_dense else 1
+        self.paths = None if windows is None else self._start(windows)
+
+    def _start(self, windows: Tensor) -> Paths:
+        settings, where = self.plan.settings, (self.budget, self.workspace.folder)
+        stream = Stream.start(self.model, windows, *where, settings.held_out)
+        return Paths(stream, stream.fork(*where) if settings.has_dense else None)
 
     def finish(self) -> list[BlockRecord]:
         """Do every shard that is not done, and return what became of the blocks."""
@@ -96,12 +109,19 @@ class Run:
 
     def _prune(self, planned: PlannedBlock) -> dict[str, Any]:
         self.clock.begin(planned.index)
+        settings = self.plan.settings
         task = Task(
-            solver=self.solver,
+            solvers=self.solvers,
             pattern=self.pattern,
+            correction=settings.damping if settings.corrects else None,
+            refining=Refining(settings.epochs, settings.seed)
+            if settings.refine
+            else None,
+            budget=self.budget,
+            folder=self.workspace.folder,
             report=lambda phase: self.clock.report(planned.index, phase),
         )
-        pruned = prune_block(self.model, self.stream, planned, task)
+        pruned = prune_block(self.model, self.paths, planned, task)
         task.report("writing")
         names = self.plan.layout.shards[planned.shard]
         others = [name for name in names if name not in pruned.tensors]
@@ -112,19 +132,18 @@ class Run:
 
     def _stored(self, planned: PlannedBlock, pruned: Pruned) -> dict[str, Tensor]:
         """Return pruned matrices as the file will hold them."""
-        if not self.plan.settings.packed:
-            return pruned.tensors
-        tensors: dict[str, Tensor] = {}
-        for matrix in planned.matrices:
-            weight = pruned.tensors[matrix.tensor]
-            tensors |= store(matrix.tensor, weight, matrix.matrix.transposed)
+        tensors = dict(pruned.tensors)
+        if self.plan.settings.packed:
+            for matrix in planned.matrices:
+                weight = tensors.pop(matrix.tensor)
+                tensors |= store(matrix.tensor, weight, matrix.matrix.transposed)
         return tensors
 
     def _verify(
         self, planned: PlannedBlock, pruned: Pruned, path: Path
     ) -> dict[str, Any]:
         """Read the file again; return the block's record, or refuse what is in it."""
-        written = Checkpoint.of_files([path]).read(pruned.tensors)
+        written = Checkpoint.of_files([path]).read(pruned.choices)
         matrices: list[MatrixRecord] = []
         for matrix in planned.matrices:
             name, (rows, columns) = matrix.tensor, matrix.matrix.shape
@@ -135,23 +154,40 @@ class Run:
                     "Report this as a defect of Halve, with the model's name.",
                 )
             sparsity = float((weight == 0).double().mean())
-            outcome = asdict(pruned.outcomes[name])
-            matrices.append(MatrixRecord(name, rows, columns, sparsity, **outcome))
+            choice = pruned.choices[name]
+            matrices.append(
+                MatrixRecord(
+                    tensor=name,
+                    rows=rows,
+                    columns=columns,
+                    sparsity=sparsity,
+                    error=choice.outcome.error,
+                    damping=choice.outcome.damping,
+                    solver=choice.solver,
+                    held_out=choice.held_out,
+                    runner_up=choice.runner_up,
+                )
+            )
+        refined = pruned.refined and (pruned.refined.before, pruned.refined.after)
         record = BlockRecord(
-            planned.name, tuple(matrices), pruned.error, pruned.seconds
+            planned.name, tuple(matrices), pruned.error, pruned.seconds, refined
         )
         return asdict(record)
 
     def _catch_up(self, planned: PlannedBlock) -> None:
-        """Carry the stream through a block that an earlier run has pruned."""
-        if self.stream is None:
+        """Carry the streams through a block that an earlier run has pruned."""
+        if self.paths is None:
             return
-        names = [matrix.tensor for matrix in planned.matrices]
         file = self.workspace.folder / planned.shard
-        stored = Checkpoint.of_files([file]).read(names)
+        stored = Checkpoint.of_files([file]).read(
+            self.plan.layout.shards[planned.shard]
+        )
         with self.model.block(planned.index) as block:
-            install(block, planned, stored)
-            self.stream.advance(block, planned.index)
+            site = Site(block, planned, self.paths)
+            if site.has_dense:
+                site.dense_stream.advance(block, planned.index)
+            install(site, self.model, stored)
+            site.stream.advance(block, planned.index)
 
 
 class _Clock:

@@ -5,6 +5,7 @@ of a set of windows through it. Everything is computed in float32 whatever the d
 the checkpoint.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -104,6 +105,19 @@ class StreamedModel:
         """Return a block's name, such as `model.layers.3`."""
         return f"{self.skeleton.path}.{index}"
 
+    def own_dtypes(self, block: str) -> dict[str, torch.dtype]:
+        """Return the parameters that are a block's alone, and how they are stored.
+
+        What is tied to another name is left out, as are integers.
+        """
+        uses = Counter(self.tensors.values())
+        found: dict[str, torch.dtype] = {}
+        for path, _ in self.skeleton.model.get_submodule(block).named_parameters():
+            info = self.checkpoint.tensors[self.tensors[f"{block}.{path}"]]
+            if uses[info.name] == 1 and info.dtype.is_floating_point:
+                found[path] = info.dtype
+        return found
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Lend a block with its weights, on the device, in float32."""
@@ -193,6 +207,8 @@ class Stream:
     Attributes:
         model: What they go through.
         windows: Token numbers, [samples, length].
+        apart: How many windows, the last ones, are kept apart from the others: no batch
+            holds both kinds.
         hidden: States between two blocks, [samples, length, width], overwritten by
             each block.
         recordings: How blocks are called: for each size of batch where all batches are
@@ -201,6 +217,7 @@ class Stream:
 
     model: StreamedModel
     windows: Tensor
+    apart: int = 0
     hidden: Tensor = field(init=False)
     recordings: dict[tuple[int, int | None], Recording] = field(
         init=False, default_factory=dict
@@ -214,6 +231,7 @@ class Stream:
         windows: Tensor,
         budget: int,
         folder: Path | None = None,
+        apart: int = 0,
     ) -> "Stream":
         """Run the model up to its first block.
 
@@ -222,12 +240,13 @@ class Stream:
             windows: [samples, length], int64.
             budget: Bytes of hidden states that may live in memory.
             folder: Where a mapped file lies past that.
+            apart: How many of the windows, the last ones, are kept apart.
 
         Raises:
             CalibrationError: Windows longer than the model can take.
         """
         model.skeleton.check_length(windows.shape[1])
-        stream = cls(model, windows)
+        stream = cls(model, windows, apart)
         with model._surroundings(with_head=False), FastProducts():
             for part in (_FIRST, *stream.batches()):
                 ids = windows[part].to(model.device)
@@ -241,12 +260,27 @@ class Stream:
                 stream._note(part, recording)
         return stream
 
+    def fork(self, budget: int, folder: Path | None = None) -> "Stream":
+        """Return a second stream at the same place, to go its own way from there."""
+        twin = Stream(self.model, self.windows, self.apart)
+        samples, length, width = self.hidden.shape
+        twin.hidden = allocate_hidden((samples, length, width), budget, folder)
+        twin.hidden.copy_(self.hidden)
+        twin.recordings = self.recordings
+        return twin
+
     def batches(self, tokens: int = _BATCH_TOKENS) -> Iterator[slice]:
-        """Yield slices of samples, of equal size but for the last."""
+        """Yield slices of samples, of equal size but for the last of each kind."""
         samples, length = self.windows.shape
         size = max(tokens // length, 1)
-        for start in range(0, samples, size):
-            yield slice(start, min(start + size, samples))
+        own = samples - self.apart
+        for first, last in ((0, own), (own, samples)):
+            for start in range(first, last, size):
+                yield slice(start, min(start + size, last))
+
+    def is_apart(self, part: slice) -> bool:
+        """Whether a batch is of the windows kept apart."""
+        return part.start >= len(self.windows) - self.apart
 
     def _note(self, part: slice, recording: Recording) -> None:
         """Keep a recording once where batches of its size are all called alike."""
@@ -260,17 +294,21 @@ class Stream:
         own = self.recordings.get((size, part.start))
         return own or self.recordings[size, None]
 
+    @torch.no_grad()
     def run_first(self, block: nn.Module, index: int) -> Tensor:
         """Return what a block makes of the first sample alone."""
         return self.run(block, index, _FIRST)
 
-    @torch.no_grad()
     def run(self, block: nn.Module, index: int, part: slice) -> Tensor:
-        """Return what a block makes of one batch of hidden states, on the device."""
+        """Return what a block makes of one batch of hidden states, on the device.
+
+        Differentiable where gradients are enabled.
+        """
         call = self._recording(part).calls[index]
         with FastProducts(), _forward_of(self.model):
             return call.replay(block, self.hidden[part].to(self.model.device))
 
+    @torch.no_grad()
     def advance(
         self,
         block: nn.Module,

@@ -111,7 +111,7 @@ class ADMM(Solver[Gram, Prepared]):
 
     def prepare(self, statistic: Gram) -> Prepared:
         """Scale the Hessian to a unit diagonal; columns^2 operations."""
-        gram = statistic.take_matrix()
+        gram = statistic.matrix()
         dead = gram.diagonal() == 0
         hessian = damped(gram, dead, self.damping)
         scale = hessian.diagonal().sqrt()

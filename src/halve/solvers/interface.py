@@ -59,8 +59,8 @@ class Solver(ABC, Generic[S, State]):
     def prepare(self, statistic: S) -> State:
         """Do, once, what all matrices with these inputs share.
 
-        Takes the statistic's memory over. Raises NumericalError where it cannot be
-        computed with.
+        Nothing may be added to the statistic afterwards. Raises NumericalError where it
+        cannot be computed with.
         """
 
     @abstractmethod

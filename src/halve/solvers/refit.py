@@ -95,7 +95,7 @@ class Refitted(Solver[Gram, Prepared]):
 
     def prepare(self, statistic: Gram) -> Prepared:
         """Let the solver prepare with as much of the Gram matrix as it wants."""
-        gram = statistic.take_matrix()
+        gram = statistic.matrix()
         hessian = damped(gram, gram.diagonal() == 0, self.damping)
         own = self.solver.prepare(self.solver.statistic.of(gram))
         return Prepared(gram, hessian, own)

@@ -72,7 +72,7 @@ class SparseGPT(Solver[Gram, Prepared]):
         Raises:
             NumericalError: Not positive definite with any damping up to 1.
         """
-        gram = statistic.take_matrix()
+        gram = statistic.matrix()
         dead = gram.diagonal() == 0
         damping = self.damping
         while True:

@@ -1,0 +1,162 @@
+"""What is known of a group's inputs when its matrices are pruned.
+
+The statistic and the drift are sums over the windows that are fitted to; of the windows
+kept apart, inputs themselves are held, since they judge every candidate.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from halve.errors import NumericalError
+from halve.products import linear
+from halve.pruning.groups import Group
+from halve.pruning.reference import Reference
+from halve.pruning.site import Site
+from halve.statistics import Drift, Statistic
+
+# Tokens of held-out inputs that are kept for each group; more hardly move a choice.
+_HELD_TOKENS = 4096
+
+
+@dataclass
+class HeldOut:
+    """Inputs that no candidate was fitted to.
+
+    Attributes:
+        pairs: Batches of inputs as they are now, and as they are in the dense model,
+            each [tokens, columns]; the same tensor where that is not known.
+    """
+
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, inputs: Tensor, dense: Tensor) -> None:
+        """Keep a batch, thinned where that is more than enough."""
+        room = _HELD_TOKENS - sum(len(held) for held, _ in self.pairs)
+        if room > 0:
+            step = -(-len(inputs) // room)
+            self.pairs.append((inputs[::step].clone(), dense[::step].clone()))
+
+    def error(self, weight: Tensor, solution: Tensor) -> float:
+        """Return ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2.
+
+        Args:
+            weight: W, dense, [rows, columns].
+            solution: Z, [rows, columns].
+        """
+        lost = kept = 0.0
+        for inputs, dense in self.pairs:
+            wanted = linear(dense, weight)
+            kept += float(wanted.square().sum())
+            lost += float((wanted - linear(inputs, solution)).square().sum())
+        return lost / kept if kept else float(lost > 0)
+
+
+@dataclass
+class Evidence:
+    """All that is known of a group's inputs.
+
+    Attributes:
+        group: The matrices.
+        statistic: Of their inputs.
+        drift: How those differ from the dense model's; None where that is not wanted.
+        held: Inputs kept apart; empty where no window is.
+    """
+
+    group: Group
+    statistic: Statistic
+    drift: Drift | None
+    held: HeldOut = field(default_factory=HeldOut)
+
+    def add(self, inputs: Tensor, dense: Tensor | None, apart: bool) -> None:
+        """Take in one batch, [tokens, columns].
+
+        Args:
+            inputs: As they are.
+            dense: As they are in the dense model, if that is known.
+            apart: Whether the batch is held out.
+        """
+        if apart:
+            self.held.add(inputs, inputs if dense is None else dense)
+            return
+        self.statistic.add(inputs)
+        if self.drift is not None and dense is not None:
+            self.drift.add(inputs, dense)
+
+
+def collect(
+    site: Site,
+    groups: list[Group],
+    kind: type[Statistic],
+    reference: Reference | None,
+) -> list[Evidence]:
+    """Run all windows through the block as it is now, up to the groups' inputs.
+
+    Args:
+        site: The block.
+        groups: Whose inputs are wanted.
+        kind: Of statistic.
+        reference: What they are in the dense model, where that is asked.
+
+    Raises:
+        NumericalError: An input is not finite; names block, matrix and sample.
+    """
+    found = {
+        group.leader: _nothing_yet(site, group, kind, reference) for group in groups
+    }
+    for part in site.stream.batches():
+        _Batch(site, part, found, reference).run(groups)
+    return list(found.values())
+
+
+def _nothing_yet(
+    site: Site, group: Group, kind: type[Statistic], reference: Reference | None
+) -> Evidence:
+    device = site.stream.model.device
+    drift = None if reference is None else Drift(group.columns, device)
+    return Evidence(group, kind(group.columns, device), drift)
+
+
+@dataclass
+class _Batch:
+    """One batch on its way into the evidence."""
+
+    site: Site
+    part: slice
+    found: dict[str, Evidence]
+    reference: Reference | None
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def run(self, groups: list[Group]) -> None:
+        self.site.each_input(self.part, groups, self._take)
+
+    def _take(self, path: str, inputs: Tensor) -> None:
+        dense = None
+        if self.reference is not None:
+            dense = self.reference.inputs(path, self.calls[path], self.part)
+            dense = dense.to(inputs.device)
+        self.calls[path] += 1
+        apart = self.site.stream.is_apart(self.part)
+        self.found[path].add(inputs, dense, apart)
+        sound = inputs if apart else self.found[path].statistic
+        if not _is_finite(sound):
+            _report(f"{self.site.planned.name}.{path}", inputs, self.part)
+
+
+def _is_finite(known: Tensor | Statistic) -> bool:
+    if isinstance(known, Statistic):
+        return known.is_finite()
+    return bool(known.isfinite().all())
+
+
+def _report(name: str, inputs: Tensor, part: slice) -> None:
+    samples = part.stop - part.start
+    finite = inputs.isfinite().reshape(samples, -1).all(dim=1)
+    bad = (~finite).nonzero()
+    sample = part.start + (int(bad[0]) if len(bad) else 0)
+    raise NumericalError(
+        f"The inputs of {name} are not finite, or too large to square, in sample "
+        f"{sample}.",
+        "Check the checkpoint and the calibration text.",
+    )

@@ -1,0 +1,183 @@
+"""Refining: the kept weights of a block, tuned together to the dense block's outputs.
+
+Once a block is pruned, all that is left in it (kept weights, biases, norms) is tuned by
+Adam, so that on the hidden states that really enter it, by way of the pruned blocks
+before, it gives what the dense block gives in the dense model. There are no labels, and
+only one block and its activations are in memory. Masks are fixed: gradients and weights
+are masked at every step. (As in EBFT, Guo et al. (2024), and 3BASiL's "transformer
+matching" (2025); here with the best state on held-out windows kept.)
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.pruning.site import Site
+
+# Of Adam at first, as a share of the root mean square of a parameter.
+_RATE = float(os.environ.get("RATE", "0.02"))
+# Share of the first rate that is left at the end.
+_LEAST = 0.05
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Refining:
+    """How a block is tuned.
+
+    Attributes:
+        epochs: Passes over the windows that are fitted to.
+        seed: Shuffles the batches.
+    """
+
+    epochs: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What refining brought: ||Y - Y'||^2 / ||Y||^2 of outputs on held-out windows.
+
+    Attributes:
+        before: Of the block as it was pruned.
+        after: Of the block as it is now; never more.
+    """
+
+    before: float
+    after: float
+
+
+def refine(site: Site, dtypes: dict[str, torch.dtype], refining: Refining) -> Refined:
+    """Tune a pruned block; it is left as it was where that brings nothing.
+
+    Args:
+        site: The block. Its own stream stands before it, the dense one behind it.
+        dtypes: Parameter -> dtype it is stored in, for those that may change.
+        refining: How.
+
+    Returns:
+        Errors before and after, both with parameters rounded to those dtypes.
+
+    Cost:
+        Forward and backward passes of the block, one for each epoch; of memory, the
+        gradients and two moments of its parameters, and one batch's activations.
+    """
+    tuning = _Tuning(site, dtypes, refining)
+    before = best = tuning.held_out_error()
+    for _ in range(refining.epochs):
+        tuning.epoch()
+        error = tuning.held_out_error()
+        if error < best:
+            best = error
+            tuning.keep()
+    tuning.install_best()
+    return Refined(before, best)
+
+
+class _Tuning:
+    """Parameters on their way, and the best that were met."""
+
+    def __init__(
+        self, site: Site, dtypes: dict[str, torch.dtype], refining: Refining
+    ) -> None:
+        self.site = site
+        self.dtypes = dtypes
+        parts = list(site.stream.batches())
+        self.held = [part for part in parts if site.stream.is_apart(part)]
+        self.fitted = [part for part in parts if not site.stream.is_apart(part)]
+        self.generator = torch.Generator().manual_seed(refining.seed)
+        self.parameters = {path: site.block.get_parameter(path) for path in dtypes}
+        self.first = {path: p.data for path, p in self.parameters.items()}
+        self.values = {path: value.clone() for path, value in self.first.items()}
+        self.best: dict[str, Tensor] = {}
+        # Only matrices have been changed so far.
+        self.kept = {p: v != 0 for p, v in self.first.items() if p in site.changed}
+        self.optimiser = torch.optim.Adam(
+            [
+                {"params": [self.parameters[path]], "lr": _RATE * size}
+                for path, size in self._sizes().items()
+            ],
+            betas=_BETAS,
+        )
+        steps = refining.epochs * len(self.fitted)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda step: _share_of_rate(step / max(steps, 1))
+        )
+
+    def _sizes(self) -> dict[str, float]:
+        """Return how large a parameter's steps are: as large as it is itself.
+
+        A bias may be all zeros, so vectors are taken for as large as the matrices.
+        """
+        own = {path: _size(value) for path, value in self.values.items()}
+        least = min((own[path] for path in self.kept), default=0.0)
+        return {
+            p: size if p in self.kept else max(size, least) for p, size in own.items()
+        }
+
+    def epoch(self) -> None:
+        """Take one step for every batch that is fitted to, in random order."""
+        order = torch.randperm(len(self.fitted), generator=self.generator)
+        self._put(self.values)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        for index in order.tolist():
+            self._step(self.fitted[index])
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+
+    def _step(self, part: slice) -> None:
+        with torch.enable_grad():
+            self._loss(part).backward()
+        for path, kept in self.kept.items():
+            gradient = self.parameters[path].grad
+            assert gradient is not None, "a matrix takes no part in its block"
+            gradient.mul_(kept)
+        self.optimiser.step()
+        for path, kept in self.kept.items():
+            self.values[path].mul_(kept)
+        self.optimiser.zero_grad()
+        self.schedule.step()
+
+    def _loss(self, part: slice) -> Tensor:
+        site = self.site
+        outputs = site.stream.run(site.block, site.planned.index, part)
+        wanted = site.dense_stream.hidden[part].to(outputs.device)
+        return (outputs - wanted).square().sum() / wanted.square().sum()
+
+    def held_out_error(self) -> float:
+        """Return the error of the parameters as they would be stored."""
+        self._put(self._rounded())
+        losses = [float(self._loss(part)) for part in self.held]
+        return sum(losses) / len(losses)
+
+    def keep(self) -> None:
+        """Remember the parameters as the best so far."""
+        self.best = self._rounded()
+
+    def install_best(self) -> None:
+        """Leave the best parameters in the block, the first where none were better."""
+        self._put(self.first)
+        for path, value in self.best.items():
+            self.site.exchange(path, value)
+
+    def _rounded(self) -> dict[str, Tensor]:
+        return {p: v.to(self.dtypes[p]).to(v.dtype) for p, v in self.values.items()}
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for path, parameter in self.parameters.items():
+            parameter.data = values[path]
+
+
+def _share_of_rate(done: float) -> float:
+    """Return how much of the first rate is left: a cosine from 1 to a little."""
+    return _LEAST + (1 - _LEAST) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def _size(values: Tensor) -> float:
+    """Return the root mean square of what is not zero."""
+    kept = values[values != 0]
+    return float(kept.square().mean().sqrt()) if len(kept) else 0.0
