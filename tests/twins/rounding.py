@@ -37,7 +37,12 @@ def sweep(weight: Tensor, pruned: Tensor, hessian: Tensor, levels: Levels) -> Te
 
 
 def polish(
-    weight: Tensor, rounded: Tensor, hessian: Tensor, levels: Levels, sweeps: int
+    weight: Tensor,
+    rounded: Tensor,
+    pruned: Tensor,
+    hessian: Tensor,
+    levels: Levels,
+    sweeps: int,
 ) -> Tensor:
     """Return a rounded matrix after trying every level for every weight in turn."""
     weight, hessian = weight.double(), hessian.double()
@@ -46,7 +51,7 @@ def polish(
     for _ in range(sweeps):
         for j in range(columns):
             for i in range(rows):
-                if rounded[i, j] != 0:
+                if not pruned[i, j]:
                     choices = values(levels, i, j)
                     tried = (weight[i] - found[i]).repeat(len(choices), 1)
                     tried[:, j] = weight[i, j] - choices

@@ -50,6 +50,7 @@ def polish(
     hessian: Tensor,
     weight: Tensor,
     rounded: Tensor,
+    pruned: Tensor,
     levels: Levels,
     sweeps: int = SWEEPS,
 ) -> Tensor:
@@ -57,12 +58,13 @@ def polish(
 
     While the others stay, the error of weight j is least at z_j + ((W - Z) H)_j / H_jj,
     and grows alike on both sides; so the nearest level is the best one, and no move
-    raises the error. Weights that are zero stay so.
+    raises the error. A kept weight may leave the level 0, and come to it.
 
     Args:
         hessian: X^T X with damping, [columns, columns].
         weight: W, the dense matrix, [rows, columns].
         rounded: Z, [rows, columns], on the grid.
+        pruned: [rows, columns], True where Z is zero and stays so.
         levels: Of Z.
         sweeps: Over the columns; it ends before that where no weight moves.
 
@@ -74,7 +76,7 @@ def polish(
     """
     found = rounded.T.contiguous()
     residual = linear(hessian, weight - rounded)  # [columns, rows]
-    moving = _Moving(found, hessian, found == 0, levels)
+    moving = _Moving(found, hessian, pruned.T.contiguous(), levels)
     for _ in range(sweeps):
         if not moving.sweep(residual):
             break
@@ -194,20 +196,12 @@ class Rounded(Solver[Gram, Prepared]):
         values, levels = first.weight, first.levels
         if levels is None:
             levels = fit_levels(self.grid, values, state.gram.diagonal())
-        swept = round_held(values, values == 0, state.factor, levels)
-        solutions = [
-            Solution(found, self._outcome(state, weight, found), levels)
-            for found in (swept, self._polished(state, weight, swept, levels))
-        ]
-        return min(solutions, key=lambda found: found.outcome.error or 0.0)
-
-    def _polished(
-        self, state: Prepared, weight: Tensor, swept: Tensor, levels: Levels
-    ) -> Tensor:
-        return polish(state.hessian, weight, swept, levels, self.sweeps)
-
-    def _outcome(self, state: Prepared, weight: Tensor, found: Tensor) -> Outcome:
-        return Outcome(relative_error(state.gram, weight, found), state.damping)
+        pruned = values == 0
+        swept = round_held(values, pruned, state.factor, levels)
+        polished = polish(state.hessian, weight, swept, pruned, levels, self.sweeps)
+        errors = [relative_error(state.gram, weight, z) for z in (swept, polished)]
+        best = polished if errors[1] < errors[0] else swept
+        return Solution(best, Outcome(min(errors), state.damping), levels)
 
 
 @dataclass(frozen=True)
