@@ -46,6 +46,10 @@ class PatternError(HalveError):
     """A sparsity pattern that makes no sense, or does not fit a matrix."""
 
 
+class GridError(HalveError):
+    """A grid of values that does not exist, or that cannot be laid over a matrix."""
+
+
 class NumericalError(HalveError):
     """Weights, activations or Gram matrices that cannot be computed with."""
 

@@ -6,6 +6,7 @@ A pattern chooses a mask from scores and verifies a matrix. Matrices are seen as
 
 import re
 from dataclasses import dataclass
+from math import nan
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ class Unstructured:
     """Any weight may go; a share of them does.
 
     Attributes:
-        sparsity: Share of weights pruned, in (0, 1).
+        sparsity: Share of weights pruned, in [0, 1); with 0 all stay, which makes sense
+            only where they are rounded.
     """
 
     sparsity: float
@@ -114,8 +116,12 @@ def _rank(index: int, members: list[Tensor]) -> Tensor:
 Pattern = Unstructured | NM
 
 
-def parse_pattern(text: str | float) -> Pattern:
+def parse_pattern(text: str | float, allow_dense: bool = False) -> Pattern:
     """Read a pattern: `0.5`, `50%` or `2:4`.
+
+    Args:
+        text: The pattern.
+        allow_dense: Whether a share of 0 is one.
 
     Raises:
         PatternError: The text is no pattern, or its sparsity is not in (0, 1).
@@ -124,7 +130,7 @@ def parse_pattern(text: str | float) -> Pattern:
         kept, group = int(match[1]), int(match[2])
         if 0 < kept < group:
             return NM(kept, group)
-    elif 0 < (sparsity := _share(text)) < 1:
+    elif 0 < (sparsity := _share(text)) < 1 or (sparsity == 0 and allow_dense):
         return Unstructured(sparsity)
     raise PatternError(
         f"{text!r} is not a sparsity: a share between 0 and 1 or an n:m pattern with "
@@ -134,13 +140,13 @@ def parse_pattern(text: str | float) -> Pattern:
 
 
 def _share(text: str | float) -> float:
-    """Return the share that a number or percentage means, 0 where it is neither."""
+    """Return the share that a number or percentage means, NaN where it is neither."""
     try:
         if isinstance(text, str) and text.strip().endswith("%"):
             return float(text.strip()[:-1]) / 100
         return float(text)
     except ValueError:
-        return 0.0
+        return nan
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

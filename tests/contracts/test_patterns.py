@@ -35,6 +35,19 @@ def test_nonsense_is_refused(text):
         parse_pattern(text)
 
 
+@pytest.mark.parametrize("text", ["0%", "0", 0.0])
+def test_nothing_to_prune_is_a_pattern_only_where_it_is_allowed(text):
+    assert parse_pattern(text, allow_dense=True) == Unstructured(0.0)
+    with pytest.raises(PatternError):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("text", ["", "two", "nan", "100%", "-5%", "4:4", "0:4"])
+def test_nonsense_is_refused_there_too(text):
+    with pytest.raises(PatternError):
+        parse_pattern(text, allow_dense=True)
+
+
 @given(shapes, st.data())
 def test_lowest_takes_exactly_the_lowest(shape, data):
     """Ties, of which these scores are full, go to the first."""

@@ -7,6 +7,7 @@ from halve.solvers.admm import ADMM
 from halve.solvers.interface import Outcome, Solution, Solver
 from halve.solvers.magnitude import Magnitude
 from halve.solvers.refit import Refitted
+from halve.solvers.rounding import Nearest, Rounded
 from halve.solvers.sparsegpt import SparseGPT
 from halve.solvers.wanda import Wanda
 
@@ -21,8 +22,10 @@ __all__ = [
     "ADMM",
     "SOLVERS",
     "Magnitude",
+    "Nearest",
     "Outcome",
     "Refitted",
+    "Rounded",
     "Solution",
     "Solver",
     "SparseGPT",

@@ -10,6 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from halve.grids import Levels
 from halve.patterns import Pattern
 from halve.statistics import Statistic
 
@@ -39,10 +40,13 @@ class Solution:
     Attributes:
         weight: [rows, columns], float32, zero where pruned.
         outcome: What the solver knows about it.
+        levels: What its weights were rounded to, and all lie on; None where they were
+            not rounded.
     """
 
     weight: Tensor
     outcome: Outcome
+    levels: Levels | None = None
 
 
 class Solver(ABC, Generic[S, State]):

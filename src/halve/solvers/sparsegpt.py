@@ -3,7 +3,8 @@
 Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
 One-Shot" (2023), algorithm 1. H = 2 X^T X / samples + damping is the Hessian of a
 matrix's squared output error; U is the upper Cholesky factor of its inverse,
-U^T U = H^-1.
+U^T U = H^-1. The sweep itself is in `sweep.py`; with a grid it rounds in the same pass
+what it does not prune (the paper, section 3.5).
 
 Two things are done otherwise than in the published code, with the same result. U comes
 from one factorisation and one triangular inverse (see `_inverse_factor`) instead of
@@ -11,7 +12,8 @@ two factorisations and a full inverse: half the operations. And within a block t
 update is carried in small chunks, so that most of it is a matrix product.
 
 A threshold of the published code prunes one weight more than asked, and all that tie
-with it; here the count is exact, so that a promise about it can be kept.
+with it; here the count is exact, so that a promise about it can be kept. Scales of a
+grid are searched, and not those of minimum and maximum.
 """
 
 from dataclasses import dataclass
@@ -22,14 +24,13 @@ from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from halve.errors import NumericalError
-from halve.patterns import NM, Pattern, lowest
-from halve.products import linear
+from halve.grids import Grid, fit_levels
+from halve.patterns import Pattern
 from halve.solvers.hessian import damped, relative_error
 from halve.solvers.interface import Outcome, Solution, Solver
+from halve.solvers.sweep import adaptive, sweep
 from halve.statistics import Gram
 
-# Columns swept one by one before the rest of their block is updated at once.
-_CHUNK = 16
 # The damping is raised tenfold until the factorisation succeeds, up to this share.
 _MOST_DAMPING = 1.0
 
@@ -60,11 +61,14 @@ class SparseGPT(Solver[Gram, Prepared]):
             tenfold, up to 1, where the factorisation fails; the outcome says so.
         block_size: Columns over which one mask is chosen and updates are gathered.
             For n:m it is rounded to whole groups; the result does not depend on it.
+        grid: What kept weights are rounded to; its levels are fitted to the dense
+            weights. None where they are not rounded.
     """
 
     statistic: ClassVar = Gram
     damping: float = 0.01
     block_size: int = 128
+    grid: Grid | None = None
 
     def prepare(self, statistic: Gram) -> Prepared:
         """Factorise the inverse Hessian; 2/3 columns^3 operations.
@@ -91,60 +95,13 @@ class SparseGPT(Solver[Gram, Prepared]):
         """Prune [rows, columns] and compensate; rows * columns^2 operations."""
         remaining = weight.T.contiguous()  # [columns, rows]: a column lies in one piece
         remaining[state.dead] = 0
-        self._sweep(remaining, state.factor, pattern)
+        levels = None
+        if self.grid is not None:
+            levels = fit_levels(self.grid, weight, state.gram.diagonal())
+        sweep(remaining, state.factor, adaptive(pattern, self.block_size, levels))
         solution = remaining.T.contiguous()
         error = relative_error(state.gram, weight, solution)
-        return Solution(solution, Outcome(error, state.damping))
-
-    def _sweep(self, remaining: Tensor, factor: Tensor, pattern: Pattern) -> None:
-        columns, rows = remaining.shape
-        size = self.block_size
-        if isinstance(pattern, NM):
-            size = max(size // pattern.group, 1) * pattern.group
-        for start in range(0, columns, size):
-            stop = min(start + size, columns)
-            # Counts up to each block, not in it: roundings do not add up.
-            quota = pattern.count(stop * rows) - pattern.count(start * rows)
-            block, own = remaining[start:stop], factor[start:stop, start:stop]
-            errors = _sweep_block(block, own, pattern, quota)
-            remaining[stop:] -= linear(factor[start:stop, stop:].T, errors.T)
-
-
-def _sweep_block(block: Tensor, factor: Tensor, pattern: Pattern, quota: int) -> Tensor:
-    """Prune a block in place and return its errors.
-
-    Args:
-        block: [size, rows], columns of the matrix as rows; changed in place.
-        factor: [size, size], the block's part of U.
-        pattern: Unstructured chooses over the whole block, n:m group after group.
-        quota: How many weights of the block go, where the pattern is unstructured.
-
-    Returns:
-        [size, rows]: for each column (w - q) / U_jj, to be carried to its right.
-    """
-    size = len(block)
-    diagonal = factor.diagonal()[:, None]
-    errors = torch.empty_like(block)
-    pruned = torch.empty_like(block, dtype=torch.bool)
-    lazy = isinstance(pattern, NM)
-    if not lazy:
-        pruned.copy_(lowest((block / diagonal).square(), quota))
-    group = pattern.group if lazy else size
-    chunk = max(_CHUNK // group, 1) * group if lazy else _CHUNK
-    scale = pruned / diagonal  # 1 / U_jj where pruned, 0 where kept
-    for start in range(0, size, chunk):
-        stop = min(start + chunk, size)
-        for j in range(start, stop):
-            if lazy and j % group == 0:
-                part = slice(j, j + group)
-                scores = (block[part] / diagonal[part]).square()
-                pruned[part] = pattern.mask(scores.T).T
-                scale[part] = pruned[part] / diagonal[part]
-            torch.mul(block[j], scale[j], out=errors[j])
-            block[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j], alpha=-1)
-        block[stop:] -= linear(factor[start:stop, stop:].T, errors[start:stop].T)
-    block.masked_fill_(pruned, 0)
-    return errors
+        return Solution(solution, Outcome(error, state.damping), levels)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:

@@ -1,0 +1,270 @@
+"""Integer grids: the few values that a weight may take when it is stored in few bits.
+
+A row of a matrix is cut into groups of consecutive inputs. Each group has a scale and
+a zero point of its own, and a weight of it is (code - zero) * scale for a signed code
+of `bits` bits. Zero is a value of every grid, exactly, so that a pruned weight stays
+pruned.
+
+Signed codes reach one further down than up. Where no zero point makes up for that, a
+scale may be negative: the code that has no counterpart goes to the side of the largest
+weight (ggml's 4-bit blocks do the same), which costs nothing and in few bits gains
+nearly what zero points do. Here are the grids and the choice of scales; solvers choose
+the codes.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.errors import GridError
+
+BITS = (8, 4, 3, 2)
+# Scales are stored in float16.
+_SCALE_BITS = 16
+_LARGEST, _SMALLEST = torch.finfo(torch.float16).max, 2.0**-24
+# Ranges that are tried for each group, the last of them this share of the weights' own;
+# what lies outside is clipped.
+_TRIED, _LEAST = 25, 0.4
+# Weights that are searched at once: few enough to stay in the cache.
+_SLAB = 2**17
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How many bits a weight has, and how many weights share a scale.
+
+    Attributes:
+        bits: 8, 4, 3 or 2.
+        group_size: Consecutive weights of a row with one scale; the last group of a
+            row may be shorter.
+        symmetric: Whether the zero point is the code 0 everywhere.
+
+    Raises:
+        GridError: Other bits, or a group size that is not positive.
+    """
+
+    bits: int
+    group_size: int = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise GridError(
+                f"There is no grid of {self.bits} bits.",
+                f"Choose one of {_names()}.",
+            )
+        if self.group_size < 1:
+            raise GridError(
+                f"The group size is {self.group_size}, which is not positive.",
+                "Pass 1 or more weights that share a scale, such as 128.",
+            )
+
+    def __str__(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The highest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, columns: int) -> int:
+        """Return how many groups a row has."""
+        return -(-columns // self.group_size)
+
+    def bits_per_weight(self, sparsity: float) -> float:
+        """Return the bits that a packed matrix takes, over the number of its weights.
+
+        A bit of mask where there are zeros, the codes of what is kept, and each
+        group's scale and zero point.
+
+        Args:
+            sparsity: Share of weights that are zero, in [0, 1).
+        """
+        mask = 1 if sparsity > 0 else 0
+        shared = _SCALE_BITS + (0 if self.symmetric else self.bits)
+        return mask + (1 - sparsity) * self.bits + shared / self.group_size
+
+
+def _names() -> str:
+    return ", ".join(f"int{bits}" for bits in BITS)
+
+
+def parse_grid(text: str, group_size: int = 128, symmetric: bool = True) -> Grid:
+    """Read a grid: `int8`, `int4`, `int3` or `int2`.
+
+    Raises:
+        GridError: The text is none of these, or the group size is not positive.
+    """
+    match = re.fullmatch(r"int(\d)", text.strip())
+    if match is None:
+        raise GridError(f"{text!r} is not a grid.", f"Choose one of {_names()}.")
+    return Grid(int(match[1]), group_size, symmetric)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The values that the weights of one matrix may take.
+
+    Laws: `decode(codes(z))` is z, bit for bit, for every z that `round` returns; 0 is
+    one of them; no other level is nearer to a weight than the one it is rounded to.
+
+    Attributes:
+        grid: Bits and groups.
+        scale: [rows, groups], float32, not 0; each is a float16 number. Negative where
+            the grid is symmetric and the largest weight of the group is positive.
+        zero: [rows, groups], float32, the code of 0: an integer, 0 where symmetric.
+    """
+
+    grid: Grid
+    scale: Tensor
+    zero: Tensor
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the nearest codes, [rows, columns] in int8."""
+        scale, zero = self._of_columns(weight.shape[1])
+        return _codes(self.grid, weight, scale, zero).to(torch.int8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the values of codes, [rows, columns] in float32; without rounding.
+
+        A scale has 11 significant bits and a code less its zero point at most 9.
+        """
+        scale, zero = self._of_columns(codes.shape[1])
+        return _values(codes.float(), scale, zero)
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Return the nearest values of the grid, [rows, columns] in float32."""
+        scale, zero = self._of_columns(weight.shape[1])
+        return _values(_codes(self.grid, weight, scale, zero), scale, zero)
+
+    def round_column(self, values: Tensor, column: int) -> Tensor:
+        """Return the nearest values of one column's grid, [rows], as `round` does."""
+        group = column // self.grid.group_size
+        scale, zero = self.scale[:, group], self.zero[:, group]
+        return _values(_codes(self.grid, values, scale, zero), scale, zero)
+
+    def _of_columns(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of each weight, [rows, columns]."""
+        size = self.grid.group_size
+        return (
+            self.scale.repeat_interleave(size, dim=1)[:, :columns],
+            self.zero.repeat_interleave(size, dim=1)[:, :columns],
+        )
+
+
+def _codes(grid: Grid, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    codes = (values / scale).round_().add_(zero)
+    return codes.clamp_(grid.lowest, grid.highest)
+
+
+def _values(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Return (codes - zero) * scale, in the memory of the codes."""
+    # A negative scale makes -0 of 0, which a packed matrix would keep: it counts bits.
+    return codes.sub_(zero).mul_(scale).add_(0.0)
+
+
+def fit_levels(grid: Grid, weight: Tensor, importance: Tensor | None = None) -> Levels:
+    """Choose scales and zero points that lose least when weights are rounded.
+
+    For each group 25 ranges, from that of its weights down to 40 % of it, are tried,
+    and the one kept whose rounding has the lowest sum of importance * (w - q)^2. The
+    first is that of plain minimum and maximum, so none loses more.
+
+    Args:
+        grid: Bits and groups.
+        weight: [rows, columns], float32. Zeros count for pruned: they do not matter.
+        importance: [columns], of an error in each column; None where all are alike.
+            The diagonal of H is what an error costs that nothing makes up for.
+
+    Returns:
+        Levels on the device of the weight; a group of zeros has the scale 1.
+
+    Cost:
+        25 roundings of the matrix, in memory that does not grow with it.
+    """
+    columns = weight.shape[1]
+    if importance is None:
+        importance = weight.new_ones(columns)
+    costs = _grouped(grid, importance[None])
+    slabs = weight.split(max(_SLAB // columns, 1))
+    found = [_search(grid, _grouped(grid, slab), costs) for slab in slabs]
+    scales, zeros = zip(*found, strict=True)
+    return Levels(grid, torch.cat(scales), torch.cat(zeros))
+
+
+def _grouped(grid: Grid, rows: Tensor) -> Tensor:
+    """Return [rows, groups, group size], the last group filled up with zeros."""
+    columns = rows.shape[1]
+    groups, size = grid.groups(columns), min(grid.group_size, columns)
+    padded = torch.nn.functional.pad(rows, (0, groups * size - columns))
+    return padded.view(len(rows), groups, size)
+
+
+def _search(grid: Grid, groups: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best scale and zero point of each group, [rows, groups] each.
+
+    Args:
+        grid: Bits and groups.
+        groups: [rows, groups, group size], the weights.
+        costs: [1, groups, group size], the importance of each.
+    """
+    costs = costs * (groups != 0)
+    low, high = groups.amin(dim=2).clamp_(max=0), groups.amax(dim=2).clamp_(min=0)
+    scale, zero = _spanning(grid, low, high)
+    least = torch.full_like(low, torch.inf)
+    for share in _shares(grid):
+        tried = _spanning(grid, share * low, share * high)
+        loss = _loss(grid, groups, costs, *tried)
+        better = loss < least
+        scale = torch.where(better, tried[0], scale)
+        zero = torch.where(better, tried[1], zero)
+        least = torch.where(better, loss, least)
+    return scale, zero
+
+
+def _shares(grid: Grid) -> list[float]:
+    """Return the shares of a range to try, falling.
+
+    Plain symmetric scales leave out the lowest code, so that it would reach further
+    than the weights do.
+    """
+    first = grid.lowest / -grid.highest if grid.symmetric else 1.0
+    return torch.linspace(first, _LEAST, _TRIED, dtype=torch.float64).tolist()
+
+
+def _spanning(grid: Grid, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point of codes that span ranges which include 0.
+
+    Args:
+        grid: Bits, and whether 0 is in the middle.
+        low: [rows, groups], at most 0.
+        high: [rows, groups], at least 0.
+    """
+    if grid.symmetric:
+        scale = _half(torch.where(-low >= high, low, high) / grid.lowest)
+        return scale, torch.zeros_like(scale)
+    scale = _half((high - low) / (grid.highest - grid.lowest))
+    zero = (grid.lowest - low / scale).round_().clamp_(grid.lowest, grid.highest)
+    return scale, zero
+
+
+def _half(scale: Tensor) -> Tensor:
+    """Return the nearest float16 number that is finite and not 0; 1 for 0."""
+    size = scale.abs().clamp_(_SMALLEST, _LARGEST).half().float()
+    return torch.where(scale == 0, 1, size.copysign_(scale))
+
+
+def _loss(
+    grid: Grid, groups: Tensor, costs: Tensor, scale: Tensor, zero: Tensor
+) -> Tensor:
+    """Return the sum of costs * (w - q)^2 of each group, [rows, groups]."""
+    scale, zero = scale[..., None], zero[..., None]
+    rounded = _values(_codes(grid, groups, scale, zero), scale, zero)
+    return rounded.sub_(groups).square_().mul_(costs).sum(dim=2)

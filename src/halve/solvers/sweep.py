@@ -1,0 +1,165 @@
+"""The sweep: settle column after column, and let those to the right make up for it.
+
+Algorithm 1 of Frantar and Alistarh, "SparseGPT" (2023), which is that of Frantar et
+al., "GPTQ" (2022), with a mask. Where w is a column as it has become by then and q what
+it is settled at, the columns to its right are changed by -(w - q) / U_jj * U_j,. Here q
+is 0 where a weight is pruned, and elsewhere w itself or the level nearest to it. Within
+a block the update is carried in small chunks, so that most of it is a matrix product.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.grids import Levels
+from halve.patterns import NM, Pattern, lowest
+from halve.products import linear
+
+# Columns swept one by one before the rest of their block is updated at once.
+CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How columns are settled.
+
+    Attributes:
+        choose: Given the first of some columns and their scores w^2 / U_jj^2, [columns,
+            rows], returns a mask of the same shape, True where pruned.
+        size: Columns of a block.
+        span: Columns over which one mask is chosen; the size, or a divisor of it.
+        levels: What kept weights are rounded to; None where they stay as they are.
+    """
+
+    choose: Callable[[int, Tensor], Tensor]
+    size: int
+    span: int
+    levels: Levels | None = None
+
+
+def adaptive(pattern: Pattern, size: int, levels: Levels | None = None) -> Rule:
+    """Return the rule by which the lowest scores go as the sweep meets them.
+
+    Args:
+        pattern: Unstructured chooses over a whole block, n:m group after group.
+        size: Columns of a block; for n:m it is rounded to whole groups.
+        levels: As in `Rule`.
+    """
+    if isinstance(pattern, NM):
+        whole = max(size // pattern.group, 1) * pattern.group
+        return Rule(lambda _, s: pattern.mask(s.T).T, whole, pattern.group, levels)
+
+    def choose(first: int, scores: Tensor) -> Tensor:
+        columns, rows = scores.shape
+        # Counts up to each block, not in it: roundings do not add up.
+        before, after = (pattern.count(n * rows) for n in (first, first + columns))
+        return lowest(scores, after - before)
+
+    return Rule(choose, size, size, levels)
+
+
+def held(pruned: Tensor, size: int, levels: Levels | None = None) -> Rule:
+    """Return the rule by which a given mask, [columns, rows], is kept to."""
+    return Rule(lambda first, s: pruned[first : first + len(s)], size, size, levels)
+
+
+def sweep(remaining: Tensor, factor: Tensor, rule: Rule) -> None:
+    """Settle all columns, in place; rows * columns^2 operations.
+
+    Args:
+        remaining: [columns, rows]: a column of the matrix lies in one piece.
+        factor: U, [columns, columns], upper triangular with U^T U = H^-1.
+        rule: How.
+    """
+    columns = len(remaining)
+    for start in range(0, columns, rule.size):
+        stop = min(start + rule.size, columns)
+        block, own = remaining[start:stop], factor[start:stop, start:stop]
+        errors = _sweep_block(block, own, rule, start)
+        remaining[stop:] -= linear(factor[start:stop, stop:].T, errors.T)
+
+
+def _sweep_block(block: Tensor, factor: Tensor, rule: Rule, first: int) -> Tensor:
+    """Settle a block in place and return its errors.
+
+    Args:
+        block: [size, rows], columns of the matrix as rows; changed in place.
+        factor: [size, size], the block's part of U.
+        rule: How.
+        first: Of the block's columns, its number in the matrix.
+
+    Returns:
+        [size, rows]: for each column (w - q) / U_jj, to be carried to its right.
+    """
+    settling = _Settling(block, factor.diagonal()[:, None], rule, first)
+    span = settling.span
+    chunk = max(CHUNK // span, 1) * span if span < len(block) else CHUNK
+    errors = carry(block, factor, settling.settle, chunk)
+    block.masked_fill_(settling.pruned, 0)
+    return errors
+
+
+class _Settling:
+    """The columns of a block, and what becomes of each.
+
+    Attributes:
+        span: Columns of this block over which one mask is chosen.
+        pruned: [size, rows], the mask as far as it has been chosen.
+    """
+
+    def __init__(self, block: Tensor, diagonal: Tensor, rule: Rule, first: int) -> None:
+        self._block, self._diagonal = block, diagonal
+        self._rule, self._first = rule, first
+        self.span = min(rule.span, len(block))
+        self.pruned = torch.empty_like(block, dtype=torch.bool)
+        self._scale = torch.empty_like(block)  # 1 / U_jj where pruned, 0 where kept
+
+    def settle(self, j: int, error: Tensor) -> None:
+        """Choose the mask that begins at column j, and write the column's error."""
+        if j % self.span == 0:
+            self._choose(slice(j, j + self.span))
+        column, levels = self._block[j], self._rule.levels
+        if levels is None:
+            torch.mul(column, self._scale[j], out=error)
+            return
+        rounded = levels.round_column(column, self._first + j)
+        rounded.masked_fill_(self.pruned[j], 0)
+        torch.sub(column, rounded, out=error).div_(self._diagonal[j])
+        column.copy_(rounded)
+
+    def _choose(self, part: slice) -> None:
+        scores = (self._block[part] / self._diagonal[part]).square()
+        self.pruned[part] = self._rule.choose(self._first + part.start, scores)
+        self._scale[part] = self.pruned[part] / self._diagonal[part]
+
+
+def carry(
+    block: Tensor,
+    coefficients: Tensor,
+    settle: Callable[[int, Tensor], None],
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Settle the columns of a block in turn, each one's error taken from those after.
+
+    Column k loses coefficients[j, k] * error_j for every column j before it.
+
+    Args:
+        block: [size, rows], columns of a matrix as rows; changed in place.
+        coefficients: [size, size].
+        settle: Given j and where to put it, [rows], writes the error of column j.
+        chunk: Columns after which the rest of the block is updated by one product.
+
+    Returns:
+        The errors, [size, rows].
+    """
+    errors = torch.empty_like(block)
+    for start in range(0, len(block), chunk):
+        stop = min(start + chunk, len(block))
+        for j in range(start, stop):
+            error = errors[j]
+            settle(j, error)
+            block[j + 1 : stop].addr_(coefficients[j, j + 1 : stop], error, alpha=-1)
+        block[stop:] -= linear(coefficients[start:stop, stop:].T, errors[start:stop].T)
+    return errors

@@ -1,0 +1,145 @@
+"""What a grid promises: its names, its values, and the choice of its scales."""
+
+import pytest
+import torch
+
+from halve.errors import GridError
+from halve.grids import BITS, Grid, Levels, fit_levels, parse_grid
+from tests.tables import GRIDS
+
+over_grids = pytest.mark.parametrize("grid", GRIDS, ids=repr)
+
+
+def weights(rows: int = 12, columns: int = 160) -> torch.Tensor:
+    """Return weights with heavy tails, of which some are zero."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(rows, columns, generator=generator) ** 3
+    return dense * (torch.rand(rows, columns, generator=generator) > 0.3)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_grids_are_read(bits):
+    grid = parse_grid(f" int{bits} ", 64, symmetric=False)
+    assert grid == Grid(bits, 64, symmetric=False)
+    assert str(grid) == f"int{bits}"
+
+
+@pytest.mark.parametrize("text", ["", "int", "int5", "int16", "4", "INT4", "nf4"])
+def test_nonsense_is_refused(text):
+    with pytest.raises(GridError, match="Choose one of int8, int4, int3, int2"):
+        parse_grid(text)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_groups_of_nothing_are_refused(size):
+    with pytest.raises(GridError, match="not positive"):
+        parse_grid("int4", size)
+
+
+@pytest.mark.parametrize(
+    ("grid", "sparsity", "bits"),
+    [
+        (Grid(3), 0.0, 3.125),
+        (Grid(4, 64), 0.5, 3.25),
+        (Grid(4, 64, symmetric=False), 0.5, 3.3125),
+        (Grid(8, 16, symmetric=False), 0.75, 4.5),
+    ],
+)
+def test_bits_per_weight_count_mask_codes_and_scales(grid, sparsity, bits):
+    assert grid.bits_per_weight(sparsity) == bits
+
+
+@over_grids
+@pytest.mark.parametrize("magnitude", [1.0, 1e-9, 1e-4, 1e5])
+def test_rounded_weights_lie_on_the_grid(grid, magnitude):
+    weight = weights() * magnitude
+    levels = fit_levels(grid, weight)
+    rounded, codes = levels.round(weight), levels.codes(weight)
+    assert codes.dtype == torch.int8
+    assert grid.lowest <= int(codes.min()) <= int(codes.max()) <= grid.highest
+    for found in (levels.decode(codes), levels.decode(levels.codes(rounded))):
+        assert found.numpy().tobytes() == rounded.numpy().tobytes()
+
+
+@over_grids
+def test_a_column_is_rounded_as_the_matrix_is(grid):
+    weight = weights()
+    levels = fit_levels(grid, weight)
+    columns = [levels.round_column(column, j) for j, column in enumerate(weight.T)]
+    assert torch.equal(torch.stack(columns, dim=1), levels.round(weight))
+
+
+@over_grids
+def test_zero_is_on_every_grid_and_has_no_sign(grid):
+    levels = fit_levels(grid, weights())
+    rounded = levels.round(torch.full((12, 160), -0.0))
+    assert not rounded.numpy().tobytes().strip(b"\0")
+    assert not grid.symmetric or bool((levels.zero == 0).all())
+
+
+@over_grids
+def test_scales_fit_into_sixteen_bits_and_zero_points_into_a_code(grid):
+    for magnitude in (1e-12, 1.0, 1e12):
+        levels = fit_levels(grid, weights() * magnitude)
+        assert torch.equal(levels.scale.half().float(), levels.scale)
+        assert bool((levels.scale != 0).all())
+        assert bool(levels.scale.isfinite().all())
+        assert torch.equal(levels.zero.round(), levels.zero)
+        assert grid.lowest <= levels.zero.min() <= levels.zero.max() <= grid.highest
+
+
+@over_grids
+def test_a_group_of_zeros_is_harmless(grid):
+    weight = weights()
+    weight[3], weight[:, :48] = 0, 0
+    levels = fit_levels(grid, weight, torch.rand(160))
+    assert bool((levels.scale[3] == 1).all())
+    assert torch.equal(levels.round(weight)[3], torch.zeros(160))
+
+
+def plain_levels(grid: Grid, weight: torch.Tensor) -> Levels:
+    """Return scales and zero points of minimum and maximum, one group at a time."""
+    scale = torch.ones(len(weight), grid.groups(weight.shape[1]))
+    zero = torch.zeros_like(scale)
+    for i, row in enumerate(weight):
+        for j, group in enumerate(row.split(grid.group_size)):
+            low, high = min(float(group.min()), 0.0), max(float(group.max()), 0.0)
+            if grid.symmetric:
+                scale[i, j] = max(-low, high) / grid.highest
+            else:
+                scale[i, j] = (high - low) / (2**grid.bits - 1)
+                zero[i, j] = round(grid.lowest - low / float(scale[i, j]))
+    return Levels(grid, scale.half().float(), zero)
+
+
+@over_grids
+@pytest.mark.parametrize("alike", [True, False])
+def test_searched_scales_lose_no_more_than_minimum_and_maximum(grid, alike):
+    weight = weights()
+    importance = torch.ones(160) if alike else torch.rand(160) ** 4
+    losses = [
+        ((weight - levels.round(weight)).square() * importance).sum(dim=1)
+        for levels in (
+            fit_levels(grid, weight, None if alike else importance),
+            plain_levels(grid, weight),
+        )
+    ]
+    assert bool((losses[0] <= losses[1] * (1 + 1e-5)).all())
+
+
+def test_zeros_do_not_matter_to_the_search():
+    """Rounding what is kept is all that counts, however many zeros lie between."""
+    grid, weight = Grid(4, 16), weights(4, 16)
+    spread = torch.zeros(4, 16 * 3)
+    spread[:, ::3] = weight
+    wide = fit_levels(Grid(4, 48), spread)
+    assert torch.equal(wide.scale, fit_levels(grid, weight).scale)
+
+
+def test_the_search_does_not_depend_on_how_rows_are_cut():
+    weight = torch.randn(3000, 64)
+    whole = fit_levels(Grid(4, 16), weight)
+    for part in (slice(0, 1), slice(1500, 2600)):
+        assert torch.equal(
+            fit_levels(Grid(4, 16), weight[part]).scale, whole.scale[part]
+        )
