@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from halve.errors import NumericalError
-from halve.patterns import Pattern
 from halve.plan import PlannedBlock, PlannedMatrix
-from halve.pruning.choice import Choice, Contest
+from halve.pruning.choice import Candidate, Choice, Contest
 from halve.pruning.evidence import Evidence, collect
 from halve.pruning.groups import Group
 from halve.pruning.reference import Reference
 from halve.pruning.refine import Refined, Refining, refine
 from halve.pruning.site import Paths, Site, weight_path
 from halve.runtime.streamed import StreamedModel
-from halve.solvers import Solver
 from halve.solvers.correction import Correction
 from halve.statistics import Gram, Nothing, Statistic
 
@@ -28,8 +26,7 @@ class Task:
     """What is done to every block.
 
     Attributes:
-        solvers: Name -> solver. Of several the best on held-out inputs wins.
-        pattern: What the matrices shall obey.
+        candidates: Ways to prune a matrix; of several the best on held-out inputs wins.
         correction: Damping of error-corrected targets; None to prune all matrices of a
             block at once, for the targets of the dense block on the same inputs.
         refining: How the block is tuned afterwards, if it is.
@@ -38,8 +35,7 @@ class Task:
         report: Told of each phase.
     """
 
-    solvers: dict[str, Solver]
-    pattern: Pattern
+    candidates: tuple[Candidate, ...]
     correction: float | None
     refining: Refining | None
     budget: int
@@ -49,9 +45,9 @@ class Task:
     @property
     def statistic(self) -> type[Statistic]:
         """What the solvers need to know of the inputs."""
-        if self.correction is not None or len(self.solvers) > 1:
+        if self.correction is not None or len(self.candidates) > 1:
             return Gram
-        return next(iter(self.solvers.values())).statistic
+        return next(iter(self.candidates)).solver.statistic
 
 
 @dataclass(frozen=True)
@@ -141,14 +137,14 @@ def _solve_group(
     name = f"{site.planned.name}.{evidence.group.leader}"
     try:
         correction = _correction(evidence, task)
-        contest = Contest.prepare(task.solvers, evidence)
+        contest = Contest.prepare(task.candidates, evidence)
     except NumericalError as error:
         raise NumericalError(f"{name}: {error.problem}", error.remedy) from error
     choices: dict[str, Choice] = {}
     for planned in evidence.group.matrices:
         dense = site.weight(planned).contiguous()
         target = correction.target(dense) if correction else dense
-        choice = contest.solve(dense, target, task.pattern)
+        choice = contest.solve(dense, target)
         _put(site, model, planned, choice.solution.weight)
         choices[planned.tensor] = choice
     return choices

@@ -1,6 +1,7 @@
 """Which of several solutions of one matrix is taken: the best on held-out inputs."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +9,22 @@ from torch import Tensor
 from halve.patterns import Pattern
 from halve.pruning.evidence import Evidence
 from halve.solvers import Outcome, Solution, Solver
+from halve.statistics import Gram, Statistic
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to prune a matrix.
+
+    Attributes:
+        name: As it will stand in the record.
+        solver: What prunes it.
+        pattern: What the solution shall obey.
+    """
+
+    name: str
+    solver: Solver
+    pattern: Pattern
 
 
 @dataclass(frozen=True)
@@ -16,14 +33,14 @@ class Choice:
 
     Attributes:
         solution: The one that was taken.
-        solver: The name of its solver.
+        candidate: Where it comes from.
         held_out: Its error on held-out inputs, relative to the dense outputs; None
             where no inputs are held out.
         runner_up: That of the next best; None where there was no other.
     """
 
     solution: Solution
-    solver: str
+    candidate: Candidate
     held_out: float | None = None
     runner_up: float | None = None
 
@@ -35,48 +52,51 @@ class Choice:
 
 @dataclass(frozen=True)
 class Contest:
-    """Solvers that have seen the same inputs.
+    """Candidates that have seen the same inputs.
 
     Attributes:
-        states: Name -> solver and what it prepared.
+        states: Each candidate and what its solver prepared.
         evidence: The inputs.
     """
 
-    states: dict[str, tuple[Solver, Any]]
+    states: list[tuple[Candidate, Any]]
     evidence: Evidence
 
     @classmethod
-    def prepare(cls, solvers: dict[str, Solver], evidence: Evidence) -> "Contest":
+    def prepare(cls, candidates: Iterable[Candidate], evidence: Evidence) -> "Contest":
         """Let every solver prepare.
 
         Raises:
             NumericalError: One of them cannot.
         """
-        states = {
-            name: (solver, solver.prepare(evidence.statistic))
-            for name, solver in solvers.items()
-        }
+        states = [(c, _prepare(c.solver, evidence.statistic)) for c in candidates]
         return cls(states, evidence)
 
-    def solve(self, weight: Tensor, target: Tensor, pattern: Pattern) -> Choice:
-        """Prune one matrix by every solver and take the best.
+    def solve(self, weight: Tensor, target: Tensor) -> Choice:
+        """Prune one matrix in every way and take the best.
 
         Args:
             weight: The dense matrix, [rows, columns].
             target: What the solvers are given in its place.
-            pattern: What the solution shall obey.
 
         Costs, beside the solvers, one product with the held-out inputs a solution.
         """
         found = [
-            Choice(solver.solve(state, target, pattern), name)
-            for name, (solver, state) in self.states.items()
+            Choice(candidate.solver.solve(state, target, candidate.pattern), candidate)
+            for candidate, state in self.states
         ]
         if not self.evidence.held.pairs:
             assert len(found) == 1, "several solutions and nothing to judge them by"
             return found[0]
         errors = [self.evidence.held.error(weight, c.solution.weight) for c in found]
-        ranked = sorted(range(len(found)), key=errors.__getitem__)
-        best = found[ranked[0]]
-        second = errors[ranked[1]] if len(found) > 1 else None
-        return Choice(best.solution, best.solver, errors[ranked[0]], second)
+        first, *others = sorted(range(len(found)), key=errors.__getitem__)
+        second = errors[others[0]] if others else None
+        return replace(found[first], held_out=errors[first], runner_up=second)
+
+
+def _prepare(solver: Solver, statistic: Statistic) -> Any:  # noqa: ANN401
+    """Let a solver prepare with as much of a statistic as it wants."""
+    if not isinstance(statistic, solver.statistic):
+        assert isinstance(statistic, Gram), "only a Gram matrix knows all the others"
+        statistic = solver.statistic.of(statistic.matrix())
+    return solver.prepare(statistic)

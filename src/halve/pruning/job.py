@@ -23,8 +23,9 @@ from halve.checkpoint import (
     read_record,
 )
 from halve.formats import quantization_config
+from halve.patterns import parse_pattern
 from halve.plan import Plan, Settings, make_plan
-from halve.pruning.run import Execution, Run, make_solvers
+from halve.pruning.run import Execution, Run, candidates
 from halve.records import Progress, PruneRecord, now, versions
 from halve.runtime.generation import sample_windows
 from halve.runtime.streamed import choose_device
@@ -84,8 +85,8 @@ def prune_model(
 def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
     """Return calibration windows, None where the solver needs none."""
     settings = plan.settings
-    wanted = {solver.statistic for solver in make_solvers(settings).values()}
-    if wanted == {Nothing} and not settings.has_dense:
+    ways = candidates(settings, parse_pattern(settings.sparsity))
+    if {way.solver.statistic for way in ways} == {Nothing} and not settings.has_dense:
         return None
     assert settings.seq_len is not None
     size = (settings.samples, settings.seq_len)

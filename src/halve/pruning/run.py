@@ -15,6 +15,7 @@ from halve.formats import store
 from halve.patterns import Pattern, parse_pattern
 from halve.plan import Plan, PlannedBlock, Settings
 from halve.pruning.block import Pruned, Task, install, prune_block
+from halve.pruning.choice import Candidate
 from halve.pruning.refine import Refining
 from halve.pruning.site import Paths, Site
 from halve.records import BlockRecord, MatrixRecord, Progress, block_from_dict
@@ -38,17 +39,22 @@ class Execution:
     progress: Callable[[Progress], None] = lambda progress: None
 
 
-def make_solvers(settings: Settings) -> dict[str, Solver]:
-    """Return the solvers that the settings name: several are `auto`'s candidates."""
+def candidates(settings: Settings, pattern: Pattern) -> tuple[Candidate, ...]:
+    """Return the ways to prune that the settings name: several for `auto`."""
     if settings.solver == "auto":
-        return {
-            "admm": ADMM(settings.damping),
-            "sparsegpt --refit": Refitted(_solver("sparsegpt", settings)),
-        }
-    solver = _solver(settings.solver, settings)
-    if settings.refit:
-        return {f"{settings.solver} --refit": Refitted(solver, settings.damping)}
-    return {settings.solver: solver}
+        names = (("admm", False), ("sparsegpt", True))
+    else:
+        names = ((settings.solver, settings.refit),)
+    return tuple(_candidate(settings, pattern, *name) for name in names)
+
+
+def _candidate(
+    settings: Settings, pattern: Pattern, name: str, refit: bool
+) -> Candidate:
+    solver = _solver(name, settings)
+    if refit:
+        name, solver = f"{name} --refit", Refitted(solver, settings.damping)
+    return Candidate(name, solver, pattern)
 
 
 def _solver(name: str, settings: Settings) -> Solver:
@@ -72,7 +78,7 @@ class Run:
         self.plan = plan
         self.workspace = workspace
         self.pattern: Pattern = parse_pattern(plan.settings.sparsity)
-        self.solvers = make_solvers(plan.settings)
+        self.candidates = candidates(plan.settings, self.pattern)
         self.clock = _Clock(execution.progress, len(plan.layout.blocks))
         self.model = StreamedModel.open(
             plan.model, plan.settings.device, execution.trust_remote_code
@@ -111,8 +117,7 @@ class Run:
         self.clock.begin(planned.index)
         settings = self.plan.settings
         task = Task(
-            solvers=self.solvers,
-            pattern=self.pattern,
+            candidates=self.candidates,
             correction=settings.damping if settings.corrects else None,
             refining=Refining(settings.epochs, settings.seed)
             if settings.refine
@@ -148,13 +153,14 @@ class Run:
         for matrix in planned.matrices:
             name, (rows, columns) = matrix.tensor, matrix.matrix.shape
             weight = matrix.matrix.as_rows(written[name])
-            if (shortfall := self.pattern.shortfall(weight)) is not None:
+            choice = pruned.choices[name]
+            pattern = choice.candidate.pattern
+            if (shortfall := pattern.shortfall(weight)) is not None:
                 raise TargetMissedError(
-                    f"{name} in {path} does not have {self.pattern}: {shortfall}.",
+                    f"{name} in {path} does not have {pattern}: {shortfall}.",
                     "Report this as a defect of Halve, with the model's name.",
                 )
             sparsity = float((weight == 0).double().mean())
-            choice = pruned.choices[name]
             matrices.append(
                 MatrixRecord(
                     tensor=name,
@@ -163,7 +169,7 @@ class Run:
                     sparsity=sparsity,
                     error=choice.outcome.error,
                     damping=choice.outcome.damping,
-                    solver=choice.solver,
+                    solver=choice.candidate.name,
                     held_out=choice.held_out,
                     runner_up=choice.runner_up,
                 )

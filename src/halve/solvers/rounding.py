@@ -177,7 +177,7 @@ class Rounded(Solver[Gram, Prepared]):
         Raises:
             NumericalError: Not positive definite with any damping up to 1.
         """
-        gram = statistic.take_matrix()
+        gram = statistic.matrix()
         factored = SparseGPT(self.damping).prepare(Gram.of(gram))
         hessian = damped(gram, factored.dead, factored.damping)
         own = factored
