@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench bench-quality format clean
+.PHONY: demo test check bench bench-quality bench-frontier format clean
 
 demo: $(READY)
 	$(BIN)/halve demo
@@ -30,6 +30,9 @@ bench: $(READY)
 
 bench-quality: $(READY)
 	$(BIN)/python benchmarks/quality.py
+
+bench-frontier: $(READY)
+	$(BIN)/python benchmarks/frontier.py
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -36,6 +36,10 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     sequential: bool | None = None,
     refine: bool = False,
     epochs: int = 5,
+    quantize: str | None = None,
+    group_size: int = 128,
+    symmetric: bool = True,
+    target_bits: float | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PruneRecord:
@@ -57,8 +61,8 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         out: The new folder; must not exist, or be empty.
         sparsity: A share (`0.5`, `"50%"`) or n kept of every m inputs (`"2:4"`).
         solver: `auto`, `admm`, `sparsegpt`, `wanda` or `magnitude` (docs/solvers.md).
-            `auto` keeps an eighth of the windows apart and takes, for each matrix, the
-            solution of `admm` or `sparsegpt` with refit that is better on those.
+            `auto` keeps a sixteenth of the windows apart and takes, for each matrix,
+            the solution of `admm` or of `sparsegpt` with refit, by those.
         calibration: `c4`, `wikitext2`, `ptb`, a data set of the hub, a .txt, .jsonl
             or .parquet file, `stdlib` (this Python's own sources), or `self` (text
             sampled from the model, which then must fit into memory).
@@ -78,9 +82,17 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
             although its inputs are the pruned model's. By default for `auto` and
             `admm` only.
         refine: Whether each block, once pruned, is tuned (kept weights, biases, norms)
-            to the outputs of the dense one. An eighth of the windows is kept apart,
+            to the outputs of the dense one. A sixteenth of the windows is kept apart,
             and what is best on those stays: never worse than without.
         epochs: Passes over the windows for that.
+        quantize: `int8`, `int4`, `int3` or `int2`: the kept weights are rounded to a
+            grid of so many bits, each loss made up for by the weights that are rounded
+            later; `sparsity` may be 0 then. The new folder holds the values, in the
+            dtype of the model, and `halve.json` the grid.
+        group_size: Weights of a row that share a scale.
+        symmetric: Whether grids go without zero points.
+        target_bits: Bits a weight, mask and scales included, instead of a sparsity and
+            a grid: both are chosen for each matrix by windows kept apart.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase of each block.
 
@@ -119,6 +131,10 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         sequential=sequential,
         refine=refine,
         epochs=epochs,
+        quantize=quantize,
+        group_size=group_size,
+        symmetric=symmetric,
+        target_bits=target_bits,
     )
     execution = Execution(
         activation_memory, trust_remote_code, progress or (lambda _: None)

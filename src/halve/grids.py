@@ -12,8 +12,9 @@ nearly what zero points do. Here are the grids and the choice of scales; solvers
 the codes.
 """
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,9 +25,12 @@ BITS = (8, 4, 3, 2)
 # Scales are stored in float16.
 _SCALE_BITS = 16
 _LARGEST, _SMALLEST = torch.finfo(torch.float16).max, 2.0**-24
+_PRECISION = 11
 # Ranges that are tried for each group, the last of them this share of the weights' own;
 # what lies outside is clipped.
 _TRIED, _LEAST = 25, 0.4
+# Fewer weights than this share are not worth their mask.
+_LEAST_KEPT = 0.2
 # Weights that are searched at once: few enough to stay in the cache.
 _SLAB = 2**17
 
@@ -40,6 +44,7 @@ class Grid:
         group_size: Consecutive weights of a row with one scale; the last group of a
             row may be shorter.
         symmetric: Whether the zero point is the code 0 everywhere.
+        precision: Significant bits of a scale, 11 at most: those of a float16.
 
     Raises:
         GridError: Other bits, or a group size that is not positive.
@@ -48,6 +53,7 @@ class Grid:
     bits: int
     group_size: int = 128
     symmetric: bool = True
+    precision: int = _PRECISION
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -74,6 +80,24 @@ class Grid:
         """The highest code."""
         return 2 ** (self.bits - 1) - 1
 
+    def exact_in(self, dtype: torch.dtype) -> "Grid":
+        """Return this grid with scales so short that its values are numbers of a dtype.
+
+        A value has as many significant bits as scale and code have together.
+
+        Raises:
+            GridError: None are left for the scale.
+        """
+        significant = 1 - round(math.log2(torch.finfo(dtype).eps))
+        left = significant - (self.bits - 1 if self.symmetric else self.bits)
+        if left < 1:
+            raise GridError(
+                f"{str(dtype).removeprefix('torch.')} has {significant} significant "
+                f"bits, too few for the values of an asymmetric {self} grid.",
+                "Pass a symmetric grid, or fewer bits.",
+            )
+        return replace(self, precision=min(left, _PRECISION))
+
     def groups(self, columns: int) -> int:
         """Return how many groups a row has."""
         return -(-columns // self.group_size)
@@ -81,15 +105,15 @@ class Grid:
     def bits_per_weight(self, sparsity: float) -> float:
         """Return the bits that a packed matrix takes, over the number of its weights.
 
-        A bit of mask where there are zeros, the codes of what is kept, and each
-        group's scale and zero point.
+        All codes, or a bit of mask and the codes of what is kept, whichever is less;
+        and each group's scale and zero point.
 
         Args:
-            sparsity: Share of weights that are zero, in [0, 1).
+            sparsity: Share of weights that are zero, in [0, 1].
         """
-        mask = 1 if sparsity > 0 else 0
         shared = _SCALE_BITS + (0 if self.symmetric else self.bits)
-        return mask + (1 - sparsity) * self.bits + shared / self.group_size
+        codes = min(self.bits, 1 + (1 - sparsity) * self.bits)
+        return codes + shared / self.group_size
 
 
 def _names() -> str:
@@ -117,7 +141,8 @@ class Levels:
 
     Attributes:
         grid: Bits and groups.
-        scale: [rows, groups], float32, not 0; each is a float16 number. Negative where
+        scale: [rows, groups], float32, not 0; a float16 number of `grid.precision`
+            significant bits. Negative where
             the grid is symmetric and the largest weight of the group is positive.
         zero: [rows, groups], float32, the code of 0: an integer, 0 where symmetric.
     """
@@ -248,16 +273,20 @@ def _spanning(grid: Grid, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         high: [rows, groups], at least 0.
     """
     if grid.symmetric:
-        scale = _half(torch.where(-low >= high, low, high) / grid.lowest)
+        scale = _short(grid, torch.where(-low >= high, low, high) / grid.lowest)
         return scale, torch.zeros_like(scale)
-    scale = _half((high - low) / (grid.highest - grid.lowest))
+    scale = _short(grid, (high - low) / (grid.highest - grid.lowest))
     zero = (grid.lowest - low / scale).round_().clamp_(grid.lowest, grid.highest)
     return scale, zero
 
 
-def _half(scale: Tensor) -> Tensor:
-    """Return the nearest float16 number that is finite and not 0; 1 for 0."""
-    size = scale.abs().clamp_(_SMALLEST, _LARGEST).half().float()
+def _short(grid: Grid, scale: Tensor) -> Tensor:
+    """Return the nearest float16 number, of few bits, finite and not 0; 1 for 0."""
+    mantissa, exponent = torch.frexp(scale.abs())
+    short = torch.ldexp(
+        (mantissa * 2**grid.precision).round() / 2**grid.precision, exponent
+    )
+    size = short.clamp_(_SMALLEST, _LARGEST).half().float()
     return torch.where(scale == 0, 1, size.copysign_(scale))
 
 
@@ -268,3 +297,34 @@ def _loss(
     scale, zero = scale[..., None], zero[..., None]
     rounded = _values(_codes(grid, groups, scale, zero), scale, zero)
     return rounded.sub_(groups).square_().mul_(costs).sum(dim=2)
+
+
+def fitting(
+    bits_per_weight: float, group_size: int, symmetric: bool
+) -> list[tuple[float, Grid]]:
+    """Return the pairs of sparsity and grid that take so many bits a weight.
+
+    For each grid as many weights are kept as there is room for, and besides the finest
+    grid on which all weights are kept.
+
+    Raises:
+        GridError: There is no pair.
+    """
+    grids = [Grid(bits, group_size, symmetric) for bits in BITS]
+    dense = [
+        (0.0, grid) for grid in grids if grid.bits_per_weight(0) <= bits_per_weight
+    ]
+    empty = [grid.bits_per_weight(1) for grid in grids]
+    shares = [(bits_per_weight - e) / g.bits for e, g in zip(empty, grids, strict=True)]
+    sparse = [
+        (1 - share, grid)
+        for share, grid in zip(shares, grids, strict=True)
+        if _LEAST_KEPT <= share < 1
+    ]
+    if not dense + sparse:
+        raise GridError(
+            f"No grid with groups of {group_size} takes {bits_per_weight:g} bits a "
+            "weight.",
+            "Pass --target-bits 2 or more, or larger groups.",
+        )
+    return dense[:1] + sparse

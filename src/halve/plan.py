@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halve.calibration import default_budget
 from halve.checkpoint import Checkpoint, TensorInfo
 from halve.errors import HalveError
 from halve.formats import packed_bytes
+from halve.grids import Grid, fitting, parse_grid
 from halve.models import (
     Matrix,
     Skeleton,
@@ -21,14 +24,14 @@ from halve.models import (
     match_names,
     prunable_matrices,
 )
-from halve.patterns import NM, parse_pattern
+from halve.patterns import Pattern, Unstructured, parse_pattern
 from halve.solvers import SOLVERS
 
 # Solvers whose targets are corrected unless the user says otherwise: where it measures
 # better. The others are as they were published.
 _SEQUENTIAL = ("auto", "admm")
 # One window in so many is kept apart where something is chosen.
-_HELD_OUT = 8
+_HELD_OUT = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Settings:
             data meets them, for error-corrected targets; None leaves it to the solver.
         refine: Whether whole blocks are tuned after they are pruned.
         epochs: Passes over the windows for that.
+        quantize: `int8`, `int4`, `int3` or `int2` to round the kept weights to a grid
+            of so many bits; None to leave them as they are. The sparsity may be 0 then.
+        group_size: Weights that share a scale.
+        symmetric: Whether grids have no zero points.
+        target_bits: Bits a weight, mask and scales included: the sparsity and the grid
+            are chosen for each matrix among the pairs that take so many.
     """
 
     sparsity: str | float = "50%"
@@ -67,6 +76,21 @@ class Settings:
     sequential: bool | None = None
     refine: bool = False
     epochs: int = 5
+    quantize: str | None = None
+    group_size: int = 128
+    symmetric: bool = True
+    target_bits: float | None = None
+
+    @property
+    def pairs(self) -> list[tuple[Pattern, Grid | None]]:
+        """Patterns and grids to choose from; one, unless bits are what is given."""
+        if self.target_bits is not None:
+            found = fitting(self.target_bits, self.group_size, self.symmetric)
+            return [(Unstructured(sparsity), grid) for sparsity, grid in found]
+        if self.quantize is None:
+            return [(parse_pattern(self.sparsity), None)]
+        grid = parse_grid(self.quantize, self.group_size, self.symmetric)
+        return [(parse_pattern(self.sparsity, allow_dense=True), grid)]
 
     @property
     def corrects(self) -> bool:
@@ -83,12 +107,20 @@ class Settings:
     @property
     def held_out(self) -> int:
         """Windows kept apart, to choose by."""
-        chooses = self.solver == "auto" or self.refine
+        chooses = self.solver == "auto" or self.refine or len(self.pairs) > 1
         return max(self.samples // _HELD_OUT, 1) if chooses else 0
 
     def check(self) -> None:
         """Raise HalveError on the first setting that makes no sense."""
-        parse_pattern(self.sparsity)
+        _ = self.pairs  # raises where they make no sense
+        if self.target_bits is not None and (
+            self.quantize or self.sparsity != Settings.sparsity
+        ):
+            raise HalveError(
+                "A sparsity or grid was given as well as bits a weight, by which both "
+                "are chosen.",
+                "Pass --target-bits alone, or the other two.",
+            )
         if self.solver not in ("auto", *SOLVERS):
             raise HalveError(
                 f"There is no solver {self.solver!r}.",
@@ -161,6 +193,12 @@ class Layout:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype with the fewest significant bits that a prunable matrix has."""
+        dtypes = {self.tensors[m.tensor].dtype for b in self.blocks for m in b.matrices}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
     def output_bytes(self) -> int:
         """Bytes of the output's tensors, when dense."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -217,7 +255,7 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """Return what two runs must share to end in the same bytes."""
-        pattern = str(parse_pattern(self.settings.sparsity))
+        pattern = str(parse_pattern(self.settings.sparsity, allow_dense=True))
         settings = asdict(self.settings) | {"sparsity": pattern}
         return settings | {"sources": self.layout.sources}
 
@@ -335,8 +373,7 @@ def _blocks(
 
 
 def _check_pattern(blocks: tuple[PlannedBlock, ...], settings: Settings) -> None:
-    pattern = parse_pattern(settings.sparsity)
-    if isinstance(pattern, NM):
+    for pattern in {pattern for pattern, _ in settings.pairs}:
         for block in blocks:
             for planned in block.matrices:
                 pattern.check_fits(planned.tensor, planned.matrix.shape[1])
@@ -344,7 +381,7 @@ def _check_pattern(blocks: tuple[PlannedBlock, ...], settings: Settings) -> None
 
 def _check_packing(layout: Layout, settings: Settings) -> None:
     """Raise HalveError where no matrix would get smaller when packed."""
-    pattern = parse_pattern(settings.sparsity)
+    pattern = max((pattern for pattern, _ in settings.pairs), key=lambda p: p.sparsity)
     for block in layout.blocks:
         for planned in block.matrices:
             rows, columns = planned.matrix.shape

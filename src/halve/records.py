@@ -3,6 +3,7 @@
 import datetime
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -52,6 +53,9 @@ class MatrixRecord:
         held_out: ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2 on windows that no
             solver was given; None where none were kept apart.
         runner_up: The same of the next best solution; None where there was no other.
+        grid: Bits, group size, symmetry and precision of the scales of the grid on
+            which all its values lie; None where they were not rounded.
+        bits: A weight, when packed with that grid: mask, codes and scales.
     """
 
     tensor: str
@@ -63,6 +67,8 @@ class MatrixRecord:
     solver: str = ""
     held_out: float | None = None
     runner_up: float | None = None
+    grid: dict[str, Any] | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,20 @@ class PruneRecord:
     @property
     def sparsity(self) -> float:
         """Share of zeros over all prunable matrices."""
+        return self._mean(lambda matrix: matrix.sparsity)
+
+    @property
+    def bits(self) -> float | None:
+        """Bits a prunable weight, when packed; None where they were not rounded."""
+        if any(m.bits is None for block in self.blocks for m in block.matrices):
+            return None
+        return self._mean(lambda matrix: matrix.bits or 0.0)
+
+    def _mean(self, of: Callable[[MatrixRecord], float]) -> float:
+        """Return the mean over all weights of what each matrix has."""
         matrices = [m for block in self.blocks for m in block.matrices]
-        zeros = sum(m.sparsity * m.rows * m.columns for m in matrices)
-        return zeros / sum(m.rows * m.columns for m in matrices)
+        total = sum(of(m) * m.rows * m.columns for m in matrices)
+        return total / sum(m.rows * m.columns for m in matrices)
 
     def to_json(self) -> str:
         """Return the text of `halve.json`."""

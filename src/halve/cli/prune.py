@@ -21,6 +21,8 @@ EXAMPLES = """
 
 `halve prune ./llama -o ./llama-small --pack --calibration wikitext2`
 
+`halve prune ./llama -o ./llama-int4 --quantize int4 --calibration wikitext2`
+
 `halve prune ./llama -o ./llama-70 --sparsity 70% --calibration stdlib --dry-run`
 """
 
@@ -83,6 +85,25 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     epochs: Annotated[
         int, typer.Option(help="Passes over the windows for --refine.")
     ] = 5,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="int8, int4, int3 or int2: round the kept weights to so many bits.",
+            show_default=False,
+        ),
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 128,
+    symmetric: Annotated[
+        bool,
+        typer.Option("--symmetric/--asymmetric", help="Scales alone, or zero points."),
+    ] = True,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits a weight, all told; chooses sparsity and bits by itself.",
+            show_default=False,
+        ),
+    ] = None,
     packed: Annotated[
         bool,
         typer.Option("--pack", help="Store it packed, as `halve pack` does."),
@@ -118,6 +139,10 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         sequential=sequential,
         refine=refine,
         epochs=epochs,
+        quantize=quantize,
+        group_size=group_size,
+        symmetric=symmetric,
+        target_bits=target_bits,
     )
     if dry_run:
         plan = make_plan(locate(model), settings, trust_remote_code)
@@ -153,6 +178,8 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     ]
     print_table("", ["block", "sparsity", "output error", "time"], rows)
     print(f"{percent(record.sparsity)} of the prunable weights are zero in {out}.")
+    if record.bits is not None:
+        print(f"Packed with their grids they would take {record.bits:.2f} bits each.")
     if record.left_dense:
         print(f"Left dense in the blocks: {', '.join(record.left_dense)}.")
     print(f"Finished {record.finished}, after {duration(record.seconds)}.")
@@ -186,7 +213,11 @@ def _print_plan(plan: "Plan", budget: int | None, as_json: bool) -> None:
         print("  ... and so on in each block")
     for name in plan.layout.left_dense:
         print(f"  {name}  left dense")
-    print(f"{plan.layout.prunable:,} prunable weights, {plan.settings.sparsity} to go.")
+    to_go = ", or ".join(
+        f"{pattern} to go" + (f" and {grid} for the rest" if grid else "")
+        for pattern, grid in plan.settings.pairs
+    )
+    print(f"{plan.layout.prunable:,} prunable weights, {to_go}.")
     print(f"Weights of the largest block: {size(plan.block_bytes)}")
     print(f"Gram matrices of a block, at least: {size(plan.gram_bytes)}")
     place = "in a mapped file" if on_disk else "in memory"

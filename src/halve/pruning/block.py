@@ -145,7 +145,7 @@ def _solve_group(
         dense = site.weight(planned).contiguous()
         target = correction.target(dense) if correction else dense
         choice = contest.solve(dense, target)
-        _put(site, model, planned, choice.solution.weight)
+        _put(site, model, planned, choice)
         choices[planned.tensor] = choice
     return choices
 
@@ -158,17 +158,24 @@ def _correction(evidence: Evidence, task: Task) -> Correction | None:
 
 
 def _put(
-    site: Site, model: StreamedModel, planned: PlannedMatrix, weight: Tensor
+    site: Site, model: StreamedModel, planned: PlannedMatrix, choice: Choice
 ) -> None:
     """Put a matrix into the block, rounded to what will be stored."""
     dtype = model.checkpoint.tensors[planned.tensor].dtype
-    rounded = planned.matrix.as_rows(weight).to(dtype).to(torch.float32).contiguous()
+    own = planned.matrix.as_rows
+    rounded = own(choice.solution.weight).to(dtype).to(torch.float32).contiguous()
     if not rounded.isfinite().all():
         raise NumericalError(
             f"The solution for {planned.tensor} is not finite in {dtype}.",
             "Raise --damping, or calibrate on other text.",
         )
-    site.exchange(weight_path(planned), rounded)
+    path, levels = weight_path(planned), choice.solution.levels
+    site.exchange(path, rounded)
+    # Where none is pruned, a weight that was rounded to 0 may come back.
+    pruned = (rounded == 0) & (choice.candidate.pattern.sparsity > 0)
+    site.kept[path] = ~pruned
+    if levels is not None:
+        site.levels[path] = lambda values: own(levels.round(own(values))).contiguous()
 
 
 def _refine(site: Site, model: StreamedModel, task: Task) -> Refined | None:

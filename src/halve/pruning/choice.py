@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from halve.grids import Grid
 from halve.patterns import Pattern
 from halve.pruning.evidence import Evidence
 from halve.solvers import Outcome, Solution, Solver
@@ -20,11 +21,13 @@ class Candidate:
         name: As it will stand in the record.
         solver: What prunes it.
         pattern: What the solution shall obey.
+        grid: What its weights are rounded to, if they are.
     """
 
     name: str
     solver: Solver
     pattern: Pattern
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)

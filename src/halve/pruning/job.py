@@ -23,9 +23,9 @@ from halve.checkpoint import (
     read_record,
 )
 from halve.formats import quantization_config
-from halve.patterns import parse_pattern
 from halve.plan import Plan, Settings, make_plan
-from halve.pruning.run import Execution, Run, candidates
+from halve.pruning.candidates import candidates
+from halve.pruning.run import Execution, Run
 from halve.records import Progress, PruneRecord, now, versions
 from halve.runtime.generation import sample_windows
 from halve.runtime.streamed import choose_device
@@ -85,7 +85,7 @@ def prune_model(
 def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
     """Return calibration windows, None where the solver needs none."""
     settings = plan.settings
-    ways = candidates(settings, parse_pattern(settings.sparsity))
+    ways = candidates(settings, plan.layout.dtype)
     if {way.solver.statistic for way in ways} == {Nothing} and not settings.has_dense:
         return None
     assert settings.seq_len is not None

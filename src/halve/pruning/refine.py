@@ -9,7 +9,6 @@ matching" (2025); here with the best state on held-out windows kept.)
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from halve.pruning.site import Site
 
-# Of Adam at first, as a share of the root mean square of a parameter.
-_RATE = float(os.environ.get("RATE", "0.02"))
-# Share of the first rate that is left at the end.
-_LEAST = 0.05
+# Of Adam at most, as a share of the root mean square of a parameter.
+_RATE = 0.015
+# Share of that which is left at the end, and share of the steps until it is reached.
+_LEAST, _WARM = 0.05, 0.1
 _BETAS = (0.9, 0.95)
 
 
@@ -93,8 +92,7 @@ class _Tuning:
         self.first = {path: p.data for path, p in self.parameters.items()}
         self.values = {path: value.clone() for path, value in self.first.items()}
         self.best: dict[str, Tensor] = {}
-        # Only matrices have been changed so far.
-        self.kept = {p: v != 0 for p, v in self.first.items() if p in site.changed}
+        self.kept = {p: site.kept[p] for p in self.first if p in site.kept}
         self.optimiser = torch.optim.Adam(
             [
                 {"params": [self.parameters[path]], "lr": _RATE * size}
@@ -121,7 +119,6 @@ class _Tuning:
     def epoch(self) -> None:
         """Take one step for every batch that is fitted to, in random order."""
         order = torch.randperm(len(self.fitted), generator=self.generator)
-        self._put(self.values)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         for index in order.tolist():
@@ -130,8 +127,11 @@ class _Tuning:
             parameter.requires_grad_(False)
 
     def _step(self, part: slice) -> None:
+        # Straight through: the gradient of rounded weights moves the unrounded ones.
+        self._put(self._on_grids())
         with torch.enable_grad():
             self._loss(part).backward()
+        self._put(self.values)
         for path, kept in self.kept.items():
             gradient = self.parameters[path].grad
             assert gradient is not None, "a matrix takes no part in its block"
@@ -164,8 +164,13 @@ class _Tuning:
         for path, value in self.best.items():
             self.site.exchange(path, value)
 
+    def _on_grids(self) -> dict[str, Tensor]:
+        levels = self.site.levels
+        return {p: levels[p](v) if p in levels else v for p, v in self.values.items()}
+
     def _rounded(self) -> dict[str, Tensor]:
-        return {p: v.to(self.dtypes[p]).to(v.dtype) for p, v in self.values.items()}
+        found = self._on_grids()
+        return {p: v.to(self.dtypes[p]).to(v.dtype) for p, v in found.items()}
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for path, parameter in self.parameters.items():
@@ -173,8 +178,13 @@ class _Tuning:
 
 
 def _share_of_rate(done: float) -> float:
-    """Return how much of the first rate is left: a cosine from 1 to a little."""
-    return _LEAST + (1 - _LEAST) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    """Return how much of the full rate is used: a rise, then a cosine to a little.
+
+    Adam's first steps have no memory, and are as large as they can be.
+    """
+    return min(done / _WARM, 1.0) * (
+        _LEAST + (1 - _LEAST) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    )
 
 
 def _size(values: Tensor) -> float:

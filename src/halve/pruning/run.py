@@ -6,21 +6,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halve.calibration import default_budget
 from halve.checkpoint import Checkpoint, Workspace
 from halve.errors import TargetMissedError
 from halve.formats import store
-from halve.patterns import Pattern, parse_pattern
-from halve.plan import Plan, PlannedBlock, Settings
+from halve.plan import Plan, PlannedBlock
 from halve.pruning.block import Pruned, Task, install, prune_block
-from halve.pruning.choice import Candidate
+from halve.pruning.candidates import candidates
+from halve.pruning.choice import Choice
 from halve.pruning.refine import Refining
 from halve.pruning.site import Paths, Site
 from halve.records import BlockRecord, MatrixRecord, Progress, block_from_dict
 from halve.runtime.streamed import Stream, StreamedModel
-from halve.solvers import ADMM, SOLVERS, Refitted, Solver, SparseGPT
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,6 @@ class Execution:
     progress: Callable[[Progress], None] = lambda progress: None
 
 
-def candidates(settings: Settings, pattern: Pattern) -> tuple[Candidate, ...]:
-    """Return the ways to prune that the settings name: several for `auto`."""
-    if settings.solver == "auto":
-        names = (("admm", False), ("sparsegpt", True))
-    else:
-        names = ((settings.solver, settings.refit),)
-    return tuple(_candidate(settings, pattern, *name) for name in names)
-
-
-def _candidate(
-    settings: Settings, pattern: Pattern, name: str, refit: bool
-) -> Candidate:
-    solver = _solver(name, settings)
-    if refit:
-        name, solver = f"{name} --refit", Refitted(solver, settings.damping)
-    return Candidate(name, solver, pattern)
-
-
-def _solver(name: str, settings: Settings) -> Solver:
-    if name == "sparsegpt":
-        return SparseGPT(settings.damping, settings.block_size)
-    if name == "admm":
-        return ADMM(settings.damping)
-    return SOLVERS[name]()
-
-
 class Run:
     """A plan in execution, with what it carries from one block to the next."""
 
@@ -77,8 +51,7 @@ class Run:
     ) -> None:
         self.plan = plan
         self.workspace = workspace
-        self.pattern: Pattern = parse_pattern(plan.settings.sparsity)
-        self.candidates = candidates(plan.settings, self.pattern)
+        self.candidates = candidates(plan.settings, plan.layout.dtype)
         self.clock = _Clock(execution.progress, len(plan.layout.blocks))
         self.model = StreamedModel.open(
             plan.model, plan.settings.device, execution.trust_remote_code
@@ -154,13 +127,13 @@ class Run:
             name, (rows, columns) = matrix.tensor, matrix.matrix.shape
             weight = matrix.matrix.as_rows(written[name])
             choice = pruned.choices[name]
-            pattern = choice.candidate.pattern
-            if (shortfall := pattern.shortfall(weight)) is not None:
+            if (shortfall := _shortfall(choice, weight)) is not None:
                 raise TargetMissedError(
-                    f"{name} in {path} does not have {pattern}: {shortfall}.",
+                    f"{name} in {path} is not what it should be: {shortfall}.",
                     "Report this as a defect of Halve, with the model's name.",
                 )
             sparsity = float((weight == 0).double().mean())
+            grid = choice.candidate.grid
             matrices.append(
                 MatrixRecord(
                     tensor=name,
@@ -172,6 +145,8 @@ class Run:
                     solver=choice.candidate.name,
                     held_out=choice.held_out,
                     runner_up=choice.runner_up,
+                    grid=grid and asdict(grid),
+                    bits=grid and grid.bits_per_weight(sparsity),
                 )
             )
         refined = pruned.refined and (pruned.refined.before, pruned.refined.after)
@@ -194,6 +169,16 @@ class Run:
                 site.dense_stream.advance(block, planned.index)
             install(site, self.model, stored)
             site.stream.advance(block, planned.index)
+
+
+def _shortfall(choice: Choice, weight: Tensor) -> str | None:
+    """Return what a stored matrix, [rows, columns], lacks of what was promised."""
+    levels = choice.solution.levels
+    if levels is not None and not torch.equal(
+        levels.round(weight.float()), weight.float()
+    ):
+        return "it has values that are not on its grid"
+    return choice.candidate.pattern.shortfall(weight)
 
 
 class _Clock:

@@ -37,12 +37,16 @@ class Site:
         planned: What it is.
         paths: What enters it; None where there is no text.
         changed: Parameters that were exchanged.
+        kept: Matrices that were pruned -> True where weights are kept, as stored.
+        levels: Matrices that were rounded -> what to.
     """
 
     block: nn.Module
     planned: PlannedBlock
     paths: Paths | None
     changed: set[str] = field(default_factory=set)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    levels: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @property
     def stream(self) -> Stream:

@@ -30,7 +30,7 @@ from halve.products import FastProducts
 
 _DEVICES = ("cpu", "cuda")
 # Enough tokens to keep the cores busy, few enough for the widest activations.
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 1024
 # The one sample on which the inputs of a block's modules are watched.
 _FIRST = slice(0, 1)
 # Logits of one batch, in numbers: 256 MiB of float32.
