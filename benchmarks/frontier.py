@@ -3,9 +3,9 @@
 For each budget of bits a weight, mask and scales included, every pair of sparsity and
 grid that takes so many is tried, by the same solver with the same refining: dense
 rounding of that size among them. A budget is what dense rounding takes with groups of
-128; for 2.4 bits there is no dense grid, so that of 2 bits gets smaller groups. The last
-row of each lets `--target-bits` choose for every matrix by held-out error. Prints what
-was found, whichever way it falls.
+128; for 2.4 bits there is no dense grid, so that of 2 bits gets smaller groups. The
+last row of each lets `--target-bits` choose for every matrix by held-out error. Prints
+what was found, whichever way it falls.
 
     python benchmarks/frontier.py [--segments 128] [--seed 0] [--no-refine]
         [--model FOLDER --calibration TEXT --data TEXT]
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from machine import describe_machine
 
@@ -26,7 +27,7 @@ from halve.grids import fitting
 BUDGETS = {2.4: ("int2", 40), 3.125: ("int3", 128), 4.125: ("int4", 128)}
 
 
-def run(task: argparse.Namespace, title: str, **options: object) -> None:
+def run(task: argparse.Namespace, title: str, **options: Any) -> None:
     """Prune, judge and print one row."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"

@@ -1,9 +1,9 @@
 """Claim: auto loses much less than SparseGPT in twice its time, refined less still.
 
 Prunes a model, the bundled one unless another is named, by every solver, at every
-sparsity, with three draws of the calibration windows, and judges it on text that none of
-them saw. The recovered share of a solver is (P_sparsegpt - P) / (P_sparsegpt - P_dense),
-P being perplexity. Exits with 1 where auto recovers less than it promises, with and
+sparsity, with three draws of the calibration windows, and judges it on text that none
+of them saw. The recovered share of a solver is
+(P_sparsegpt - P) / (P_sparsegpt - P_dense), P being perplexity. Exits with 1 where auto recovers less than it promises, with and
 without refining, or takes longer.
 
     python benchmarks/quality.py [--seeds 3] [--segments 128]
