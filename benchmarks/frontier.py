@@ -27,7 +27,7 @@ from halve.grids import fitting
 BUDGETS = {2.4: ("int2", 40), 3.125: ("int3", 128), 4.125: ("int4", 128)}
 
 
-def run(task: argparse.Namespace, title: str, **options: Any) -> None:
+def run(task: argparse.Namespace, title: str, **options: Any) -> None:  # noqa: ANN401
     """Prune, judge and print one row."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"

@@ -3,8 +3,9 @@
 Prunes a model, the bundled one unless another is named, by every solver, at every
 sparsity, with three draws of the calibration windows, and judges it on text that none
 of them saw. The recovered share of a solver is
-(P_sparsegpt - P) / (P_sparsegpt - P_dense), P being perplexity. Exits with 1 where auto recovers less than it promises, with and
-without refining, or takes longer.
+(P_sparsegpt - P) / (P_sparsegpt - P_dense), P being perplexity. Exits
+with 1 where auto recovers less than it promises, with and without refining, or takes
+longer.
 
     python benchmarks/quality.py [--seeds 3] [--segments 128]
         [--model FOLDER --calibration TEXT --data TEXT]
