@@ -7,7 +7,7 @@ of them saw. The recovered share of a solver is
 with 1 where auto recovers less than it promises, with and without refining, or takes
 longer.
 
-    python benchmarks/quality.py [--seeds 3] [--segments 128]
+    python benchmarks/quality.py [--seeds 3] [--segments 128] [--patterns 50%% 2:4]
         [--model FOLDER --calibration TEXT --data TEXT]
 """
 
@@ -31,7 +31,6 @@ SOLVERS = {
     "wanda": {"solver": "wanda"},
     "admm, block at once": {"solver": "admm", "sequential": False},
     "auto": {"solver": "auto"},
-    "sparsegpt --refine": {"solver": "sparsegpt", "refine": True},
     "auto --refine": {"solver": "auto", "refine": True},
 }
 # Row -> share recovered at least, by sparsity, and SparseGPT's times taken at most.
@@ -71,6 +70,7 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS, choices=PATTERNS)
     parser.add_argument("--segments", type=int, default=128)
     parser.add_argument("--model", default=str(files("halve") / "data" / "pycode-opt"))
     parser.add_argument("--calibration", default="stdlib")
@@ -91,7 +91,7 @@ def main() -> int:
     judged = halve.perplexity(task.model, data=task.data, segments=task.segments)
     print(f"dense {judged.perplexity:.3f}")
     kept = True
-    for pattern in PATTERNS:
+    for pattern in task.patterns:
         print(pattern, flush=True)
         base: list[tuple] = []
         for name, options in SOLVERS.items():

@@ -37,10 +37,14 @@ def test_streamed_logits_equal_the_whole_models(row, pico):
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "sparsegpt"])
+WAYS = {name: {"solver": name} for name in SOLVERS if name != "sparsegpt"}
+WAYS["refined"] = {"solver": "auto", "refine": True, "epochs": 1}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("row", FAMILIES)
-def test_every_solver_prunes_every_family(row, solver, pico, text, tmp_path):
-    options = {"samples": 4, "seq_len": 32, "device": "cpu", "solver": solver}
+def test_every_solver_prunes_every_family(row, way, pico, text, tmp_path):
+    options = {"samples": 4, "seq_len": 32, "device": "cpu"} | WAYS[way]
     record = halve.prune(
         pico(row), tmp_path / "out", sparsity="2:4", calibration=str(text), **options
     )

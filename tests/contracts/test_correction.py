@@ -1,0 +1,91 @@
+"""Error-corrected targets: against least squares, and for what they are there."""
+
+import pytest
+import torch
+
+from halve.errors import NumericalError
+from halve.pruning.evidence import HeldOut
+from halve.solvers.correction import Correction
+from halve.statistics import Drift, Gram
+from tests.contracts.problems import Problem, correlated, few_tokens, outliers
+
+PROBLEMS = {"correlated": correlated(), "few": few_tokens(), "outliers": outliers()}
+over_problems = pytest.mark.parametrize("name", PROBLEMS)
+
+
+def drifted(problem: Problem) -> torch.Tensor:
+    """Return the problem's inputs as they were before something was pruned."""
+    generator = torch.Generator().manual_seed(9)
+    columns = problem.inputs.shape[1]
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    return problem.inputs + 0.2 * problem.inputs @ mixing
+
+
+def corrected(problem: Problem, dense: torch.Tensor, damping: float = 0.01):
+    """Return the corrected target of a problem's weight."""
+    columns = problem.inputs.shape[1]
+    statistic, drift = Gram(columns, dense.device), Drift(columns, dense.device)
+    for part, other in zip(problem.inputs.split(50), dense.split(50), strict=True):
+        statistic.add(part)
+        drift.add(part, other)
+    return Correction.of(statistic, drift, damping).target(problem.weight)
+
+
+@over_problems
+def test_target_is_the_damped_least_squares_solution(name):
+    problem = PROBLEMS[name]
+    dense = drifted(problem)
+    x, weight = problem.inputs.double(), problem.weight.double()
+    gram = x.T @ x
+    damping = 0.01 * gram.diagonal().mean()
+    system = gram + damping * torch.eye(len(gram))
+    wanted = weight @ (dense.double().T @ x + damping * torch.eye(len(gram)))
+    expected = torch.linalg.solve(system, wanted.T).T
+    found = corrected(problem, dense).double()
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+@over_problems
+def test_without_drift_the_target_is_the_weight(name):
+    problem = PROBLEMS[name]
+    assert torch.equal(corrected(problem, problem.inputs), problem.weight)
+
+
+@over_problems
+@pytest.mark.parametrize("solver", ["sparsegpt", "admm"])
+def test_solving_for_the_target_comes_nearer_to_the_dense_outputs(name, solver):
+    problem = PROBLEMS[name]
+    dense = drifted(problem)
+    held = HeldOut([(problem.inputs, dense)])
+    aimed = Problem(corrected(problem, dense), problem.inputs).solve(solver, "50%")
+    plain = problem.solve(solver, "50%")
+    errors = [held.error(problem.weight, s.weight) for s in (aimed, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_a_matrix_that_is_no_gram_matrix_is_refused():
+    statistic, drift = Gram(8, torch.device("cpu")), Drift(8, torch.device("cpu"))
+    statistic.add(torch.randn(32, 8))
+    statistic._upper.neg_()
+    with pytest.raises(NumericalError, match="not positive definite"):
+        Correction.of(statistic, drift, 0.01)
+
+
+def test_held_out_error_is_the_error():
+    problem = correlated()
+    dense, solution = drifted(problem), problem.weight * 0.9
+    held = HeldOut()
+    for part, other in zip(problem.inputs.split(64), dense.split(64), strict=True):
+        held.add(part, other)
+    wanted = dense.double() @ problem.weight.double().T
+    lost = wanted - problem.inputs.double() @ solution.double().T
+    expected = float(lost.square().sum() / wanted.square().sum())
+    assert held.error(problem.weight, solution) == pytest.approx(expected, rel=1e-4)
+
+
+def test_held_out_inputs_are_bounded():
+    held = HeldOut()
+    for _ in range(10):
+        inputs = torch.randn(3000, 4)
+        held.add(inputs, inputs)
+    assert sum(len(inputs) for inputs, _ in held.pairs) <= 4096

@@ -1,0 +1,194 @@
+"""Choice, order, refining and rounding: what `halve prune` promises of them."""
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import halve
+from halve.patterns import parse_pattern
+from halve.plan import PlannedBlock, Settings, make_plan
+from halve.pruning.reference import Reference
+from halve.pruning.site import Paths, Site
+from halve.runtime.streamed import Stream, StreamedModel
+from tests.integration.test_resume import digests
+
+OPTIONS: dict[str, Any] = {"samples": 16, "seq_len": 64, "device": "cpu"}
+ROWS = ("opt", "gpt2", "llama", "gptj", "falcon")
+over_rows = pytest.mark.parametrize("row", ROWS)
+
+
+def tensors(folder):
+    """Return all tensors of a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def matrices(record):
+    """Return the records of all matrices."""
+    return [m for block in record.blocks for m in block.matrices]
+
+
+@over_rows
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_refining_never_raises_the_held_out_error_and_keeps_masks(
+    row, pattern, pico, text, tmp_path
+):
+    options = OPTIONS | {"calibration": str(text), "sparsity": pattern}
+    plain = halve.prune(pico(row), tmp_path / "plain", refine=False, **options)
+    refined = halve.prune(pico(row), tmp_path / "refined", refine=True, **options)
+    assert all(block.refined is None for block in plain.blocks)
+    for block in refined.blocks:
+        assert block.refined is not None
+        assert block.refined[1] <= block.refined[0]
+    before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "refined")
+    for matrix in refined.blocks[0].matrices:  # later blocks are given other inputs
+        pruned = before[matrix.tensor] == 0
+        assert torch.equal(after[matrix.tensor] == 0, pruned), matrix.tensor
+    obeyed = parse_pattern(pattern)
+    assert obeyed.sparsity == pytest.approx(refined.sparsity, abs=1e-3)
+
+
+@over_rows
+def test_refining_leaves_alone_what_is_outside_the_blocks(row, pico, text, tmp_path):
+    halve.prune(
+        pico(row), tmp_path / "out", calibration=str(text), refine=True, **OPTIONS
+    )
+    before, after = tensors(pico(row)), tensors(tmp_path / "out")
+    plan = make_plan(pico(row), Settings())
+    blocks = {block.shard for block in plan.layout.blocks}
+    for file, names in plan.layout.shards.items():
+        if file not in blocks:
+            assert all(torch.equal(before[name], after[name]) for name in names)
+
+
+def test_the_record_says_which_candidate_won_and_by_how_much(pico, text, tmp_path):
+    record = halve.prune(
+        pico("llama"), tmp_path / "out", calibration=str(text), **OPTIONS
+    )
+    for matrix in matrices(record):
+        assert matrix.solver in ("admm", "sparsegpt --refit")
+        assert matrix.held_out is not None
+        assert matrix.runner_up is not None
+        assert 0 < matrix.held_out <= matrix.runner_up
+
+
+def test_one_solver_keeps_nothing_apart(pico, text, tmp_path):
+    record = halve.prune(
+        pico("llama"),
+        tmp_path / "out",
+        calibration=str(text),
+        solver="sparsegpt",
+        **OPTIONS,
+    )
+    assert all(m.held_out is None and m.solver == "sparsegpt" for m in matrices(record))
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_same_seed_same_bytes(quantize, pico, text, tmp_path):
+    options = OPTIONS | {"calibration": str(text), "refine": True, "quantize": quantize}
+    for name in ("one", "two"):
+        halve.prune(pico("llama"), tmp_path / name, **options)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_the_disk_or_the_memory_makes_no_difference(pico, text, tmp_path):
+    options = OPTIONS | {"calibration": str(text)}
+    halve.prune(pico("opt"), tmp_path / "memory", **options)
+    halve.prune(pico("opt"), tmp_path / "disk", activation_memory=0, **options)
+    assert digests(tmp_path / "memory") == digests(tmp_path / "disk")
+
+
+@pytest.mark.parametrize("solver", ["magnitude", "wanda", "sparsegpt"])
+def test_every_solver_can_be_corrected_and_refined(solver, pico, text, tmp_path):
+    options = OPTIONS | {"calibration": str(text), "solver": solver}
+    record = halve.prune(
+        pico("opt"), tmp_path / "out", sequential=True, refine=True, **options
+    )
+    assert record.sparsity == 0.5
+
+
+@over_rows
+def test_the_reference_is_what_the_dense_model_is_given(row, pico):
+    model = StreamedModel.open(pico(row), "cpu")
+    ids = torch.randint(3, 4096, (4, 32), generator=torch.Generator().manual_seed(0))
+    dense = Stream.start(model, ids, budget=2**30)
+    planned: PlannedBlock = make_plan(pico(row), Settings()).layout.blocks[0]
+    expected: dict[str, list[torch.Tensor]] = {}
+    with torch.no_grad(), model.block(0) as block:
+        site = Site(block, planned, Paths(dense.fork(2**30), dense))
+        groups = site.groups()
+        reference = Reference.record(site, groups, 2**30, None)
+        for part in site.stream.batches():
+            site.each_input(
+                part, groups, lambda path, x: expected.setdefault(path, []).append(x)
+            )
+    for group in groups:
+        found = reference.inputs(group.leader, 0, slice(0, 4))
+        assert torch.equal(found, torch.cat(expected[group.leader]))
+
+
+@pytest.mark.parametrize("row", ["llama", "gpt2"])
+@pytest.mark.parametrize("options", [
+    {"quantize": "int4"},
+    {"quantize": "int3", "refine": True, "epochs": 2},
+    {"quantize": "int2", "sparsity": "2:4", "symmetric": False},
+    {"quantize": "int8", "sparsity": 0, "solver": "magnitude"},
+    {"quantize": "int3", "sparsity": "0%"},
+    {"quantize": "int4", "solver": "sparsegpt", "group_size": 24},
+])  # fmt: skip
+def test_rounded_values_lie_on_a_grid(row, options, pico, text, tmp_path):
+    folder = pico(row, dtype=torch.bfloat16)
+    options = OPTIONS | {"calibration": str(text)} | options
+    record = halve.prune(folder, tmp_path / "out", **options)
+    found = tensors(tmp_path / "out")
+    bits = int(str(options["quantize"])[-1])
+    for matrix in matrices(record):
+        assert matrix.grid is not None
+        assert (matrix.grid["bits"], matrix.bits) == (bits, pytest.approx(matrix.bits))
+        stored = found[matrix.tensor]
+        rows = stored.T if row == "gpt2" else stored
+        for group in rows.split(matrix.grid["group_size"], dim=1):
+            assert max(len(values.unique()) for values in group) <= 2**bits
+    assert record.bits is not None
+    assert halve.perplexity(tmp_path / "out", data=str(text), seq_len=32).perplexity > 1
+
+
+def test_bits_a_weight_are_kept_to(pico, text, tmp_path):
+    record = halve.prune(
+        pico("llama"),
+        tmp_path / "out",
+        calibration=str(text),
+        target_bits=3.3,
+        solver="admm",
+        **OPTIONS,
+    )
+    assert record.bits is not None
+    assert record.bits <= 3.3 + 1e-3
+    assert all(m.runner_up is not None for m in matrices(record))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"target_bits": 3.1, "quantize": "int4"}, "as well as bits a weight"),
+    ({"target_bits": 3.1, "sparsity": "2:4"}, "as well as bits a weight"),
+    ({"target_bits": 0.5}, "No grid"),
+    ({"quantize": "int5"}, "no grid of 5 bits"),
+    ({"quantize": "float8"}, "is not a grid"),
+    ({"quantize": "int4", "group_size": 0}, "not positive"),
+    ({"quantize": "int8", "symmetric": False}, "significant bits, too few"),
+    ({"sparsity": "0%"}, "is not a sparsity"),
+    ({"samples": 1}, "none would be left"),
+    ({"epochs": 0, "refine": True}, "not positive"),
+    ({"solver": "best"}, "no solver 'best'"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(
+    options, message, pico, text, tmp_path
+):
+    folder = pico("llama", dtype=torch.bfloat16)
+    options = OPTIONS | {"calibration": str(text)} | options
+    with pytest.raises(halve.HalveError, match=message):
+        halve.prune(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
