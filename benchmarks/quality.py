@@ -7,7 +7,7 @@ of them saw. The recovered share of a solver is
 with 1 where auto recovers less than it promises, with and without refining, or takes
 longer.
 
-    python benchmarks/quality.py [--seeds 3] [--segments 128] [--patterns 50%% 2:4]
+    python benchmarks/quality.py [--seeds 3] [--segments 128] [--patterns 50% 2:4]
         [--model FOLDER --calibration TEXT --data TEXT]
 """
 

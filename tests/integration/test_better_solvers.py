@@ -37,7 +37,7 @@ def matrices(record):
 def test_refining_never_raises_the_held_out_error_and_keeps_masks(
     row, pattern, pico, text, tmp_path
 ):
-    options = OPTIONS | {"calibration": str(text), "sparsity": pattern}
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "sparsity": pattern}
     plain = halve.prune(pico(row), tmp_path / "plain", refine=False, **options)
     refined = halve.prune(pico(row), tmp_path / "refined", refine=True, **options)
     assert all(block.refined is None for block in plain.blocks)
@@ -89,14 +89,14 @@ def test_one_solver_keeps_nothing_apart(pico, text, tmp_path):
 
 @pytest.mark.parametrize("quantize", [None, "int4"])
 def test_same_seed_same_bytes(quantize, pico, text, tmp_path):
-    options = OPTIONS | {"calibration": str(text), "refine": True, "quantize": quantize}
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "refine": True, "quantize": quantize}
     for name in ("one", "two"):
         halve.prune(pico("llama"), tmp_path / name, **options)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 def test_the_disk_or_the_memory_makes_no_difference(pico, text, tmp_path):
-    options = OPTIONS | {"calibration": str(text)}
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
     halve.prune(pico("opt"), tmp_path / "memory", **options)
     halve.prune(pico("opt"), tmp_path / "disk", activation_memory=0, **options)
     assert digests(tmp_path / "memory") == digests(tmp_path / "disk")
@@ -104,7 +104,7 @@ def test_the_disk_or_the_memory_makes_no_difference(pico, text, tmp_path):
 
 @pytest.mark.parametrize("solver", ["magnitude", "wanda", "sparsegpt"])
 def test_every_solver_can_be_corrected_and_refined(solver, pico, text, tmp_path):
-    options = OPTIONS | {"calibration": str(text), "solver": solver}
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "solver": solver}
     record = halve.prune(
         pico("opt"), tmp_path / "out", sequential=True, refine=True, **options
     )
@@ -142,7 +142,7 @@ def test_the_reference_is_what_the_dense_model_is_given(row, pico):
 ])  # fmt: skip
 def test_rounded_values_lie_on_a_grid(row, options, pico, text, tmp_path):
     folder = pico(row, dtype=torch.bfloat16)
-    options = OPTIONS | {"calibration": str(text)} | options
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | options
     record = halve.prune(folder, tmp_path / "out", **options)
     found = tensors(tmp_path / "out")
     bits = int(str(options["quantize"])[-1])
@@ -188,7 +188,7 @@ def test_settings_that_make_no_sense_are_refused(
     options, message, pico, text, tmp_path
 ):
     folder = pico("llama", dtype=torch.bfloat16)
-    options = OPTIONS | {"calibration": str(text)} | options
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | options
     with pytest.raises(halve.HalveError, match=message):
         halve.prune(folder, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
