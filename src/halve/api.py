@@ -36,6 +36,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     sequential: bool | None = None,
     refine: bool = False,
     epochs: int = 5,
+    allocation: str = "uniform",
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PruneRecord:
@@ -81,6 +82,10 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
             to the outputs of the dense one. An eighth of the windows is kept apart,
             and what is best on those stays: never worse than without.
         epochs: Passes over the windows for that.
+        allocation: How an unstructured sparsity is shared out over the blocks:
+            `uniform`, every matrix alike; or `error`, blocks that suffer more are
+            pruned less, if that loses less on windows kept apart. The zeros of the
+            whole model are then `floor(weights * sparsity)`, to the last one.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase of each block.
 
@@ -98,7 +103,8 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         about (rows + columns) * columns^2 for each matrix. `sequential` and `refine`:
         the hidden states twice; `sequential` besides the dense inputs of one block's
         matrices, in memory or on disk, and a third square matrix for each input; about
-        two passes more. `refine`: three passes an epoch.
+        two passes more. `refine`: three passes an epoch. `allocation="error"`: two to
+        four runs of `sparsegpt` first, with nothing written.
 
     Source:
         Frantar and Alistarh, "SparseGPT" (2023), algorithm 1; for wanda, Sun et al.
@@ -119,6 +125,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         sequential=sequential,
         refine=refine,
         epochs=epochs,
+        allocation=allocation,
     )
     execution = Execution(
         activation_memory, trust_remote_code, progress or (lambda _: None)

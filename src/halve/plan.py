@@ -29,6 +29,7 @@ from halve.solvers import SOLVERS
 _SEQUENTIAL = ("auto", "admm")
 # One window in so many is kept apart where something is chosen.
 _HELD_OUT = 8
+_ALLOCATIONS = ("uniform", "error")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Settings:
             data meets them, for error-corrected targets; None leaves it to the solver.
         refine: Whether whole blocks are tuned after they are pruned.
         epochs: Passes over the windows for that.
+        allocation: How an unstructured sparsity is shared out over the blocks:
+            `uniform`, or by their `error`.
     """
 
     sparsity: str | float = "50%"
@@ -67,6 +70,7 @@ class Settings:
     sequential: bool | None = None
     refine: bool = False
     epochs: int = 5
+    allocation: str = "uniform"
 
     @property
     def corrects(self) -> bool:
@@ -86,6 +90,11 @@ class Settings:
         chooses = self.solver == "auto" or self.refine
         return max(self.samples // _HELD_OUT, 1) if chooses else 0
 
+    @property
+    def judging(self) -> int:
+        """Windows kept apart while allocations are tried, to judge those by."""
+        return max(self.samples // _HELD_OUT, 1) if self.allocation == "error" else 0
+
     def check(self) -> None:
         """Raise HalveError on the first setting that makes no sense."""
         parse_pattern(self.sparsity)
@@ -100,7 +109,8 @@ class Settings:
                 raise HalveError(
                     f"{name} is {value}, which is not positive.", "Pass 1 or more."
                 )
-        if self.held_out >= self.samples:
+        self._check_allocation()
+        if max(self.held_out, self.judging) >= self.samples:
             raise HalveError(
                 f"One of {self.samples} samples was to be kept apart to choose by, and "
                 "none would be left to calibrate on.",
@@ -113,6 +123,20 @@ class Settings:
                 "Pass --damping 0.01.",
             )
 
+    def _check_allocation(self) -> None:
+        if self.allocation not in _ALLOCATIONS:
+            raise HalveError(
+                f"There is no allocation {self.allocation!r}.",
+                f"Choose one of {', '.join(_ALLOCATIONS)}.",
+            )
+        pattern = parse_pattern(self.sparsity)
+        if self.allocation != "uniform" and isinstance(pattern, NM):
+            raise HalveError(
+                f"The pattern {pattern} prunes all blocks alike, so there is nothing "
+                f"to share out by {self.allocation}.",
+                "Pass --allocation uniform, or an unstructured sparsity such as 50%.",
+            )
+
 
 @dataclass(frozen=True)
 class PlannedMatrix:
@@ -120,6 +144,12 @@ class PlannedMatrix:
 
     tensor: str
     matrix: Matrix
+
+    @property
+    def elements(self) -> int:
+        """Weights in it."""
+        rows, columns = self.matrix.shape
+        return rows * columns
 
 
 @dataclass(frozen=True)
@@ -154,11 +184,7 @@ class Layout:
     @property
     def prunable(self) -> int:
         """Weights in all prunable matrices."""
-        return sum(
-            m.matrix.shape[0] * m.matrix.shape[1]
-            for b in self.blocks
-            for m in b.matrices
-        )
+        return sum(m.elements for b in self.blocks for m in b.matrices)
 
     @property
     def output_bytes(self) -> int:
@@ -188,8 +214,12 @@ class Plan:
     def hidden_bytes(self) -> int:
         """Bytes of all hidden states between two blocks, in float32."""
         settings = self.settings
-        states = (1 + settings.has_dense) * settings.samples * (settings.seq_len or 0)
-        return 4 * states * self.width
+        # While allocations are tried, those that judge are there three times.
+        windows = max(
+            (1 + settings.has_dense) * settings.samples,
+            settings.samples + 2 * settings.judging,
+        )
+        return 4 * windows * (settings.seq_len or 0) * self.width
 
     @property
     def block_bytes(self) -> int:
