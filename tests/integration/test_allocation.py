@@ -1,6 +1,7 @@
 """A sparsity shared out over the blocks: exact, stated, resumed, and refused."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +14,22 @@ from halve.pruning.trial import Trials
 from halve.records import PruneRecord
 from tests.integration.test_resume import Stopped, digests, stop_at
 
-# No matrix of 64 columns has a whole number of zeros, so that roundings show.
-OPTIONS = {
-    "samples": 8,
-    "seq_len": 32,
-    "device": "cpu",
-    "sparsity": 0.6371,
-    "solver": "sparsegpt",
-    "allocation": "error",
-}
+
+@pytest.fixture
+def options(text) -> dict[str, Any]:
+    return {
+        "calibration": str(text),
+        "samples": 8,
+        "seq_len": 32,
+        "device": "cpu",
+        "sparsity": 0.6371,  # of no matrix a whole number of weights
+        "solver": "sparsegpt",
+        "allocation": "error",
+    }
+
+
+def changed(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return options | changes
 
 
 def zeros_in(folder, record: PruneRecord) -> int:
@@ -41,9 +49,9 @@ def weights_of(record: PruneRecord) -> list[int]:
     [("auto", "llama"), ("wanda", "gpt2"), ("magnitude", "llama"), ("admm", "opt")],
 )
 def test_the_whole_model_has_the_sparsity_to_one_weight(
-    solver, family, pico, text, tmp_path
+    solver, family, pico, options, tmp_path
 ):
-    options = OPTIONS | {"solver": solver, "calibration": str(text)}
+    options = changed(options, solver=solver)
     record = halve.prune(pico(family), tmp_path / "out", **options)
     weights = weights_of(record)
     assert zeros_in(tmp_path / "out", record) == Unstructured(0.6371).count(
@@ -57,10 +65,10 @@ def test_the_whole_model_has_the_sparsity_to_one_weight(
 
 
 def test_the_record_says_what_was_tried_and_the_least_divergence_won(
-    pico, text, tmp_path
+    pico, options, tmp_path
 ):
     out = tmp_path / "out"
-    record = halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+    record = halve.prune(pico("llama"), out, **options)
     assert PruneRecord.from_json((out / "halve.json").read_text()) == record
     found = record.allocation
     assert found is not None
@@ -73,10 +81,10 @@ def test_the_record_says_what_was_tried_and_the_least_divergence_won(
     assert (found.strength, found.sparsities) == (best.strength, best.sparsities)
 
 
-def test_where_nothing_is_better_it_stays_uniform(pico, text, tmp_path, monkeypatch):
+def test_where_nothing_is_better_it_stays_uniform(pico, options, tmp_path, monkeypatch):
     monkeypatch.setattr("halve.pruning.trial._divergence", lambda *_: 1.0)
     out = tmp_path / "out"
-    record = halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+    record = halve.prune(pico("llama"), out, **options)
     assert record.allocation is not None
     assert record.allocation.strength == 0
     assert len(record.allocation.trials) == 2
@@ -88,12 +96,12 @@ def _with_weights(record):
     return zip(record.blocks, weights_of(record), strict=True)
 
 
-def test_what_helps_is_taken(pico, text, tmp_path, monkeypatch):
+def test_what_helps_is_taken(pico, options, tmp_path, monkeypatch):
     """With losses that fall from trial to trial the last one is chosen."""
     losses = iter([4.0, 3.0, 2.0, 1.0])
     monkeypatch.setattr("halve.pruning.trial._divergence", lambda *_: next(losses))
     out = tmp_path / "out"
-    record = halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
+    record = halve.prune(pico("llama"), out, **options)
     found = record.allocation
     assert found is not None
     assert (
@@ -106,8 +114,8 @@ def test_what_helps_is_taken(pico, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_stopped_at_every_phase(packed, pico, text, tmp_path):
-    options = OPTIONS | {"calibration": str(text), "packed": packed}
+def test_stopped_at_every_phase(packed, pico, options, tmp_path):
+    options = changed(options, packed=packed)
     phases = []
     halve.prune(pico("llama"), tmp_path / "whole", progress=phases.append, **options)
     for count in range(1, len(phases) + 1):
@@ -119,8 +127,7 @@ def test_stopped_at_every_phase(packed, pico, text, tmp_path):
         assert digests(out) == digests(tmp_path / "whole")
 
 
-def test_a_run_that_goes_on_does_not_choose_again(pico, text, tmp_path, monkeypatch):
-    options = OPTIONS | {"calibration": str(text)}
+def test_a_run_that_goes_on_does_not_choose_again(pico, options, tmp_path, monkeypatch):
     phases = []
     whole = halve.prune(
         pico("llama"), tmp_path / "whole", progress=phases.append, **options
@@ -134,22 +141,21 @@ def test_a_run_that_goes_on_does_not_choose_again(pico, text, tmp_path, monkeypa
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_the_disk_or_the_memory_makes_no_difference(pico, text, tmp_path):
-    options = OPTIONS | {"calibration": str(text)}
+def test_the_disk_or_the_memory_makes_no_difference(pico, options, tmp_path):
     first = halve.prune(pico("llama"), tmp_path / "a", **options)
     second = halve.prune(pico("llama"), tmp_path / "b", activation_memory=0, **options)
     assert first.allocation == second.allocation
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
-def test_a_missed_budget_is_refused(pico, text, tmp_path, monkeypatch):
+def test_a_missed_budget_is_refused(pico, options, tmp_path, monkeypatch):
     """Matrices whose zeros are each rounded down have too few in all."""
     monkeypatch.setattr(
         "halve.pruning.run.exact_patterns",
         lambda plan, _: [{} for _ in plan.layout.blocks],
     )
     with pytest.raises(TargetMissedError, match="in the whole model"):
-        halve.prune(pico("llama"), tmp_path / "out", calibration=str(text), **OPTIONS)
+        halve.prune(pico("llama"), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -161,14 +167,14 @@ def test_a_missed_budget_is_refused(pico, text, tmp_path, monkeypatch):
         ({"samples": 1}, "kept apart"),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused(changes, match, pico, text, tmp_path):
-    options = OPTIONS | {"calibration": str(text)} | changes
+def test_what_cannot_be_shared_out_is_refused(changes, match, pico, options, tmp_path):
+    options = changed(options, **changes)
     with pytest.raises(HalveError, match=match):
         halve.prune(pico("llama"), tmp_path / "out", **options)
 
 
-def test_uniform_is_what_it_was_and_says_nothing(pico, text, tmp_path):
-    options = OPTIONS | {"calibration": str(text), "allocation": "uniform"}
+def test_uniform_is_what_it_was_and_says_nothing(pico, options, tmp_path):
+    options = changed(options, allocation="uniform")
     record = halve.prune(pico("llama"), tmp_path / "a", **options)
     options.pop("allocation")
     halve.prune(pico("llama"), tmp_path / "b", **options)
