@@ -45,7 +45,8 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     The new folder has the model's tensor names, dtypes, config, tokenizer and
     generation files, and loads in plain transformers. Every linear layer of every
     block then has the sparsity asked for: exactly `floor(weights * sparsity)` zeros or
-    more, or n kept of every m; that is read back from the files before they count.
+    more, or n kept of every m (with `allocation="error"` the whole model has it, and
+    matrices their shares); that is read back from the files before they count.
     Embeddings, norms and the head are copied as they are.
 
     `out` is absent or whole. Until the end the work lies in `OUT.partial`; the same
