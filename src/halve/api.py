@@ -40,6 +40,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     group_size: int = 128,
     symmetric: bool = True,
     target_bits: float | None = None,
+    allocation: str = "uniform",
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PruneRecord:
@@ -48,7 +49,8 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     The new folder has the model's tensor names, dtypes, config, tokenizer and
     generation files, and loads in plain transformers. Every linear layer of every
     block then has the sparsity asked for: exactly `floor(weights * sparsity)` zeros or
-    more, or n kept of every m; that is read back from the files before they count.
+    more, or n kept of every m (with `allocation="error"` the whole model has it, and
+    matrices their shares); that is read back from the files before they count.
     Embeddings, norms and the head are copied as they are.
 
     `out` is absent or whole. Until the end the work lies in `OUT.partial`; the same
@@ -93,6 +95,10 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         symmetric: Whether grids go without zero points.
         target_bits: Bits a weight, mask and scales included, instead of a sparsity and
             a grid: both are chosen for each matrix by windows kept apart.
+        allocation: How an unstructured sparsity is shared out over the blocks:
+            `uniform`, every matrix alike; or `error`, blocks that suffer more are
+            pruned less, if that loses less on windows kept apart. The zeros of the
+            whole model are then `floor(weights * sparsity)`, to the last one.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase of each block.
 
@@ -110,7 +116,8 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         about (rows + columns) * columns^2 for each matrix. `sequential` and `refine`:
         the hidden states twice; `sequential` besides the dense inputs of one block's
         matrices, in memory or on disk, and a third square matrix for each input; about
-        two passes more. `refine`: three passes an epoch.
+        two passes more. `refine`: three passes an epoch. `allocation="error"`: two to
+        four runs of `sparsegpt` first, with nothing written.
 
     Source:
         Frantar and Alistarh, "SparseGPT" (2023), algorithm 1; for wanda, Sun et al.
@@ -135,6 +142,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         group_size=group_size,
         symmetric=symmetric,
         target_bits=target_bits,
+        allocation=allocation,
     )
     execution = Execution(
         activation_memory, trust_remote_code, progress or (lambda _: None)

@@ -1,4 +1,4 @@
-"""Which weights may stay: unstructured sparsity, and n:m.
+"""Which weights may stay: a share of them, a number of them, or n:m.
 
 A pattern chooses a mask from scores and verifies a matrix. Matrices are seen as
 [rows = outputs, columns = inputs]. Masks are boolean, True where a weight is pruned.
@@ -40,10 +40,49 @@ class Unstructured:
 
     def shortfall(self, weight: Tensor) -> str | None:
         """Return what is missing in a [rows, columns] matrix, None where it obeys."""
-        found, wanted = int((weight == 0).sum()), self.count(weight.numel())
-        if found >= wanted:
-            return None
-        return f"{found} of {weight.numel()} weights are zero, not {wanted}"
+        return _too_few(weight, self.count(weight.numel()))
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Any weight of one matrix may go; a number of them does.
+
+    Attributes:
+        zeros: Weights pruned, 0 to `elements`.
+        elements: Weights in the matrix, 1 or more.
+    """
+
+    zeros: int
+    elements: int
+
+    def __str__(self) -> str:
+        return f"{self.zeros} zeros in {self.elements} weights"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights pruned."""
+        return self.zeros / self.elements
+
+    def check_fits(self, name: str, columns: int) -> None:
+        """Accept every shape."""
+
+    def count(self, elements: int) -> int:
+        """Return how many of the first `elements` weights are pruned, rounded down.
+
+        `count(self.elements) == self.zeros`.
+        """
+        return elements * self.zeros // self.elements
+
+    def shortfall(self, weight: Tensor) -> str | None:
+        """Return what is missing in a [rows, columns] matrix, None where it obeys."""
+        return _too_few(weight, self.count(weight.numel()))
+
+
+def _too_few(weight: Tensor, wanted: int) -> str | None:
+    found = int((weight == 0).sum())
+    if found >= wanted:
+        return None
+    return f"{found} of {weight.numel()} weights are zero, not {wanted}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +152,7 @@ def _rank(index: int, members: list[Tensor]) -> Tensor:
     return rank
 
 
-Pattern = Unstructured | NM
+Pattern = Unstructured | Exact | NM
 
 
 def parse_pattern(text: str | float, allow_dense: bool = False) -> Pattern:

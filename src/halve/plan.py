@@ -24,7 +24,7 @@ from halve.models import (
     match_names,
     prunable_matrices,
 )
-from halve.patterns import Pattern, Unstructured, parse_pattern
+from halve.patterns import NM, Pattern, Unstructured, parse_pattern
 from halve.solvers import SOLVERS
 
 # Solvers whose targets are corrected unless the user says otherwise: where it measures
@@ -32,6 +32,7 @@ from halve.solvers import SOLVERS
 _SEQUENTIAL = ("auto", "admm")
 # One window in so many is kept apart where something is chosen.
 _HELD_OUT = 16
+_ALLOCATIONS = ("uniform", "error")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Settings:
         symmetric: Whether grids have no zero points.
         target_bits: Bits a weight, mask and scales included: the sparsity and the grid
             are chosen for each matrix among the pairs that take so many.
+        allocation: How an unstructured sparsity is shared out over the blocks:
+            `uniform`, or by their `error`.
     """
 
     sparsity: str | float = "50%"
@@ -80,6 +83,7 @@ class Settings:
     group_size: int = 128
     symmetric: bool = True
     target_bits: float | None = None
+    allocation: str = "uniform"
 
     @property
     def pairs(self) -> list[tuple[Pattern, Grid | None]]:
@@ -110,6 +114,11 @@ class Settings:
         chooses = self.solver == "auto" or self.refine or len(self.pairs) > 1
         return max(self.samples // _HELD_OUT, 1) if chooses else 0
 
+    @property
+    def judging(self) -> int:
+        """Windows kept apart while allocations are tried, to judge those by."""
+        return max(self.samples // _HELD_OUT, 1) if self.allocation == "error" else 0
+
     def check(self) -> None:
         """Raise HalveError on the first setting that makes no sense."""
         _ = self.pairs  # raises where they make no sense
@@ -132,7 +141,8 @@ class Settings:
                 raise HalveError(
                     f"{name} is {value}, which is not positive.", "Pass 1 or more."
                 )
-        if self.held_out >= self.samples:
+        self._check_allocation()
+        if max(self.held_out, self.judging) >= self.samples:
             raise HalveError(
                 f"One of {self.samples} samples was to be kept apart to choose by, and "
                 "none would be left to calibrate on.",
@@ -145,6 +155,22 @@ class Settings:
                 "Pass --damping 0.01.",
             )
 
+    def _check_allocation(self) -> None:
+        if self.allocation not in _ALLOCATIONS:
+            raise HalveError(
+                f"There is no allocation {self.allocation!r}.",
+                f"Choose one of {', '.join(_ALLOCATIONS)}.",
+            )
+        if self.allocation == "uniform":
+            return
+        pattern, *others = [pattern for pattern, _ in self.pairs]
+        if isinstance(pattern, NM) or pattern.sparsity == 0 or others:
+            raise HalveError(
+                "Bits a weight, n:m and no zeros at all leave all blocks alike, so "
+                f"there is nothing to share out by {self.allocation}.",
+                "Pass --allocation uniform, or an unstructured sparsity such as 50%.",
+            )
+
 
 @dataclass(frozen=True)
 class PlannedMatrix:
@@ -152,6 +178,12 @@ class PlannedMatrix:
 
     tensor: str
     matrix: Matrix
+
+    @property
+    def elements(self) -> int:
+        """Weights in it."""
+        rows, columns = self.matrix.shape
+        return rows * columns
 
 
 @dataclass(frozen=True)
@@ -186,11 +218,7 @@ class Layout:
     @property
     def prunable(self) -> int:
         """Weights in all prunable matrices."""
-        return sum(
-            m.matrix.shape[0] * m.matrix.shape[1]
-            for b in self.blocks
-            for m in b.matrices
-        )
+        return sum(m.elements for b in self.blocks for m in b.matrices)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -226,8 +254,12 @@ class Plan:
     def hidden_bytes(self) -> int:
         """Bytes of all hidden states between two blocks, in float32."""
         settings = self.settings
-        states = (1 + settings.has_dense) * settings.samples * (settings.seq_len or 0)
-        return 4 * states * self.width
+        # While allocations are tried, those that judge are there three times.
+        windows = max(
+            (1 + settings.has_dense) * settings.samples,
+            settings.samples + 2 * settings.judging,
+        )
+        return 4 * windows * (settings.seq_len or 0) * self.width
 
     @property
     def block_bytes(self) -> int:

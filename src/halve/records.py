@@ -72,6 +72,50 @@ class MatrixRecord:
 
 
 @dataclass(frozen=True)
+class TrialRecord:
+    """What became of an allocation that was tried.
+
+    Attributes:
+        strength: How far a block's sparsity may move from the model's; 0 is uniform.
+        sparsities: Of the blocks.
+        divergence: Mean KL(dense || pruned) of the predicted tokens in windows kept
+            apart, in nats.
+    """
+
+    strength: float
+    sparsities: tuple[float, ...]
+    divergence: float
+
+
+@dataclass(frozen=True)
+class AllocationRecord:
+    """How the sparsity was shared out over the blocks, and why.
+
+    Attributes:
+        strength: Of the trial that lost least; 0 is uniform.
+        sparsities: Of the blocks, as that trial had them.
+        errors: ||Y - Y'|| / ||Y|| of each block's outputs before and after pruning to
+            the model's sparsity, on the same inputs from windows kept apart.
+        trials: All that were tried.
+    """
+
+    strength: float
+    sparsities: tuple[float, ...]
+    errors: tuple[float, ...]
+    trials: tuple[TrialRecord, ...]
+
+
+def allocation_from_dict(fields: dict[str, Any]) -> AllocationRecord:
+    """Read what `dataclasses.asdict` made of an AllocationRecord."""
+    trials = tuple(
+        TrialRecord(**{**trial, "sparsities": tuple(trial["sparsities"])})
+        for trial in fields["trials"]
+    )
+    sparsities, errors = tuple(fields["sparsities"]), tuple(fields["errors"])
+    return AllocationRecord(fields["strength"], sparsities, errors, trials)
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """What became of one block.
 
@@ -97,6 +141,11 @@ class BlockRecord:
         zeros = sum(m.sparsity * m.rows * m.columns for m in self.matrices)
         return zeros / sum(m.rows * m.columns for m in self.matrices)
 
+    @property
+    def zeros(self) -> int:
+        """Weights that are zero."""
+        return sum(round(m.sparsity * m.rows * m.columns) for m in self.matrices)
+
 
 @dataclass(frozen=True)
 class PruneRecord:
@@ -113,6 +162,7 @@ class PruneRecord:
         left_dense: Tensors in the blocks of two dimensions or more that no rule prunes.
         seconds: Wall time of the run that finished it.
         finished: ISO 8601, UTC.
+        allocation: How the sparsity was shared out; None where all matrices have it.
     """
 
     versions: dict[str, str]
@@ -124,6 +174,7 @@ class PruneRecord:
     finished: str
     kind: str = "prune"
     format: int = 1
+    allocation: AllocationRecord | None = None
 
     @property
     def sparsity(self) -> float:
@@ -153,6 +204,8 @@ class PruneRecord:
         fields = json.loads(text)
         fields["blocks"] = tuple(block_from_dict(b) for b in fields["blocks"])
         fields["left_dense"] = tuple(fields["left_dense"])
+        if (allocation := fields.get("allocation")) is not None:
+            fields["allocation"] = allocation_from_dict(allocation)
         return cls(**fields)
 
 

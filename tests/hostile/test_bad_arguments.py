@@ -58,6 +58,11 @@ ARGUMENTS = {
     "negative damping": (("--damping", -1), ("damping", "-1")),
     "too much damping": (("--damping", 2), ("damping", "2")),
     "damping no number": (("--damping", "nan"), ("damping", "nan")),
+    "unknown allocation": (("--allocation", "owl"), ("owl", "uniform", "error")),
+    "allocation of n:m": (
+        ("--allocation", "error", "--sparsity", "2:4"),
+        ("2:4", "--allocation uniform"),
+    ),
     "unknown device": (("--device", "nonesuch"), ("nonesuch", "cpu")),
     "no such device": (("--device", "cuda:99"), ("cuda:99", "cpu")),
     "no device": (("--device", ""), ("device", "cpu")),

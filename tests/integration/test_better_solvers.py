@@ -89,7 +89,11 @@ def test_one_solver_keeps_nothing_apart(pico, text, tmp_path):
 
 @pytest.mark.parametrize("quantize", [None, "int4"])
 def test_same_seed_same_bytes(quantize, pico, text, tmp_path):
-    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "refine": True, "quantize": quantize}
+    options: dict[str, Any] = OPTIONS | {
+        "calibration": str(text),
+        "refine": True,
+        "quantize": quantize,
+    }
     for name in ("one", "two"):
         halve.prune(pico("llama"), tmp_path / name, **options)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
@@ -142,8 +146,8 @@ def test_the_reference_is_what_the_dense_model_is_given(row, pico):
 ])  # fmt: skip
 def test_rounded_values_lie_on_a_grid(row, options, pico, text, tmp_path):
     folder = pico(row, dtype=torch.bfloat16)
-    options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | options
-    record = halve.prune(folder, tmp_path / "out", **options)
+    chosen: dict[str, Any] = OPTIONS | {"calibration": str(text)} | options
+    record = halve.prune(folder, tmp_path / "out", **chosen)
     found = tensors(tmp_path / "out")
     bits = int(str(options["quantize"])[-1])
     for matrix in matrices(record):
@@ -188,7 +192,7 @@ def test_settings_that_make_no_sense_are_refused(
     options, message, pico, text, tmp_path
 ):
     folder = pico("llama", dtype=torch.bfloat16)
-    options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | options
+    chosen: dict[str, Any] = OPTIONS | {"calibration": str(text)} | options
     with pytest.raises(halve.HalveError, match=message):
-        halve.prune(folder, tmp_path / "out", **options)
+        halve.prune(folder, tmp_path / "out", **chosen)
     assert not (tmp_path / "out").exists()

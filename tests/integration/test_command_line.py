@@ -69,6 +69,18 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(run, pico, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_an_allocation_is_planned_and_printed(run, pico, options, tmp_path):
+    wanted = ["--allocation", "error", "--solver", "sparsegpt"]
+    arguments = ["prune", pico("llama"), "-o", tmp_path / "out", *options, *wanted]
+    code, out, _ = run(*arguments, "--dry-run")
+    assert code == 0
+    assert "after two to four trials" in out
+    code, out, err = run(*arguments)
+    assert code == 0
+    assert "Divergence on held-out windows by strength of allocation: 0: " in out
+    assert "block 2 of 2: trying allocations, strength 0.05" in err
+
+
 def test_a_finished_run_says_so(run, pico, options, tmp_path):
     arguments = ["prune", pico("llama"), "-o", tmp_path / "out", *options]
     _, first, _ = run(*arguments)

@@ -1,6 +1,7 @@
 """Every family goes through the real entry point and comes out as it should."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -37,14 +38,16 @@ def test_streamed_logits_equal_the_whole_models(row, pico):
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-WAYS = {name: {"solver": name} for name in SOLVERS if name != "sparsegpt"}
+WAYS: dict[str, dict[str, Any]] = {
+    name: {"solver": name} for name in SOLVERS if name != "sparsegpt"
+}
 WAYS["refined"] = {"solver": "auto", "refine": True, "epochs": 1}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("row", FAMILIES)
 def test_every_solver_prunes_every_family(row, way, pico, text, tmp_path):
-    options = {"samples": 4, "seq_len": 32, "device": "cpu"} | WAYS[way]
+    options: dict[str, Any] = {"samples": 4, "seq_len": 32, "device": "cpu"} | WAYS[way]
     record = halve.prune(
         pico(row), tmp_path / "out", sparsity="2:4", calibration=str(text), **options
     )

@@ -8,6 +8,7 @@ import sys
 import time
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def stop_at(count: int):
     return progress
 
 
-STOPPED = {
+STOPPED: dict[str, dict[str, Any]] = {
     "magnitude": {"solver": "magnitude"},
     "sparsegpt": {"solver": "sparsegpt"},
     "refined": {"solver": "auto", "refine": True, "epochs": 2},
@@ -60,7 +61,7 @@ STOPPED = {
 
 @pytest.mark.parametrize("row", STOPPED)
 def test_stopped_at_every_phase(row, pico, text, tmp_path):
-    options = OPTIONS | {"calibration": str(text)} | STOPPED[row]
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | STOPPED[row]
     phases = []
     halve.prune(pico("llama"), tmp_path / "whole", progress=phases.append, **options)
     assert len(phases) >= 2 * 3  # of two blocks: solving, propagating, writing

@@ -68,6 +68,7 @@ class Workspace:
     Attributes:
         folder: `OUT.partial`.
         committed: Shards that are done, by file name.
+        settled: What was decided before the first block, by name.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
@@ -75,6 +76,7 @@ class Workspace:
         self.folder = partial_of(out)
         self.identity = identity
         self.committed: dict[str, Committed] = {}
+        self.settled: dict[str, dict[str, Any]] = {}
 
     @property
     def is_complete(self) -> bool:
@@ -100,6 +102,19 @@ class Workspace:
         self._append({"file": file, "sha256": digest, "note": note})
         self.committed[file] = Committed(file, digest, note)
         return note
+
+    def settle(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a decision of this run or of the one that it goes on from.
+
+        Args:
+            name: Of the decision.
+            decide: Makes it, where the ledger holds none yet; JSON.
+        """
+        if name not in self.settled:
+            decision = decide()
+            self._append({"settled": name, "decision": decision})
+            self.settled[name] = decision
+        return self.settled[name]
 
     def finish(
         self, source: Path, record: str, quantization: dict[str, Any] | None = None
@@ -140,7 +155,7 @@ class Workspace:
 
     def _resume(self) -> None:
         """Take over what an earlier run with the same identity has done."""
-        identity, shards = _read_ledger(self.folder / _LEDGER)
+        identity, self.settled, shards = _read_ledger(self.folder / _LEDGER)
         if identity is None:
             self._check_unused()
             self._append({"identity": self.identity})
@@ -218,20 +233,24 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _read_ledger(path: Path) -> tuple[dict[str, Any] | None, list[Committed]]:
-    """Return identity and shards; cut off a last line that a crash left unfinished."""
+def _read_ledger(
+    path: Path,
+) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]], list[Committed]]:
+    """Return identity, decisions and shards; cut off a line that a crash left."""
     if not path.is_file():
-        return None, []
+        return None, {}, []
     whole = path.read_bytes().rpartition(b"\n")[0]
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
         identity = dict(lines[0]["identity"]) if lines else None
-        shards = [Committed(**line) for line in lines[1:]]
+        decisions = [line for line in lines[1:] if "settled" in line]
+        settled = {line["settled"]: dict(line["decision"]) for line in decisions}
+        shards = [Committed(**line) for line in lines[1:] if line not in decisions]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise foreign(path.parent, f"its {path.name} cannot be read") from error
     with write_errors(path):
         os.truncate(path, len(whole) + 1 if whole else 0)
-    return identity, shards
+    return identity, settled, shards
 
 
 def _index(folder: Path, files: Iterable[str]) -> str:

@@ -25,10 +25,13 @@ _ROWS = (
     ("magnitude", "50%"),
     ("wanda", "50%"),
     ("sparsegpt", "50%"),
+    ("auto", "50%"),
+    ("auto --refine", "50%"),
     ("sparsegpt", "2:4"),
+    ("auto", "2:4"),
 )
 # The row that is packed and run.
-_PACKED = ("sparsegpt", "50%")
+_PACKED = ("auto", "50%")
 _SEGMENTS = 300
 _PROMPT = "def main("
 _TOKENS = 24
@@ -46,7 +49,7 @@ def command(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Prune the bundled model four ways, pack one result, run it, and compare.
+    """Prune the bundled model several ways, pack one result, run it, and compare.
 
     The model knows Python. It is calibrated on modules of this Python's library and
     judged on others, which it was not trained on.
@@ -97,14 +100,21 @@ def _pruned(
 
     _say(f"pruning: {solver} {sparsity}")
     target = _target(folder, solver, sparsity)
+    name, _, refine = solver.partition(" ")
     record = prune(
-        model, target, sparsity=sparsity, solver=solver, calibration="stdlib"
+        model,
+        target,
+        sparsity=sparsity,
+        solver=name,
+        refine=bool(refine),
+        calibration="stdlib",
     )
     return _row(solver, sparsity, target, record.seconds)
 
 
 def _target(folder: "Path", solver: str, sparsity: str) -> "Path":
-    return folder / f"{solver}-{sparsity.replace(':', '-').strip('%')}"
+    name = f"{solver.replace(' --', '-')}-{sparsity.replace(':', '-').strip('%')}"
+    return folder / name
 
 
 def _packed(pruned: "Path", packed: "Path") -> dict[str, object]:

@@ -104,6 +104,13 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
             show_default=False,
         ),
     ] = None,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="uniform, or error: blocks that suffer more are pruned less, if that "
+            "helps on held-out windows; the whole model has the sparsity exactly."
+        ),
+    ] = "uniform",
     packed: Annotated[
         bool,
         typer.Option("--pack", help="Store it packed, as `halve pack` does."),
@@ -143,6 +150,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         group_size=group_size,
         symmetric=symmetric,
         target_bits=target_bits,
+        allocation=allocation,
     )
     if dry_run:
         plan = make_plan(locate(model), settings, trust_remote_code)
@@ -180,6 +188,11 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     print(f"{percent(record.sparsity)} of the prunable weights are zero in {out}.")
     if record.bits is not None:
         print(f"Packed with their grids they would take {record.bits:.2f} bits each.")
+    if record.allocation is not None:
+        tried = ", ".join(
+            f"{t.strength:.3g}: {t.divergence:.4g}" for t in record.allocation.trials
+        )
+        print(f"Divergence on held-out windows by strength of allocation: {tried}.")
     if record.left_dense:
         print(f"Left dense in the blocks: {', '.join(record.left_dense)}.")
     print(f"Finished {record.finished}, after {duration(record.seconds)}.")
@@ -218,6 +231,8 @@ def _print_plan(plan: "Plan", budget: int | None, as_json: bool) -> None:
         for pattern, grid in plan.settings.pairs
     )
     print(f"{plan.layout.prunable:,} prunable weights, {to_go}.")
+    if plan.settings.judging:
+        print("Shared out over the blocks by error, after two to four trials.")
     print(f"Weights of the largest block: {size(plan.block_bytes)}")
     print(f"Gram matrices of a block, at least: {size(plan.gram_bytes)}")
     place = "in a mapped file" if on_disk else "in memory"

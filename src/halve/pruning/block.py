@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halve.errors import NumericalError
 from halve.plan import PlannedBlock, PlannedMatrix
+from halve.pruning.budget import Patterns
 from halve.pruning.choice import Candidate, Choice, Contest
 from halve.pruning.evidence import Evidence, collect
 from halve.pruning.groups import Group
@@ -33,6 +34,7 @@ class Task:
         budget: Bytes of the dense model's inputs that may live in memory.
         folder: Where a mapped file lies past that.
         report: Told of each phase.
+        patterns: What single matrices shall obey, in place of the candidates' own.
     """
 
     candidates: tuple[Candidate, ...]
@@ -41,6 +43,7 @@ class Task:
     budget: int
     folder: Path | None
     report: Callable[[str], None]
+    patterns: Patterns = field(default_factory=dict)
 
     @property
     def statistic(self) -> type[Statistic]:
@@ -144,7 +147,7 @@ def _solve_group(
     for planned in evidence.group.matrices:
         dense = site.weight(planned).contiguous()
         target = correction.target(dense) if correction else dense
-        choice = contest.solve(dense, target)
+        choice = contest.solve(dense, target, task.patterns.get(planned.tensor))
         _put(site, model, planned, choice)
         choices[planned.tensor] = choice
     return choices

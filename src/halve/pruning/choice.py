@@ -75,18 +75,24 @@ class Contest:
         states = [(c, _prepare(c.solver, evidence.statistic)) for c in candidates]
         return cls(states, evidence)
 
-    def solve(self, weight: Tensor, target: Tensor) -> Choice:
+    def solve(
+        self, weight: Tensor, target: Tensor, pattern: Pattern | None = None
+    ) -> Choice:
         """Prune one matrix in every way and take the best.
 
         Args:
             weight: The dense matrix, [rows, columns].
             target: What the solvers are given in its place.
+            pattern: What solutions shall obey, in place of the candidates' own.
 
         Costs, beside the solvers, one product with the held-out inputs a solution.
         """
+        states = self.states
+        if pattern is not None:
+            states = [(replace(c, pattern=pattern), state) for c, state in states]
         found = [
             Choice(candidate.solver.solve(state, target, candidate.pattern), candidate)
-            for candidate, state in self.states
+            for candidate, state in states
         ]
         if not self.evidence.held.pairs:
             assert len(found) == 1, "several solutions and nothing to judge them by"

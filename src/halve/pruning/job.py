@@ -67,7 +67,8 @@ def prune_model(
         if workspace.is_complete:
             workspace.publish()
             return read_record(out, PruneRecord.from_json)
-        blocks = Run(plan, execution, workspace, windows).finish()
+        run = Run(plan, execution, workspace, windows)
+        blocks = run.finish()
         record = PruneRecord(
             versions=versions(),
             identity=identity,
@@ -76,6 +77,7 @@ def prune_model(
             left_dense=plan.layout.left_dense,
             seconds=time.monotonic() - begun,
             finished=now(),
+            allocation=run.allocation,
         )
         packed = quantization_config() if settings.packed else None
         workspace.finish(source, record.to_json(), packed)
@@ -86,7 +88,8 @@ def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
     """Return calibration windows, None where the solver needs none."""
     settings = plan.settings
     ways = candidates(settings, plan.layout.dtype)
-    if {way.solver.statistic for way in ways} == {Nothing} and not settings.has_dense:
+    needs_none = {way.solver.statistic for way in ways} == {Nothing}
+    if needs_none and not settings.has_dense and not settings.judging:
         return None
     assert settings.seq_len is not None
     size = (settings.samples, settings.seq_len)

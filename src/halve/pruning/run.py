@@ -15,11 +15,20 @@ from halve.errors import TargetMissedError
 from halve.formats import store
 from halve.plan import Plan, PlannedBlock
 from halve.pruning.block import Pruned, Task, install, prune_block
+from halve.pruning.budget import Patterns, check_budget, exact_patterns
 from halve.pruning.candidates import candidates
 from halve.pruning.choice import Choice
 from halve.pruning.refine import Refining
 from halve.pruning.site import Paths, Site
-from halve.records import BlockRecord, MatrixRecord, Progress, block_from_dict
+from halve.pruning.trial import Trials
+from halve.records import (
+    AllocationRecord,
+    BlockRecord,
+    MatrixRecord,
+    Progress,
+    allocation_from_dict,
+    block_from_dict,
+)
 from halve.runtime.streamed import Stream, StreamedModel
 
 
@@ -59,8 +68,26 @@ class Run:
         # Two streams, where there are two, and what the dense one leaves share alike.
         budget = execution.activation_memory
         self.budget = default_budget() if budget is None else budget
+        self.allocation = self._allocate(windows)
+        self.patterns = self._patterns()
         self.budget //= 3 if plan.settings.has_dense else 1
         self.paths = None if windows is None else self._start(windows)
+
+    def _allocate(self, windows: Tensor | None) -> AllocationRecord | None:
+        """Return what an earlier run chose, or choose; None where all are alike."""
+        if not self.plan.settings.judging:
+            return None
+        assert windows is not None, "there is no text to judge allocations by"
+        folder, report = self.workspace.folder, self.clock.report
+        trials = Trials(self.plan, self.model, windows, self.budget, folder, report)
+        chosen = self.workspace.settle("allocation", lambda: asdict(trials.choose()))
+        return allocation_from_dict(chosen)
+
+    def _patterns(self) -> list[Patterns]:
+        """Return for each block what its matrices shall obey, if that is not alike."""
+        if self.allocation is None:
+            return [{} for _ in self.plan.layout.blocks]
+        return exact_patterns(self.plan, self.allocation.sparsities)
 
     def _start(self, windows: Tensor) -> Paths:
         settings, where = self.plan.settings, (self.budget, self.workspace.folder)
@@ -76,7 +103,10 @@ class Run:
                 for name, tensor in tensors.items():
                     self.model.check_finite(name, tensor)
                 self.workspace.commit(file, tensors, lambda path: {})
-        return [self._block(planned) for planned in self.plan.layout.blocks]
+        blocks = [self._block(planned) for planned in self.plan.layout.blocks]
+        if self.allocation is not None:
+            check_budget(self.plan, blocks)
+        return blocks
 
     def _block(self, planned: PlannedBlock) -> BlockRecord:
         committed = self.workspace.committed.get(planned.shard)
@@ -98,6 +128,7 @@ class Run:
             budget=self.budget,
             folder=self.workspace.folder,
             report=lambda phase: self.clock.report(planned.index, phase),
+            patterns=self.patterns[planned.index],
         )
         pruned = prune_block(self.model, self.paths, planned, task)
         task.report("writing")

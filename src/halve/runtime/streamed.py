@@ -348,12 +348,37 @@ class Stream:
         size = self.model.skeleton.config.get_text_config().vocab_size
         with self.model._surroundings(with_head=True):
             for part in self.batches(_BATCH_LOGITS // size):
-                ids = self.windows[part].to(self.model.device)
-                hidden = self.hidden[part].to(self.model.device)
-                recording = next(iter(self.recordings.values()))
-                with FastProducts():
-                    logits = finish(self.model.skeleton, ids, hidden, recording)
-                yield part, logits
+                yield part, self._logits(part)
+
+    def _logits(self, part: slice) -> Tensor:
+        ids = self.windows[part].to(self.model.device)
+        hidden = self.hidden[part].to(self.model.device)
+        recording = next(iter(self.recordings.values()))
+        with FastProducts():
+            return finish(self.model.skeleton, ids, hidden, recording)
+
+
+@torch.no_grad()
+def logits_apart(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run what comes after the last block for the windows that two streams keep apart.
+
+    Args:
+        first: A stream behind the last block.
+        second: Another of the same model, with as many windows apart.
+
+    Yields:
+        The logits of both, [batch, length, vocabulary] on the device.
+    """
+    model = first.model
+    size = model.skeleton.config.get_text_config().vocab_size
+    # Both at once, so half of the batch each.
+    parts = (
+        [part for part in s.batches(_BATCH_LOGITS // size // 2) if s.is_apart(part)]
+        for s in (first, second)
+    )
+    with model._surroundings(with_head=True):
+        for one, other in zip(*parts, strict=True):
+            yield first._logits(one), second._logits(other)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from halve.patterns import NM, Pattern, Unstructured
+from halve.patterns import NM, Exact, Pattern, Unstructured
 from halve.solvers.interface import Outcome, Solution, Solver
 from halve.statistics import ColumnNorms
 
@@ -33,7 +33,7 @@ class Wanda(Solver[ColumnNorms, Tensor]):
         return Solution(weight.masked_fill(pruned, 0), Outcome())
 
 
-def _lowest_of_each_row(scores: Tensor, pattern: Unstructured) -> Tensor:
+def _lowest_of_each_row(scores: Tensor, pattern: Unstructured | Exact) -> Tensor:
     """Return a mask whose rows differ by one at most and add up to the exact count."""
     rows, columns = scores.shape
     totals = torch.tensor(

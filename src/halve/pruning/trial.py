@@ -1,0 +1,180 @@
+"""Trying allocations: the whole model is pruned cheaply, in memory, and judged.
+
+A trial walks through the blocks with SparseGPT and writes nothing. It is judged by how
+far its predictions diverge from the dense model's on windows kept apart. The first
+prunes all blocks alike and measures how much each suffers; the next ones spread the
+sparsity by those errors, more and more, for as long as that helps.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halve.allocation import spread
+from halve.calibration import allocate_hidden
+from halve.errors import NumericalError
+from halve.patterns import parse_pattern
+from halve.plan import Plan, PlannedBlock
+from halve.pruning.block import Task, prune_block
+from halve.pruning.budget import Patterns, exact_patterns
+from halve.pruning.choice import Candidate
+from halve.pruning.site import Paths
+from halve.records import AllocationRecord, TrialRecord
+from halve.runtime.streamed import Stream, StreamedModel, logits_apart
+from halve.solvers import SparseGPT
+
+# What is tried, in this order, in shares of what the model keeps: a block keeps so much
+# more, and another so much less.
+_STEPS = (0.1, 0.2, 0.4)
+# Streams that live at the same time: a trial's, and for the windows that judge the
+# dense model's and a block's dense outputs.
+_STREAMS = 3
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What all trials of a model share.
+
+    Attributes:
+        plan: Of the run.
+        model: Holds the dense weights.
+        windows: [samples, length]; the last `plan.settings.judging` of them judge.
+        budget: Bytes of hidden states that may live in memory.
+        folder: Where mapped files lie past that.
+        report: Told of each block: its index, and which trial it is.
+    """
+
+    plan: Plan
+    model: StreamedModel
+    windows: Tensor
+    budget: int
+    folder: Path
+    report: Callable[[int, str], None]
+
+    @torch.no_grad()
+    def choose(self) -> AllocationRecord:
+        """Return the allocation that lost least; the uniform one if none lost less.
+
+        Raises:
+            NumericalError: As in a run; or predictions that are not finite.
+
+        Cost:
+            A dense pass of the windows that judge, and for each trial what a run with
+            SparseGPT costs. No trial follows one that lost more than the one before:
+            two where spreading does not help, four at most.
+        """
+        dense = self._dense()
+        errors: list[float] = []
+        trials = [self._try(0.0, dense, errors)]
+        sparsity = parse_pattern(self.plan.settings.sparsity).sparsity
+        for step in _STEPS if len(set(errors)) > 1 else ():
+            trials.append(self._try(step * (1 - sparsity), dense, errors))
+            if trials[-1].divergence >= trials[-2].divergence:
+                break
+        best = min(trials, key=lambda trial: trial.divergence)
+        return AllocationRecord(
+            best.strength, best.sparsities, tuple(errors), tuple(trials)
+        )
+
+    def _dense(self) -> Stream:
+        """Carry the windows that judge through the dense model."""
+        apart = self.plan.settings.judging
+        stream = self._start(self.windows[-apart:])
+        for planned in self.plan.layout.blocks:
+            self.report(planned.index, "running the dense model")
+            with self.model.block(planned.index) as block:
+                stream.advance(block, planned.index)
+        return stream
+
+    def _start(self, windows: Tensor) -> Stream:
+        own, apart = self.budget // _STREAMS, self.plan.settings.judging
+        return Stream.start(self.model, windows, own, self.folder, apart)
+
+    def _try(self, strength: float, dense: Stream, errors: list[float]) -> TrialRecord:
+        """Prune by one strength and judge that; without one measure errors as well."""
+        sparsities = self._sparsities(strength, errors)
+        stream = self._start(self.windows)
+        every = exact_patterns(self.plan, sparsities)
+        for planned, patterns in zip(self.plan.layout.blocks, every, strict=True):
+            self.report(planned.index, f"trying allocations, strength {strength:.3g}")
+            before = None if strength else self._outputs(stream, planned)
+            prune_block(self.model, Paths(stream), planned, self._task(patterns))
+            if before is not None:
+                errors.append(_distance(before, stream))
+        return TrialRecord(strength, sparsities, _divergence(dense, stream))
+
+    def _sparsities(self, strength: float, errors: list[float]) -> tuple[float, ...]:
+        blocks = self.plan.layout.blocks
+        weights = [sum(m.elements for m in block.matrices) for block in blocks]
+        sparsity = parse_pattern(self.plan.settings.sparsity).sparsity
+        return spread(errors or [0.0] * len(blocks), weights, sparsity, strength)
+
+    def _task(self, patterns: Patterns) -> Task:
+        settings = self.plan.settings
+        solver = SparseGPT(settings.damping, settings.block_size)
+        pattern = parse_pattern(settings.sparsity)
+        return Task(
+            candidates=(Candidate("sparsegpt", solver, pattern),),
+            correction=None,
+            refining=None,
+            budget=self.budget // _STREAMS,
+            folder=self.folder,
+            report=lambda _: None,
+            patterns=patterns,
+        )
+
+    def _outputs(self, stream: Stream, planned: PlannedBlock) -> Tensor:
+        """Return what the dense block makes of the windows that judge.
+
+        Returns:
+            [samples, length, width], in memory or in a mapped file.
+        """
+        _, length, width = stream.hidden.shape
+        shape = (stream.apart, length, width)
+        found = allocate_hidden(shape, self.budget // _STREAMS, self.folder)
+        with self.model.block(planned.index) as block:
+            for part, own in _judging(stream):
+                found[own] = stream.run(block, planned.index, part).cpu()
+        return found
+
+
+def _judging(stream: Stream) -> Iterator[tuple[slice, slice]]:
+    """Yield the batches of windows kept apart: among all windows, and among those."""
+    first = len(stream.windows) - stream.apart
+    for part in stream.batches():
+        if stream.is_apart(part):
+            yield part, slice(part.start - first, part.stop - first)
+
+
+def _distance(before: Tensor, stream: Stream) -> float:
+    """Return ||Y - Y'|| / ||Y|| of the windows kept apart, Y being from before."""
+    lost = kept = 0.0
+    for part, own in _judging(stream):
+        lost += float((stream.hidden[part] - before[own]).square().sum())
+        kept += float(before[own].square().sum())
+    return (lost / kept) ** 0.5 if kept else float(lost > 0)
+
+
+def _divergence(dense: Stream, stream: Stream) -> float:
+    """Return the mean KL(dense || pruned) of a token in the windows kept apart, nats.
+
+    Raises:
+        NumericalError: It is not finite.
+    """
+    total, tokens = 0.0, 0
+    for theirs, ours in logits_apart(dense, stream):
+        # One window at a time: two more vocabularies of log-probabilities each.
+        for wanted, found in zip(theirs, ours, strict=True):
+            log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
+            total += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+            tokens += len(wanted)
+    if not math.isfinite(total):
+        raise NumericalError(
+            "The model's predictions are not finite when it is pruned on trial.",
+            "Check the checkpoint, or pass --allocation uniform.",
+        )
+    return total / tokens

@@ -1,0 +1,186 @@
+"""A sparsity shared out over the blocks: exact, stated, resumed, and refused."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import halve
+from halve.errors import HalveError, TargetMissedError
+from halve.patterns import Unstructured
+from halve.pruning.trial import Trials
+from halve.records import PruneRecord
+from tests.integration.test_resume import Stopped, digests, stop_at
+
+
+@pytest.fixture
+def options(text) -> dict[str, Any]:
+    return {
+        "calibration": str(text),
+        "samples": 8,
+        "seq_len": 32,
+        "device": "cpu",
+        "sparsity": 0.6371,  # of no matrix a whole number of weights
+        "solver": "sparsegpt",
+        "allocation": "error",
+    }
+
+
+def changed(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return options | changes
+
+
+def zeros_in(folder, record: PruneRecord) -> int:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in record.shards:
+        tensors |= load_file(folder / file)
+    matrices = [m.tensor for block in record.blocks for m in block.matrices]
+    return sum(int((tensors[name] == 0).sum()) for name in matrices)
+
+
+def weights_of(record: PruneRecord) -> list[int]:
+    return [sum(m.rows * m.columns for m in b.matrices) for b in record.blocks]
+
+
+@pytest.mark.parametrize(
+    ("solver", "family"),
+    [("auto", "llama"), ("wanda", "gpt2"), ("magnitude", "llama"), ("admm", "opt")],
+)
+def test_the_whole_model_has_the_sparsity_to_one_weight(
+    solver, family, pico, options, tmp_path
+):
+    options = changed(options, solver=solver)
+    record = halve.prune(pico(family), tmp_path / "out", **options)
+    weights = weights_of(record)
+    assert zeros_in(tmp_path / "out", record) == Unstructured(0.6371).count(
+        sum(weights)
+    )
+    assert record.allocation is not None
+    for block, size, wanted in zip(
+        record.blocks, weights, record.allocation.sparsities, strict=True
+    ):
+        assert abs(block.zeros - wanted * size) <= 1
+
+
+def test_the_record_says_what_was_tried_and_the_least_divergence_won(
+    pico, options, tmp_path
+):
+    out = tmp_path / "out"
+    record = halve.prune(pico("llama"), out, **options)
+    assert PruneRecord.from_json((out / "halve.json").read_text()) == record
+    found = record.allocation
+    assert found is not None
+    assert len(found.errors) == len(record.blocks)
+    first, *others = found.trials
+    assert first.strength == 0
+    assert set(first.sparsities) == {0.6371}
+    assert others
+    best = min(found.trials, key=lambda trial: trial.divergence)
+    assert (found.strength, found.sparsities) == (best.strength, best.sparsities)
+
+
+def test_where_nothing_is_better_it_stays_uniform(pico, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("halve.pruning.trial._divergence", lambda *_: 1.0)
+    out = tmp_path / "out"
+    record = halve.prune(pico("llama"), out, **options)
+    assert record.allocation is not None
+    assert record.allocation.strength == 0
+    assert len(record.allocation.trials) == 2
+    spread = {abs(b.zeros - 0.6371 * w) <= 1 for b, w in _with_weights(record)}
+    assert spread == {True}
+
+
+def _with_weights(record):
+    return zip(record.blocks, weights_of(record), strict=True)
+
+
+def test_what_helps_is_taken(pico, options, tmp_path, monkeypatch):
+    """With losses that fall from trial to trial the last one is chosen."""
+    losses = iter([4.0, 3.0, 2.0, 1.0])
+    monkeypatch.setattr("halve.pruning.trial._divergence", lambda *_: next(losses))
+    out = tmp_path / "out"
+    record = halve.prune(pico("llama"), out, **options)
+    found = record.allocation
+    assert found is not None
+    assert (
+        found.strength
+        == found.trials[-1].strength
+        == max(trial.strength for trial in found.trials)
+    )
+    pairs = sorted(zip(found.errors, (b.sparsity for b in record.blocks), strict=True))
+    assert pairs[0][1] > pairs[-1][1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_stopped_at_every_phase(packed, pico, options, tmp_path):
+    options = changed(options, packed=packed)
+    phases = []
+    halve.prune(pico("llama"), tmp_path / "whole", progress=phases.append, **options)
+    for count in range(1, len(phases) + 1):
+        out = tmp_path / f"out-{count}"
+        with pytest.raises(Stopped):
+            halve.prune(pico("llama"), out, progress=stop_at(count), **options)
+        assert not out.exists()
+        halve.prune(pico("llama"), out, **options)
+        assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_run_that_goes_on_does_not_choose_again(pico, options, tmp_path, monkeypatch):
+    phases = []
+    whole = halve.prune(
+        pico("llama"), tmp_path / "whole", progress=phases.append, **options
+    )
+    first = [step.phase for step in phases].index("collecting") + 1
+    with pytest.raises(Stopped):
+        halve.prune(pico("llama"), tmp_path / "out", progress=stop_at(first), **options)
+    monkeypatch.delattr(Trials, "choose")
+    record = halve.prune(pico("llama"), tmp_path / "out", **options)
+    assert record.allocation == whole.allocation
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_the_disk_or_the_memory_makes_no_difference(pico, options, tmp_path):
+    first = halve.prune(pico("llama"), tmp_path / "a", **options)
+    second = halve.prune(pico("llama"), tmp_path / "b", activation_memory=0, **options)
+    assert first.allocation == second.allocation
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def test_a_missed_budget_is_refused(pico, options, tmp_path, monkeypatch):
+    """Matrices whose zeros are each rounded down have too few in all."""
+    monkeypatch.setattr(
+        "halve.pruning.run.exact_patterns",
+        lambda plan, _: [{} for _ in plan.layout.blocks],
+    )
+    with pytest.raises(TargetMissedError, match="in the whole model"):
+        halve.prune(pico("llama"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"sparsity": "2:4"}, "2:4 prunes all blocks alike"),
+        ({"allocation": "owl"}, "no allocation 'owl'"),
+        ({"samples": 1}, "kept apart"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(changes, match, pico, options, tmp_path):
+    options = changed(options, **changes)
+    with pytest.raises(HalveError, match=match):
+        halve.prune(pico("llama"), tmp_path / "out", **options)
+
+
+def test_uniform_is_what_it_was_and_says_nothing(pico, options, tmp_path):
+    options = changed(options, allocation="uniform")
+    record = halve.prune(pico("llama"), tmp_path / "a", **options)
+    options.pop("allocation")
+    halve.prune(pico("llama"), tmp_path / "b", **options)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert record.allocation is None
+    assert json.loads((tmp_path / "a/halve.json").read_text())["allocation"] is None
+    for matrix in (m for block in record.blocks for m in block.matrices):
+        size = matrix.rows * matrix.columns
+        assert round(matrix.sparsity * size) == Unstructured(0.6371).count(size)
