@@ -8,6 +8,7 @@ last row of each lets `--target-bits` choose for every matrix by held-out error.
 what was found, whichever way it falls.
 
     python benchmarks/frontier.py [--segments 128] [--seed 0] [--no-refine]
+        [--budgets 2.4 3.125 4.125]
         [--model FOLDER --calibration TEXT --data TEXT]
 """
 
@@ -69,6 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--segments", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     parser.add_argument("--refine", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--model", default=str(files("halve") / "data" / "pycode-opt"))
     parser.add_argument("--calibration", default="stdlib")
@@ -77,7 +79,7 @@ def main() -> int:
     print(describe_machine())
     judged = halve.perplexity(task.model, data=task.data, segments=task.segments)
     print(f"dense {judged.perplexity:.3f}")
-    for bits in BUDGETS:
+    for bits in task.budgets:
         budget(task, bits)
     return 0
 

@@ -47,6 +47,7 @@ def prune(folder: str, samples: int, length: int) -> None:
         halve.prune(
             folder,
             Path(out) / "pruned",
+            solver="sparsegpt",
             calibration="stdlib",
             samples=samples,
             seq_len=length,

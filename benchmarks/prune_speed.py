@@ -263,6 +263,7 @@ def _halve(folder: Path) -> dict[str, Any]:
         folder / "model",
         folder / "halve",
         sparsity=_SPARSITY,
+        solver="sparsegpt",
         calibration=str(folder / "text.jsonl"),
         samples=_SAMPLES,
         seq_len=_LENGTH,

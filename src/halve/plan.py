@@ -109,6 +109,14 @@ class Settings:
         return self.corrects or self.refine
 
     @property
+    def shares(self) -> int:
+        """Into how many parts the memory for activations is cut.
+
+        Two streams, where there are two, and what the dense one leaves behind.
+        """
+        return 3 if self.has_dense else 1
+
+    @property
     def held_out(self) -> int:
         """Windows kept apart, to choose by."""
         chooses = self.solver == "auto" or self.refine or len(self.pairs) > 1
@@ -251,15 +259,27 @@ class Plan:
     vocabulary: int
 
     @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return self.settings.samples * (self.settings.seq_len or 0)
+
+    @property
     def hidden_bytes(self) -> int:
         """Bytes of all hidden states between two blocks, in float32."""
-        settings = self.settings
-        # While allocations are tried, those that judge are there three times.
-        windows = max(
-            (1 + settings.has_dense) * settings.samples,
-            settings.samples + 2 * settings.judging,
+        return 4 * (1 + self.settings.has_dense) * self.tokens * self.width
+
+    @property
+    def reference_bytes(self) -> int:
+        """Bytes of the inputs that are kept of a dense block, in float32.
+
+        A lower bound: matrices of one width may have different inputs.
+        """
+        if not self.settings.corrects:
+            return 0
+        return max(
+            4 * self.tokens * sum({m.matrix.shape[1] for m in b.matrices})
+            for b in self.layout.blocks
         )
-        return 4 * windows * (settings.seq_len or 0) * self.width
 
     @property
     def block_bytes(self) -> int:
@@ -283,7 +303,8 @@ class Plan:
 
     def hidden_on_disk(self, budget: int | None = None) -> bool:
         """Whether hidden states go to a mapped file with this budget of bytes."""
-        return self.hidden_bytes > (default_budget() if budget is None else budget)
+        own = default_budget() if budget is None else budget
+        return 4 * self.tokens * self.width > own // self.settings.shares
 
     def identity(self) -> dict[str, Any]:
         """Return what two runs must share to end in the same bytes."""

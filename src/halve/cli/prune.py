@@ -212,6 +212,7 @@ def _print_plan(plan: "Plan", budget: int | None, as_json: bool) -> None:
         "bytes_block": plan.block_bytes,
         "bytes_gram": plan.gram_bytes,
         "bytes_hidden_states": plan.hidden_bytes,
+        "bytes_dense_inputs": plan.reference_bytes,
         "hidden_states_on_disk": on_disk,
         "bytes_output": plan.layout.output_bytes,
     }
@@ -237,6 +238,8 @@ def _print_plan(plan: "Plan", budget: int | None, as_json: bool) -> None:
     print(f"Gram matrices of a block, at least: {size(plan.gram_bytes)}")
     place = "in a mapped file" if on_disk else "in memory"
     print(f"Hidden states between blocks, {place}: {size(plan.hidden_bytes)}")
+    if plan.reference_bytes:
+        print(f"Inputs in the dense block, at least: {size(plan.reference_bytes)}")
     print(
         f"Output: {size(plan.layout.output_bytes)} in {len(plan.layout.shards)} files"
     )

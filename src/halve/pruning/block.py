@@ -199,5 +199,6 @@ def _stored(site: Site, model: StreamedModel) -> Iterator[tuple[str, Tensor]]:
 def install(site: Site, model: StreamedModel, stored: dict[str, Tensor]) -> None:
     """Put what an earlier run has stored into a block that is dense."""
     for path, parameter in site.block.named_parameters():
-        value = stored[model.tensors[f"{site.planned.name}.{path}"]]
-        site.exchange(path, value.to(parameter.device, torch.float32))
+        tensor = model.tensors[f"{site.planned.name}.{path}"]
+        if tensor in stored:  # what other blocks share lies in the shard of the first
+            site.exchange(path, stored[tensor].to(parameter.device, torch.float32))

@@ -27,16 +27,20 @@ class HeldOut:
     Attributes:
         pairs: Batches of inputs as they are now, and as they are in the dense model,
             each [tokens, columns]; the same tensor where that is not known.
+        step: One token in so many is kept.
     """
 
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    step: int = 1
+
+    @classmethod
+    def of(cls, tokens: int) -> "HeldOut":
+        """Return room for some of so many tokens."""
+        return cls(step=max(-(-tokens // _HELD_TOKENS), 1))
 
     def add(self, inputs: Tensor, dense: Tensor) -> None:
-        """Keep a batch, thinned where that is more than enough."""
-        room = _HELD_TOKENS - sum(len(held) for held, _ in self.pairs)
-        if room > 0:
-            step = -(-len(inputs) // room)
-            self.pairs.append((inputs[::step].clone(), dense[::step].clone()))
+        """Keep a batch, thinned."""
+        self.pairs.append((inputs[:: self.step].clone(), dense[:: self.step].clone()))
 
     def error(self, weight: Tensor, solution: Tensor) -> float:
         """Return ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2.
@@ -115,7 +119,8 @@ def _nothing_yet(
 ) -> Evidence:
     device = site.stream.model.device
     drift = None if reference is None else Drift(group.columns, device)
-    return Evidence(group, kind(group.columns, device), drift)
+    held = HeldOut.of(site.stream.apart * site.stream.windows.shape[1])
+    return Evidence(group, kind(group.columns, device), drift, held)
 
 
 @dataclass

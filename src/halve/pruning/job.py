@@ -88,8 +88,8 @@ def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
     """Return calibration windows, None where the solver needs none."""
     settings = plan.settings
     ways = candidates(settings, plan.layout.dtype)
-    needs_none = {way.solver.statistic for way in ways} == {Nothing}
-    if needs_none and not settings.has_dense and not settings.judging:
+    asks = settings.has_dense or settings.held_out or settings.judging
+    if {way.solver.statistic for way in ways} == {Nothing} and not asks:
         return None
     assert settings.seq_len is not None
     size = (settings.samples, settings.seq_len)

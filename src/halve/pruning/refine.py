@@ -61,8 +61,9 @@ def refine(site: Site, dtypes: dict[str, torch.dtype], refining: Refining) -> Re
         Errors before and after, both with parameters rounded to those dtypes.
 
     Cost:
-        Forward and backward passes of the block, one for each epoch; of memory, the
-        gradients and two moments of its parameters, and one batch's activations.
+        An epoch is a forward and a backward pass, as much as three passes of the block.
+        Of memory, four copies of its parameters (their values, gradients and two
+        moments), and one batch's activations.
     """
     tuning = _Tuning(site, dtypes, refining)
     before = best = tuning.held_out_error()

@@ -65,12 +65,11 @@ class Run:
         self.model = StreamedModel.open(
             plan.model, plan.settings.device, execution.trust_remote_code
         )
-        # Two streams, where there are two, and what the dense one leaves share alike.
         budget = execution.activation_memory
         self.budget = default_budget() if budget is None else budget
         self.allocation = self._allocate(windows)
         self.patterns = self._patterns()
-        self.budget //= 3 if plan.settings.has_dense else 1
+        self.budget //= plan.settings.shares
         self.paths = None if windows is None else self._start(windows)
 
     def _allocate(self, windows: Tensor | None) -> AllocationRecord | None:
