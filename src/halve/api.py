@@ -35,7 +35,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     refit: bool = False,
     sequential: bool | None = None,
     refine: bool = False,
-    epochs: int = 5,
+    epochs: int = 3,
     quantize: str | None = None,
     group_size: int = 128,
     symmetric: bool = True,

@@ -78,7 +78,7 @@ class Settings:
     refit: bool = False
     sequential: bool | None = None
     refine: bool = False
-    epochs: int = 5
+    epochs: int = 3
     quantize: str | None = None
     group_size: int = 128
     symmetric: bool = True

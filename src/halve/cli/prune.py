@@ -84,7 +84,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     ] = False,
     epochs: Annotated[
         int, typer.Option(help="Passes over the windows for --refine.")
-    ] = 5,
+    ] = 3,
     quantize: Annotated[
         str | None,
         typer.Option(
