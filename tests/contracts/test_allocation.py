@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halve.allocation import apportion, share_out, spread
@@ -27,6 +27,7 @@ def sparsities_of(blocks, sparsity, strength):
     return spread(errors, weights, sparsity, strength)
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(st.integers(0, 10**12), st.lists(st.integers(1, 10**9), min_size=1))
 def test_apportioned_counts_add_up_and_are_each_within_one(total, claims):
     counts = apportion(total, claims)
@@ -40,6 +41,7 @@ def test_of_equal_remainders_the_first_is_rounded_up():
     assert apportion(0, [0, 0]) == (0, 0)
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(BLOCKS, SPARSITIES, STRENGTHS)
 def test_sparsities_keep_the_mean_and_the_bounds(blocks, sparsity, strength):
     found = sparsities_of(blocks, sparsity, strength)
@@ -50,6 +52,7 @@ def test_sparsities_keep_the_mean_and_the_bounds(blocks, sparsity, strength):
     assert max(found) - min(found) <= 2 * strength + 1e-12
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(BLOCKS, SPARSITIES, STRENGTHS)
 def test_what_suffers_more_is_never_pruned_more(blocks, sparsity, strength):
     found = sparsities_of(blocks, sparsity, strength)
@@ -58,6 +61,7 @@ def test_what_suffers_more_is_never_pruned_more(blocks, sparsity, strength):
         assert all(other <= own for more, other in pairs if more > error)
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(BLOCKS, SPARSITIES, STRENGTHS, ERRORS)
 def test_equal_errors_or_no_strength_are_uniform(blocks, sparsity, strength, error):
     assert set(sparsities_of(blocks, sparsity, 0.0)) == {sparsity}
@@ -65,6 +69,7 @@ def test_equal_errors_or_no_strength_are_uniform(blocks, sparsity, strength, err
     assert set(sparsities_of(alike, sparsity, strength)) == {sparsity}
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(BLOCKS, SPARSITIES, STRENGTHS)
 def test_the_budget_is_met_to_one_weight(blocks, sparsity, strength):
     matrices = [sizes for _, sizes in blocks]
@@ -78,6 +83,7 @@ def test_the_budget_is_met_to_one_weight(blocks, sparsity, strength):
         assert all(0 <= z <= n for z, n in zip(zeros, sizes, strict=True))
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(st.integers(1, 10**10), st.floats(0, 1), st.floats(0, 1))
 def test_an_exact_pattern_counts_its_matrix_exactly_and_parts_in_proportion(
     elements, share, part
