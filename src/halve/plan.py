@@ -173,9 +173,10 @@ class Settings:
             return
         pattern, *others = [pattern for pattern, _ in self.pairs]
         if isinstance(pattern, NM) or pattern.sparsity == 0 or others:
+            what = "A number of bits a weight" if others else f"The pattern {pattern}"
             raise HalveError(
-                "Bits a weight, n:m and no zeros at all leave all blocks alike, so "
-                f"there is nothing to share out by {self.allocation}.",
+                f"{what} prunes all blocks alike, so there is nothing to share out by "
+                f"{self.allocation}.",
                 "Pass --allocation uniform, or an unstructured sparsity such as 50%.",
             )
 
