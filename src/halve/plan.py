@@ -149,6 +149,7 @@ class Settings:
                 raise HalveError(
                     f"{name} is {value}, which is not positive.", "Pass 1 or more."
                 )
+        self._check_grids()
         self._check_allocation()
         if max(self.held_out, self.judging) >= self.samples:
             raise HalveError(
@@ -161,6 +162,17 @@ class Settings:
                 f"The damping is {self.damping}; a share of the mean diagonal from 0 "
                 "to 1 was expected.",
                 "Pass --damping 0.01.",
+            )
+
+    def _check_grids(self) -> None:
+        chosen = (self.group_size, self.symmetric)
+        if self.pairs[0][1] is None and chosen != (
+            Settings.group_size,
+            Settings.symmetric,
+        ):
+            raise HalveError(
+                "A group size or zero points were asked for, but nothing is rounded.",
+                "Pass --quantize int4 or --target-bits as well.",
             )
 
     def _check_allocation(self) -> None:

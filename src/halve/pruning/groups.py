@@ -1,4 +1,4 @@
-"""Which matrices of a block see the same input, and what that input looks like."""
+"""Which matrices of a block see the same input, and in which order."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
