@@ -113,20 +113,6 @@ def test_what_helps_is_taken(pico, options, tmp_path, monkeypatch):
     assert pairs[0][1] > pairs[-1][1]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_stopped_at_every_phase(packed, pico, options, tmp_path):
-    options = changed(options, packed=packed)
-    phases = []
-    halve.prune(pico("llama"), tmp_path / "whole", progress=phases.append, **options)
-    for count in range(1, len(phases) + 1):
-        out = tmp_path / f"out-{count}"
-        with pytest.raises(Stopped):
-            halve.prune(pico("llama"), out, progress=stop_at(count), **options)
-        assert not out.exists()
-        halve.prune(pico("llama"), out, **options)
-        assert digests(out) == digests(tmp_path / "whole")
-
-
 def test_a_run_that_goes_on_does_not_choose_again(pico, options, tmp_path, monkeypatch):
     phases = []
     whole = halve.prune(

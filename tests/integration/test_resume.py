@@ -51,10 +51,13 @@ def stop_at(count: int):
     return progress
 
 
+ALLOCATED = {"sparsity": 0.6371, "solver": "sparsegpt", "allocation": "error"}
 STOPPED: dict[str, dict[str, Any]] = {
     "magnitude": {"solver": "magnitude"},
     "sparsegpt": {"solver": "sparsegpt"},
     "refined": {"solver": "auto", "refine": True, "epochs": 2},
+    "allocated": ALLOCATED,
+    "allocated, packed": ALLOCATED | {"packed": True},
     "refined, dense targets": {"solver": "magnitude", "refine": True, "epochs": 1},
 }
 
