@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 import halve
 from halve.patterns import parse_pattern
 from halve.plan import PlannedBlock, Settings, make_plan
+from halve.pruning.evidence import collect
 from halve.pruning.reference import Reference
 from halve.pruning.site import Paths, Site
 from halve.runtime.streamed import Stream, StreamedModel
+from halve.statistics import Gram
 from tests.integration.test_resume import digests
 
 OPTIONS: dict[str, Any] = {"samples": 16, "seq_len": 64, "device": "cpu"}
@@ -54,6 +56,59 @@ def test_refining_never_raises_the_held_out_error_and_keeps_masks(
         assert torch.equal(after[matrix.tensor] == 0, pruned), matrix.tensor
     obeyed = parse_pattern(pattern)
     assert obeyed.sparsity == pytest.approx(refined.sparsity, abs=1e-3)
+
+
+def test_refined_biases_and_norms_are_stored(pico, text, tmp_path):
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "epochs": 12}
+    halve.prune(pico("opt"), tmp_path / "out", refine=True, **options)
+    before, after = tensors(pico("opt")), tensors(tmp_path / "out")
+    for kind in ("fc1.bias", "fc2.bias", "final_layer_norm.bias", "out_proj.bias"):
+        moved = [n for n in before if n.endswith(kind) and ".layers." in n]
+        assert any(not torch.equal(before[n], after[n]) for n in moved), kind
+
+
+@pytest.mark.parametrize("solver", ["auto", "admm"])
+def test_order_is_the_default_where_it_measures_better(solver, pico, text, tmp_path):
+    """The first group is given the same either way; what comes after it is not."""
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "solver": solver}
+    found = {}
+    for name, sequential in (("default", None), ("on", True), ("off", False)):
+        halve.prune(pico("opt"), tmp_path / name, sequential=sequential, **options)
+        found[name] = tensors(tmp_path / name)
+    name = "model.decoder.layers.0.{}.weight"
+    for tensor, same in (("self_attn.q_proj", True), ("fc2", False)):
+        path = name.format(tensor)
+        assert torch.equal(found["default"][path], found["on"][path])
+        assert torch.equal(found["on"][path], found["off"][path]) == same
+
+
+def test_evidence_sums_the_windows_that_are_fitted_to(pico):
+    model = StreamedModel.open(pico("llama"), "cpu")
+    ids = torch.randint(3, 4096, (6, 32), generator=torch.Generator().manual_seed(0))
+    stream = Stream.start(model, ids, budget=2**30, apart=2)
+    planned = make_plan(pico("llama"), Settings()).layout.blocks[0]
+    with torch.no_grad(), model.block(0) as block:
+        site = Site(block, planned, Paths(stream, stream.fork(2**30)))
+        groups = site.groups()
+        reference = Reference.record(site, groups, 2**30, None)
+        path = "self_attn.v_proj.weight"
+        site.exchange(path, block.get_parameter(path) * 0.5)
+        after = [g for g in groups if g.leader == "self_attn.o_proj"]
+        (evidence,) = collect(site, after, Gram, reference)
+        met: list[torch.Tensor] = []
+        for part in stream.batches():
+            site.each_input(part, after, lambda _, inputs: met.append(inputs))
+    inputs = torch.cat(met)
+    dense = reference.inputs("self_attn.o_proj", 0, slice(0, 6))
+    x, other = inputs[: 4 * 32], dense[: 4 * 32]
+    assert evidence.drift is not None
+    assert isinstance(evidence.statistic, Gram)
+    close: dict[str, Any] = {"atol": 1e-4 * float((x.T @ x).abs().max())}
+    assert torch.allclose(evidence.statistic.matrix(), x.T @ x, **close)
+    assert torch.allclose(evidence.drift.cross, (other - x).T @ x, **close)
+    assert float((evidence.drift.cross).abs().max()) > close["atol"]
+    held = torch.cat([pair[0] for pair in evidence.held.pairs])
+    assert torch.equal(held, inputs[4 * 32 :])
 
 
 @over_rows

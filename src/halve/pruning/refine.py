@@ -3,8 +3,8 @@
 Once a block is pruned, all that is left in it (kept weights, biases, norms) is tuned by
 Adam, so that on the hidden states that really enter it, by way of the pruned blocks
 before, it gives what the dense block gives in the dense model. There are no labels, and
-only one block and its activations are in memory. Masks are fixed: gradients and weights
-are masked at every step. (As in EBFT, Guo et al. (2024), and 3BASiL's "transformer
+only one block and its activations are in memory. Masks are fixed, and applied again
+after every step. (As in EBFT, Guo et al. (2024), and 3BASiL's "transformer
 matching" (2025); here with the best state on held-out windows kept.)
 """
 
@@ -133,10 +133,6 @@ class _Tuning:
         with torch.enable_grad():
             self._loss(part).backward()
         self._put(self.values)
-        for path, kept in self.kept.items():
-            gradient = self.parameters[path].grad
-            assert gradient is not None, "a matrix takes no part in its block"
-            gradient.mul_(kept)
         self.optimiser.step()
         for path, kept in self.kept.items():
             self.values[path].mul_(kept)
