@@ -24,11 +24,11 @@ def drifted(problem: Problem) -> torch.Tensor:
 def corrected(problem: Problem, dense: torch.Tensor, damping: float = 0.01):
     """Return the corrected target of a problem's weight."""
     columns = problem.inputs.shape[1]
-    statistic, drift = Gram(columns, dense.device), Drift(columns, dense.device)
+    statistic, drift = Gram(columns, dense.device), Drift([problem.weight])
     for part, other in zip(problem.inputs.split(50), dense.split(50), strict=True):
         statistic.add(part)
         drift.add(part, other)
-    return Correction.of(statistic, drift, damping).target(problem.weight)
+    return Correction.of(statistic, drift, damping).target(0, problem.weight)
 
 
 @over_problems
@@ -45,6 +45,19 @@ def test_target_is_the_damped_least_squares_solution(name):
     assert (found - expected).norm() <= 1e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("heights", [(8, 8, 8), (3, 4), (1,)], ids=str)
+def test_drift_is_the_same_whichever_way_it_is_summed(heights):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(rows, 16, generator=generator) for rows in heights]
+    inputs, dense = torch.randn(2, 60, 16, generator=generator).unbind()
+    drift = Drift(weights)
+    for part, other in zip(inputs.split(25), dense.split(25), strict=True):
+        drift.add(part, other)
+    for index, weight in enumerate(weights):
+        expected = weight.double() @ (dense - inputs).double().T @ inputs.double()
+        assert torch.allclose(drift.pulled(index).double(), expected, atol=1e-3)
+
+
 @over_problems
 def test_without_drift_the_target_is_the_weight(name):
     problem = PROBLEMS[name]
@@ -59,12 +72,12 @@ def test_solving_for_the_target_comes_nearer_to_the_dense_outputs(name, solver):
     held = HeldOut([(problem.inputs, dense)])
     aimed = Problem(corrected(problem, dense), problem.inputs).solve(solver, "50%")
     plain = problem.solve(solver, "50%")
-    errors = [held.error(problem.weight, s.weight) for s in (aimed, plain)]
+    errors = held.errors(problem.weight, [aimed.weight, plain.weight])
     assert errors[0] < errors[1]
 
 
 def test_a_matrix_that_is_no_gram_matrix_is_refused():
-    statistic, drift = Gram(8, torch.device("cpu")), Drift(8, torch.device("cpu"))
+    statistic, drift = Gram(8, torch.device("cpu")), Drift([torch.ones(4, 8)])
     statistic.add(torch.randn(32, 8))
     statistic._upper.neg_()
     with pytest.raises(NumericalError, match="not positive definite"):
@@ -80,7 +93,9 @@ def test_held_out_error_is_the_error():
     wanted = dense.double() @ problem.weight.double().T
     lost = wanted - problem.inputs.double() @ solution.double().T
     expected = float(lost.square().sum() / wanted.square().sum())
-    assert held.error(problem.weight, solution) == pytest.approx(expected, rel=1e-4)
+    assert held.errors(problem.weight, [solution]) == pytest.approx(
+        [expected], rel=1e-4
+    )
 
 
 def test_held_out_inputs_are_bounded():

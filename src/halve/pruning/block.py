@@ -13,7 +13,7 @@ from halve.plan import PlannedBlock, PlannedMatrix
 from halve.pruning.budget import Patterns
 from halve.pruning.choice import Candidate, Choice, Contest
 from halve.pruning.evidence import Evidence, collect
-from halve.pruning.groups import Group
+from halve.pruning.groups import Group, stages
 from halve.pruning.reference import Reference
 from halve.pruning.refine import Refined, Refining, refine
 from halve.pruning.site import Paths, Site, weight_path
@@ -105,7 +105,7 @@ def prune_block(
 def _observe(site: Site, task: Task) -> Iterator[Evidence]:
     """Yield each group with what is known of its inputs.
 
-    Where targets are corrected that is only gathered once the groups before it are
+    Where targets are corrected that is only gathered once the stages before it are
     pruned, and so by a pass for each; else by one pass of the dense block.
     """
     if site.paths is None:
@@ -116,7 +116,7 @@ def _observe(site: Site, task: Task) -> Iterator[Evidence]:
         return
     groups = site.groups()
     reference = _reference(site, groups, task)
-    for stage in [groups] if reference is None else [[group] for group in groups]:
+    for stage in [groups] if reference is None else stages(groups, site.width):
         task.report("collecting")
         found = collect(site, stage, task.statistic, reference)
         task.report("solving")
@@ -144,9 +144,9 @@ def _solve_group(
     except NumericalError as error:
         raise NumericalError(f"{name}: {error.problem}", error.remedy) from error
     choices: dict[str, Choice] = {}
-    for planned in evidence.group.matrices:
+    for index, planned in enumerate(evidence.group.matrices):
         dense = site.weight(planned).contiguous()
-        target = correction.target(dense) if correction else dense
+        target = correction.target(index, dense) if correction else dense
         choice = contest.solve(dense, target, task.patterns.get(planned.tensor))
         _put(site, model, planned, choice)
         choices[planned.tensor] = choice

@@ -18,7 +18,7 @@ from halve.solvers import (
 )
 
 # Solvers that `auto` chooses from, and whether their masks are refitted.
-_AUTO = (("admm", False), ("sparsegpt", True))
+_AUTO = (("admm", False), ("wanda", True))
 
 
 def candidates(settings: Settings, dtype: torch.dtype) -> tuple[Candidate, ...]:

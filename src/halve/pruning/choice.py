@@ -97,7 +97,8 @@ class Contest:
         if not self.evidence.held.pairs:
             assert len(found) == 1, "several solutions and nothing to judge them by"
             return found[0]
-        errors = [self.evidence.held.error(weight, c.solution.weight) for c in found]
+        solutions = [choice.solution.weight for choice in found]
+        errors = self.evidence.held.errors(weight, solutions)
         first, *others = sorted(range(len(found)), key=errors.__getitem__)
         second = errors[others[0]] if others else None
         return replace(found[first], held_out=errors[first], runner_up=second)

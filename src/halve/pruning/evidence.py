@@ -5,6 +5,7 @@ kept apart, inputs themselves are held, since they judge every candidate.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -42,19 +43,20 @@ class HeldOut:
         """Keep a batch, thinned."""
         self.pairs.append((inputs[:: self.step].clone(), dense[:: self.step].clone()))
 
-    def error(self, weight: Tensor, solution: Tensor) -> float:
-        """Return ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2.
+    def errors(self, weight: Tensor, solutions: Sequence[Tensor]) -> list[float]:
+        """Return ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2 of each solution Z.
 
         Args:
             weight: W, dense, [rows, columns].
-            solution: Z, [rows, columns].
+            solutions: Z, [rows, columns] each.
         """
-        lost = kept = 0.0
+        lost, kept = [0.0] * len(solutions), 0.0
         for inputs, dense in self.pairs:
             wanted = linear(dense, weight)
             kept += float(wanted.square().sum())
-            lost += float((wanted - linear(inputs, solution)).square().sum())
-        return lost / kept if kept else float(lost > 0)
+            for index, solution in enumerate(solutions):
+                lost[index] += float((wanted - linear(inputs, solution)).square().sum())
+        return [own / kept if kept else float(own > 0) for own in lost]
 
 
 @dataclass
@@ -118,7 +120,8 @@ def _nothing_yet(
     site: Site, group: Group, kind: type[Statistic], reference: Reference | None
 ) -> Evidence:
     device = site.stream.model.device
-    drift = None if reference is None else Drift(group.columns, device)
+    weights = [site.weight(matrix) for matrix in group.matrices]
+    drift = None if reference is None else Drift(weights)
     held = HeldOut.of(site.stream.apart * site.stream.windows.shape[1])
     return Evidence(group, kind(group.columns, device), drift, held)
 

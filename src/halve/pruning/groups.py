@@ -92,5 +92,27 @@ def find_groups(stream: Stream, block: nn.Module, planned: PlannedBlock) -> list
     ]
 
 
+def stages(groups: list[Group], width: int) -> list[list[Group]]:
+    """Return runs of groups that are pruned on the inputs of one pass.
+
+    A group feeds the next one, which must wait for it, but for a group whose single
+    matrix is as high as hidden states are wide: such a matrix only adds to them, as an
+    attention's output does, and what is added moves them little.
+
+    Args:
+        groups: In the order in which data meets them.
+        width: Of hidden states.
+    """
+    runs: list[list[Group]] = []
+    waits = True
+    for group in groups:
+        if waits:
+            runs.append([])
+        runs[-1].append(group)
+        heights = [matrix.matrix.shape[0] for matrix in group.matrices]
+        waits = heights != [width]
+    return runs
+
+
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tensor.shape[-1], tensor.numel(), tensor._version)

@@ -62,6 +62,11 @@ class Site:
         return self.paths.dense
 
     @property
+    def width(self) -> int:
+        """Numbers in the hidden state of a token."""
+        return self.stream.hidden.shape[-1]
+
+    @property
     def has_dense(self) -> bool:
         """Whether the dense model runs beside."""
         return self.paths is not None and self.paths.dense is not None

@@ -37,8 +37,8 @@ from halve.statistics import Gram
 
 # rho of a level is _FIRST * _GROWTH^level. Slower growth loses less and takes longer:
 # docs/log.md has the table that these were chosen from.
-_FIRST = 0.03
-_GROWTH = 1.1
+_FIRST = 0.1
+_GROWTH = 1.2
 # Iterations between two looks at how the support moved.
 _PERIOD = 3
 # Levels to go up by, where at least this share of the kept weights moved.
@@ -46,7 +46,7 @@ _SCHEDULE = ((0.1, 3), (0.005, 2), (0.0, 1))
 # The support has settled where a smaller share moved.
 _SETTLED = 1e-3
 # Weights from which a threshold within the iteration is taken.
-_SAMPLE = 2**16
+_SAMPLE = 2**14
 # Inverses that a group keeps for its next matrix, in bytes.
 _KEPT_BYTES = 2**30
 
@@ -102,7 +102,7 @@ class ADMM(Solver[Gram, Prepared]):
     Attributes:
         damping: Share of the mean diagonal of H that is added to its diagonal.
         most_rounds: Looks at the support after which the iteration stops, settled or
-            not; some thirty is the rule.
+            not; some six is the rule.
     """
 
     statistic: ClassVar = Gram
@@ -119,7 +119,7 @@ class ADMM(Solver[Gram, Prepared]):
         return Prepared(gram, hessian, scale, system, dead, self.damping)
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
-        """Prune [rows, columns]; about 100 products of the matrix with the Hessian.
+        """Prune [rows, columns]; about 50 products of the matrix with the Hessian.
 
         Raises:
             NumericalError: The Hessian is not positive definite.
@@ -177,7 +177,7 @@ def _step(
         pruned: Where C is V / rho, and not D.
     """
     old, new = (_penalty(level) for level in levels)
-    pull = torch.where(pruned, -old, new)  # rho D - V
+    pull = (pruned * -(old + new)).add_(new)  # times C: rho D - V
     free = linear(torch.addcmul(target, carried, pull), state.inverse(levels[1]))
     return free.addcmul_(carried, pruned * (old / new))
 
@@ -195,6 +195,7 @@ def _pruned_about(values: Tensor, pattern: Pattern) -> Tensor:
     scores = values.abs()
     if isinstance(pattern, NM):
         return pattern.mask(scores)
-    sample = scores.flatten()[:: max(scores.numel() // _SAMPLE, 1)]
+    # An odd step meets all columns where their number is even.
+    sample = scores.flatten()[:: max(scores.numel() // _SAMPLE, 1) | 1]
     count = max(pattern.count(sample.numel()), 1)
     return scores <= sample.kthvalue(count).values

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from halve.errors import NumericalError
-from halve.products import linear
 from halve.solvers.hessian import damped
 from halve.statistics import Drift, Gram
 
@@ -27,11 +26,11 @@ class Correction:
     """What the matrices of a group share.
 
     Attributes:
-        cross: (X_dense - X)^T X, [columns, columns].
+        drift: W (X_dense - X)^T X for each.
         factor: Lower Cholesky factor of the damped H, [columns, columns].
     """
 
-    cross: Tensor
+    drift: Drift
     factor: Tensor
 
     @classmethod
@@ -54,9 +53,14 @@ class Correction:
                 "The Gram matrix is not positive definite.",
                 "Raise --damping, or calibrate on other or more text.",
             )
-        return cls(drift.cross, factor)
+        return cls(drift, factor)
 
-    def target(self, weight: Tensor) -> Tensor:
-        """Return W' for W, [rows, columns]; 3 rows * columns^2 operations."""
-        pulled = linear(weight, self.cross.T)  # W (X_dense - X)^T X
+    def target(self, index: int, weight: Tensor) -> Tensor:
+        """Return W' for W, [rows, columns]; 2 to 3 rows * columns^2 operations.
+
+        Args:
+            index: Which matrix of the group W is.
+            weight: W.
+        """
+        pulled = self.drift.pulled(index)
         return weight + torch.cholesky_solve(pulled.T, self.factor).T
