@@ -1,89 +1,117 @@
-"""Claim: peak memory does not grow with the depth of the model.
+"""Claims: the dry run foretells peak memory, and depth does not change it.
 
-Prunes random models of 6 and of 24 blocks of one shape on the same samples, each in a
-process of its own, and compares their peak resident sets. Exits with 1 where the
-deeper one needs over 10 % more.
+Prunes models of several shapes, the bundled one and random ones, each in a process of
+its own, and compares the peak of its resident set with what `halve prune --dry-run`
+said. Exits with 1 where they differ by more than 15 %, or where a model of 24 blocks
+needs over 10 % more than one of 6.
 
-    python benchmarks/memory.py [--width 1024] [--samples 32] [--seq-len 256]
+    python benchmarks/memory.py [--solvers sparsegpt auto] [--shapes bundled small]
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import describe_machine
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import halve
 
-BUNDLED = Path(halve.__file__).parent / "data/pycode-opt"
-LIMIT = 1.10
+BUNDLED = files("halve") / "data" / "pycode-opt"
+FARTHEST, DEEPEST = 0.15, 1.10
+# Name -> family, width, inner width, blocks, samples, tokens in each.
+SHAPES: dict[str, tuple[str, int, int, int, int, int]] = {
+    "small": ("opt", 512, 2048, 4, 64, 256),
+    "6 blocks": ("llama", 1024, 4096, 6, 32, 256),
+    "24 blocks": ("llama", 1024, 4096, 24, 32, 256),
+    "1.3 B": ("opt", 2048, 8192, 24, 8, 512),
+    "7 B, 4 blocks": ("llama", 4096, 11008, 4, 8, 512),
+}
 
 
-def save_model(folder: Path, depth: int, width: int) -> None:
-    """Write a random Llama-shaped model in bfloat16."""
-    config = LlamaConfig(
+def save_model(folder: Path, shape: tuple[str, int, int, int, int, int]) -> None:
+    """Write a random model in bfloat16."""
+    family, width, inner, depth, _, _ = shape
+    own = {"opt": {"ffn_dim": inner, "word_embed_proj_dim": width}}
+    config = AutoConfig.for_model(
+        family,
         vocab_size=4096,
         hidden_size=width,
-        intermediate_size=4 * width,
         num_hidden_layers=depth,
         num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
+        **own.get(family, {"intermediate_size": inner}),
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="500MB")
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
 
 
-def prune(folder: str, samples: int, length: int) -> None:
-    """Prune in this process and print its peak resident set, in MiB."""
-    with tempfile.TemporaryDirectory() as out:
-        halve.prune(
-            folder,
-            Path(out) / "pruned",
-            solver="sparsegpt",
-            calibration="stdlib",
-            samples=samples,
-            seq_len=length,
-            device="cpu",
-        )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"peak_mib": peak}))
+def peak_of(command: list[str]) -> tuple[int, str]:
+    """Run Halve in a process of its own; return its peak resident set and output."""
+    program = (
+        "import sys; from halve.cli.app import main; sys.argv[0] = 'halve'\n"
+        "try: main()\n"
+        "finally: print(open('/proc/self/status').read(), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    line = next(x for x in done.stderr.splitlines() if x.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024, done.stdout
 
 
-def measure(depth: int, options: argparse.Namespace) -> float:
-    """Return the peak of a model of some depth, in MiB."""
+def measure(name: str, solver: str) -> tuple[int, int]:
+    """Return the peak that was foretold for a shape, and the one that was measured."""
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), depth, options.width)
-        command = [sys.executable, __file__, "--child", folder]
-        command += ["--samples", str(options.samples)]
-        command += ["--seq-len", str(options.seq_len)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(output.stdout.splitlines()[-1])["peak_mib"]
+        model, size = Path(folder) / "model", (128, 256)
+        if name == "bundled":
+            model = Path(str(BUNDLED))
+        else:
+            save_model(model, SHAPES[name])
+            size = SHAPES[name][-2:]
+        command = ["prune", str(model), "-o", f"{folder}/out", "--solver", solver]
+        command += ["--samples", str(size[0]), "--seq-len", str(size[1])]
+        command += ["--calibration", "stdlib", "--device", "cpu", "--quiet"]
+        _, plan = peak_of([*command, "--dry-run", "--json"])
+        peak, _ = peak_of(command)
+    return json.loads(plan)["bytes_peak"], peak
 
 
 def main() -> int:
-    """Measure both depths and compare."""
+    """Measure all shapes and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--solvers", nargs="+", default=["sparsegpt", "auto"])
+    parser.add_argument("--shapes", nargs="+", default=["bundled", *SHAPES])
     options = parser.parse_args()
-    if options.child:
-        prune(options.child, options.samples, options.seq_len)
-        return 0
-    print(describe_machine())
-    shallow, deep = (measure(depth, options) for depth in (6, 24))
-    print(f"peak resident set, 6 blocks of width {options.width}: {shallow:.0f} MiB")
-    print(f"peak resident set, 24 blocks: {deep:.0f} MiB, {deep / shallow:.3f} times")
-    return int(deep > LIMIT * shallow)
+    print(describe_machine(), f"halve {halve.__version__}", sep="\n")
+    kept = True
+    for solver in options.solvers:
+        peaks: dict[str, int] = {}
+        for name in options.shapes:
+            foretold, peaks[name] = measure(name, solver)
+            off = foretold / peaks[name] - 1
+            kept &= abs(off) <= FARTHEST
+            print(
+                f"{solver:10} {name:14} foretold {foretold / 2**20:7.0f} MiB, "
+                f"measured {peaks[name] / 2**20:7.0f} MiB: {100 * off:+.1f} %",
+                flush=True,
+            )
+        if {"6 blocks", "24 blocks"} <= peaks.keys():
+            deeper = peaks["24 blocks"] / peaks["6 blocks"]
+            print(f"{solver:10} 24 blocks take {deeper:.3f} times what 6 blocks take")
+            kept &= deeper <= DEEPEST
+    print("kept" if kept else "MISSED")
+    return int(not kept)
 
 
 if __name__ == "__main__":

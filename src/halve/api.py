@@ -31,6 +31,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     block_size: int = 128,
     device: str = "auto",
     activation_memory: int | None = None,
+    memory: int | None = None,
     packed: bool = False,
     refit: bool = False,
     sequential: bool | None = None,
@@ -64,7 +65,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         sparsity: A share (`0.5`, `"50%"`) or n kept of every m inputs (`"2:4"`).
         solver: `auto`, `admm`, `sparsegpt`, `wanda` or `magnitude` (docs/solvers.md).
             `auto` keeps a sixteenth of the windows apart and takes, for each matrix,
-            the solution of `admm` or of `sparsegpt` with refit, by those.
+            the solution of `admm` or of `wanda` with refit, by those.
         calibration: `c4`, `wikitext2`, `ptb`, a data set of the hub, a .txt, .jsonl
             or .parquet file, `stdlib` (this Python's own sources), or `self` (text
             sampled from the model, which then must fit into memory).
@@ -76,6 +77,8 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         device: `cpu`, `cuda` or `auto`.
         activation_memory: Bytes of hidden states kept in memory before they go to a
             mapped file; by default a quarter of the machine's.
+        memory: Bytes that the whole process may take; decides where hidden states
+            live, and is refused where the rest alone takes more.
         packed: Whether to store the pruned matrices packed, as `pack` does.
         refit: Whether the kept weights are tuned by conjugate gradients once the mask
             is chosen; the layer error never rises. `admm` does that by itself.
@@ -145,7 +148,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         allocation=allocation,
     )
     execution = Execution(
-        activation_memory, trust_remote_code, progress or (lambda _: None)
+        activation_memory, memory, trust_remote_code, progress or (lambda _: None)
     )
     return prune_model(model, out, settings, execution)
 

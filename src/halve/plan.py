@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from halve.calibration import default_budget
 from halve.checkpoint import Checkpoint, TensorInfo
 from halve.errors import HalveError
 from halve.formats import packed_bytes
@@ -276,49 +275,6 @@ class Plan:
         """Tokens in all windows."""
         return self.settings.samples * (self.settings.seq_len or 0)
 
-    @property
-    def hidden_bytes(self) -> int:
-        """Bytes of all hidden states between two blocks, in float32."""
-        return 4 * (1 + self.settings.has_dense) * self.tokens * self.width
-
-    @property
-    def reference_bytes(self) -> int:
-        """Bytes of the inputs that are kept of a dense block, in float32.
-
-        A lower bound: matrices of one width may have different inputs.
-        """
-        if not self.settings.corrects:
-            return 0
-        return max(
-            4 * self.tokens * sum({m.matrix.shape[1] for m in b.matrices})
-            for b in self.layout.blocks
-        )
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of the largest block's weights, in float32."""
-        tensors, shards = self.layout.tensors, self.layout.shards
-        return max(
-            sum(4 * _elements(tensors[name]) for name in shards[block.shard])
-            for block in self.layout.blocks
-        )
-
-    @property
-    def gram_bytes(self) -> int:
-        """Bytes of the largest block's Gram matrices, one for each width of input.
-
-        A lower bound: matrices of one width may have different inputs.
-        """
-        return max(
-            sum(4 * columns**2 for columns in {m.matrix.shape[1] for m in b.matrices})
-            for b in self.layout.blocks
-        )
-
-    def hidden_on_disk(self, budget: int | None = None) -> bool:
-        """Whether hidden states go to a mapped file with this budget of bytes."""
-        own = default_budget() if budget is None else budget
-        return 4 * self.tokens * self.width > own // self.settings.shares
-
     def identity(self) -> dict[str, Any]:
         """Return what two runs must share to end in the same bytes."""
         pattern = str(parse_pattern(self.settings.sparsity, allow_dense=True))
@@ -480,7 +436,3 @@ def _sources(model: Path, checkpoint: Checkpoint) -> dict[str, str]:
         status = (model / shard).stat()
         found[shard] = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
     return found
-
-
-def _elements(info: TensorInfo) -> int:
-    return info.nbytes // info.dtype.itemsize

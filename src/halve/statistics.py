@@ -95,6 +95,7 @@ class Gram(Statistic):
         self._upper = torch.zeros(columns, columns, device=device)
         size = -(-columns // _TILES)
         self._starts: range | None = range(0, columns, max(size, _LEAST_TILE))
+        self._is_own = True
 
     @classmethod
     def of(cls, gram: Tensor) -> Self:
@@ -102,6 +103,7 @@ class Gram(Statistic):
         statistic = cls(0, gram.device)
         statistic._upper = gram
         statistic._starts = None  # both triangles are there already
+        statistic._is_own = False
         return statistic
 
     def add(self, inputs: Tensor) -> None:
@@ -129,6 +131,14 @@ class Gram(Statistic):
             square.copy_(square.triu() + square.triu(1).T)
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
         return matrix
+
+    def release(self) -> Tensor:
+        """Return the full matrix, to be written to; a copy where it is shared.
+
+        Nothing is left here afterwards.
+        """
+        matrix, self._upper = self.matrix(), torch.empty(0)
+        return matrix if self._is_own else matrix.clone()
 
 
 class Drift:

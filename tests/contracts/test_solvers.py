@@ -198,6 +198,25 @@ def test_damping_is_raised_until_it_works_and_said():
     assert outcome.damping > 0
 
 
+def test_attempts_that_failed_leave_no_trace():
+    """The factorisation works in the Gram matrix's place, which each must restore."""
+    problem = correlated()
+    few = Problem(problem.weight, problem.inputs[:20])
+    raised = few.solve("sparsegpt", "50%", damping=0.0)
+    assert raised.outcome.damping is not None
+    at_once = few.solve("sparsegpt", "50%", damping=raised.outcome.damping)
+    assert torch.equal(raised.weight, at_once.weight)
+    assert raised.outcome == at_once.outcome
+
+
+def test_factorising_takes_no_second_matrix():
+    problem = correlated()
+    statistic = Gram(160, torch.device("cpu"))
+    statistic.add(problem.inputs)
+    place = statistic.matrix().data_ptr()
+    assert SparseGPT().prepare(statistic).factor.data_ptr() == place
+
+
 @pytest.mark.parametrize("solver", [SparseGPT(), ADMM()])
 def test_a_matrix_that_is_no_gram_matrix_is_refused(solver):
     statistic = Gram(8, torch.device("cpu"))

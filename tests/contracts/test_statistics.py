@@ -21,6 +21,31 @@ def test_gram_is_the_product_of_all_inputs(columns):
     assert torch.equal(matrix, matrix.T)
 
 
+def test_gram_in_float32_is_near_to_float64_where_inputs_hardly_differ():
+    """Each entry is off by a few roundings of sqrt(G_ii G_jj), however many batches."""
+    generator = torch.Generator().manual_seed(0)
+    gram, exact = Gram(40, CPU), torch.zeros(40, 40, dtype=torch.float64)
+    scales = 10 ** torch.linspace(-4, 4, 40)  # outlier features, and hardly any
+    common = torch.randn(1, 40, generator=generator)
+    for _ in range(200):
+        batch = scales * (common + 1e-3 * torch.randn(256, 40, generator=generator))
+        gram.add(batch)
+        exact += batch.double().T @ batch.double()
+    norms = exact.diagonal().sqrt()
+    off = (gram.matrix().double() - exact).abs() / norms / norms[:, None]
+    assert float(off.max()) < 1e-5
+
+
+def test_a_released_matrix_is_a_copy_where_it_is_shared():
+    own, inputs = Gram(5, CPU), torch.randn(9, 5)
+    own.add(inputs)
+    whole = own.matrix()
+    lent = Gram.of(whole).release()
+    assert torch.equal(lent, whole)
+    assert lent.data_ptr() != whole.data_ptr()
+    assert own.release().data_ptr() == whole.data_ptr()
+
+
 def test_column_norms_are_the_diagonal_of_the_gram_matrix():
     inputs = torch.randn(50, 12)
     gram, norms = Gram(12, CPU), ColumnNorms(12, CPU)

@@ -149,7 +149,7 @@ def test_the_record_says_which_candidate_won_and_by_how_much(pico, text, tmp_pat
         pico("llama"), tmp_path / "out", calibration=str(text), **OPTIONS
     )
     for matrix in matrices(record):
-        assert matrix.solver in ("admm", "sparsegpt --refit")
+        assert matrix.solver in ("admm", "wanda --refit")
         assert matrix.held_out is not None
         assert matrix.runner_up is not None
         assert 0 < matrix.held_out <= matrix.runner_up

@@ -69,6 +69,21 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(run, pico, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_dry_run_prints_every_phase(run, pico, tmp_path):
+    arguments = ["prune", pico("llama"), "-o", tmp_path / "out", "--refine"]
+    code, out, _ = run(*arguments, "--dry-run")
+    assert code == 0
+    for phase in ("embedding", "collecting", "solving", "refining", "writing"):
+        assert phase in out
+    assert "Peak memory, while" in out
+    code, out, _ = run(*arguments, "--dry-run", "--json", "--memory", "20GiB")
+    figures = json.loads(out)
+    parts = figures["bytes_by_phase"][figures["largest_phase"]]
+    rest = figures["bytes_process"] + figures["bytes_activations_in_memory"]
+    assert figures["bytes_peak"] == sum(parts.values()) + rest
+    assert figures["seconds"] > 0
+
+
 def test_an_allocation_is_planned_and_printed(run, pico, options, tmp_path):
     wanted = ["--allocation", "error", "--solver", "sparsegpt"]
     arguments = ["prune", pico("llama"), "-o", tmp_path / "out", *options, *wanted]

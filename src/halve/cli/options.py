@@ -42,6 +42,16 @@ ActivationMemory = Annotated[
         show_default=False,
     ),
 ]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="What the whole process may take (20GiB, say); decides where hidden "
+        "states live.",
+        show_default=False,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code from the model.")
 ]

@@ -8,6 +8,7 @@ from halve.cli import options
 
 if TYPE_CHECKING:
     from halve.plan import Plan
+    from halve.pruning import Costs
     from halve.records import Progress, PruneRecord
 
 EXAMPLES = """
@@ -61,6 +62,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     ] = 128,
     device: options.Device = "auto",
     activation_memory: options.ActivationMemory = None,
+    memory: options.Memory = None,
     refit: Annotated[
         bool,
         typer.Option(
@@ -129,7 +131,14 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     """
     from halve.checkpoint import locate
     from halve.plan import Settings, make_plan
-    from halve.pruning import Execution, prune_model
+    from halve.pruning import (
+        Execution,
+        activation_budget,
+        costs,
+        prune_model,
+        seconds,
+    )
+    from halve.runtime.streamed import choose_device
 
     settings = Settings(
         sparsity=sparsity,
@@ -154,13 +163,19 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     )
     if dry_run:
         plan = make_plan(locate(model), settings, trust_remote_code)
-        _print_plan(plan, activation_memory, as_json)
+        budget = activation_budget(plan, memory, activation_memory)
+        found = costs(plan, budget)
+        time = seconds(found, choose_device(settings.device))
+        _print_plan(plan, found, time, as_json)
         return
     from halve.cli.console import progress_line
 
     with progress_line(quiet) as show:
         execution = Execution(
-            activation_memory, trust_remote_code, lambda p: show(_describe(p))
+            activation_memory,
+            memory,
+            trust_remote_code,
+            lambda p: show(_describe(p)),
         )
         record = prune_model(model, out, settings, execution)
     if as_json:
@@ -198,23 +213,25 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     print(f"Finished {record.finished}, after {duration(record.seconds)}.")
 
 
-def _print_plan(plan: "Plan", budget: int | None, as_json: bool) -> None:
+def _print_plan(plan: "Plan", costs: "Costs", seconds: float, as_json: bool) -> None:
     import json
 
-    from halve.cli.console import size
+    from halve.cli.console import duration, size
 
-    on_disk = plan.hidden_on_disk(budget)
     figures = {
         "blocks": len(plan.layout.blocks),
         "matrices": sum(len(block.matrices) for block in plan.layout.blocks),
         "prunable_weights": plan.layout.prunable,
         "sequence_length": plan.settings.seq_len,
-        "bytes_block": plan.block_bytes,
-        "bytes_gram": plan.gram_bytes,
-        "bytes_hidden_states": plan.hidden_bytes,
-        "bytes_dense_inputs": plan.reference_bytes,
-        "hidden_states_on_disk": on_disk,
-        "bytes_output": plan.layout.output_bytes,
+        "bytes_peak": costs.peak,
+        "bytes_process": costs.process,
+        "bytes_activations_in_memory": costs.resident,
+        "bytes_activations_mapped": costs.mapped,
+        "largest_phase": costs.largest.name,
+        "bytes_by_phase": costs.by_name(),
+        "bytes_output": costs.output,
+        "bytes_disk": costs.disk,
+        "seconds": seconds,
     }
     if as_json:
         print(json.dumps(figures | {"identity": plan.identity()}, indent=2))
@@ -234,12 +251,21 @@ def _print_plan(plan: "Plan", budget: int | None, as_json: bool) -> None:
     print(f"{plan.layout.prunable:,} prunable weights, {to_go}.")
     if plan.settings.judging:
         print("Shared out over the blocks by error, after two to four trials.")
-    print(f"Weights of the largest block: {size(plan.block_bytes)}")
-    print(f"Gram matrices of a block, at least: {size(plan.gram_bytes)}")
-    place = "in a mapped file" if on_disk else "in memory"
-    print(f"Hidden states between blocks, {place}: {size(plan.hidden_bytes)}")
-    if plan.reference_bytes:
-        print(f"Inputs in the dense block, at least: {size(plan.reference_bytes)}")
-    print(
-        f"Output: {size(plan.layout.output_bytes)} in {len(plan.layout.shards)} files"
-    )
+    _print_costs(costs)
+    print(f"Output: {size(costs.output)} in {len(plan.layout.shards)} files")
+    print(f"Time, very roughly: {duration(seconds)}")
+
+
+def _print_costs(costs: "Costs") -> None:
+    from halve.cli.console import print_table, size
+
+    rows = [("the process itself", "", size(costs.process))]
+    if costs.resident:
+        rows.append(("hidden states and dense inputs", "", size(costs.resident)))
+    for name, parts in costs.by_name().items():
+        rows += [(name, part, size(count)) for part, count in parts.items() if count]
+    print_table("", ["memory", "part", "bytes"], rows)
+    print(f"Peak memory, while {costs.largest.name}: {size(costs.peak)}")
+    if costs.mapped:
+        print(f"Hidden states and dense inputs in mapped files: {size(costs.mapped)}")
+    print(f"Disk: {size(costs.disk)}")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -148,8 +148,7 @@ def _solve_group(
         dense = site.weight(planned).contiguous()
         target = correction.target(index, dense) if correction else dense
         choice = contest.solve(dense, target, task.patterns.get(planned.tensor))
-        _put(site, model, planned, choice)
-        choices[planned.tensor] = choice
+        choices[planned.tensor] = _put(site, model, planned, choice)
     return choices
 
 
@@ -162,23 +161,29 @@ def _correction(evidence: Evidence, task: Task) -> Correction | None:
 
 def _put(
     site: Site, model: StreamedModel, planned: PlannedMatrix, choice: Choice
-) -> None:
-    """Put a matrix into the block, rounded to what will be stored."""
+) -> Choice:
+    """Put a matrix into the block, rounded to what will be stored.
+
+    Returns:
+        The choice, whose weights are those in the block: there is no second copy.
+    """
     dtype = model.checkpoint.tensors[planned.tensor].dtype
-    own = planned.matrix.as_rows
-    rounded = own(choice.solution.weight).to(dtype).to(torch.float32).contiguous()
+    own, solution = planned.matrix.as_rows, choice.solution
+    solution.weight.copy_(solution.weight.to(dtype))
+    rounded = own(solution.weight).contiguous()
     if not rounded.isfinite().all():
         raise NumericalError(
             f"The solution for {planned.tensor} is not finite in {dtype}.",
             "Raise --damping, or calibrate on other text.",
         )
-    path, levels = weight_path(planned), choice.solution.levels
+    path, levels = weight_path(planned), solution.levels
     site.exchange(path, rounded)
     # Where none is pruned, a weight that was rounded to 0 may come back.
     pruned = (rounded == 0) & (choice.candidate.pattern.sparsity > 0)
     site.kept[path] = ~pruned
     if levels is not None:
         site.levels[path] = lambda values: own(levels.round(own(values))).contiguous()
+    return replace(choice, solution=replace(solution, weight=own(rounded)))
 
 
 def _refine(site: Site, model: StreamedModel, task: Task) -> Refined | None:

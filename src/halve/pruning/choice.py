@@ -72,8 +72,9 @@ class Contest:
         Raises:
             NumericalError: One of them cannot.
         """
-        states = [(c, _prepare(c.solver, evidence.statistic)) for c in candidates]
-        return cls(states, evidence)
+        ways = tuple(candidates)
+        shared, statistic = len(ways) > 1, evidence.statistic
+        return cls([(c, _prepare(c.solver, statistic, shared)) for c in ways], evidence)
 
     def solve(
         self, weight: Tensor, target: Tensor, pattern: Pattern | None = None
@@ -104,9 +105,12 @@ class Contest:
         return replace(found[first], held_out=errors[first], runner_up=second)
 
 
-def _prepare(solver: Solver, statistic: Statistic) -> Any:  # noqa: ANN401
-    """Let a solver prepare with as much of a statistic as it wants."""
-    if not isinstance(statistic, solver.statistic):
+def _prepare(solver: Solver, statistic: Statistic, shared: bool) -> Any:  # noqa: ANN401
+    """Let a solver prepare with as much of a statistic as it wants.
+
+    Where others want it too, it is lent one that it may not take for itself.
+    """
+    if shared or not isinstance(statistic, solver.statistic):
         assert isinstance(statistic, Gram), "only a Gram matrix knows all the others"
         statistic = solver.statistic.of(statistic.matrix())
     return solver.prepare(statistic)

@@ -18,7 +18,7 @@ from halve.pruning.site import Site
 from halve.statistics import Drift, Statistic
 
 # Tokens of held-out inputs that are kept for each group; more hardly move a choice.
-_HELD_TOKENS = 4096
+HELD_TOKENS = 4096
 
 
 @dataclass
@@ -37,7 +37,7 @@ class HeldOut:
     @classmethod
     def of(cls, tokens: int) -> "HeldOut":
         """Return room for some of so many tokens."""
-        return cls(step=max(-(-tokens // _HELD_TOKENS), 1))
+        return cls(step=max(-(-tokens // HELD_TOKENS), 1))
 
     def add(self, inputs: Tensor, dense: Tensor) -> None:
         """Keep a batch, thinned."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.calibration import default_budget
 from halve.checkpoint import Checkpoint, Workspace
 from halve.errors import TargetMissedError
 from halve.formats import store
@@ -18,9 +17,11 @@ from halve.pruning.block import Pruned, Task, install, prune_block
 from halve.pruning.budget import Patterns, check_budget, exact_patterns
 from halve.pruning.candidates import candidates
 from halve.pruning.choice import Choice
+from halve.pruning.costs import activation_budget
 from halve.pruning.refine import Refining
 from halve.pruning.site import Paths, Site
 from halve.pruning.trial import Trials
+from halve.pruning.trim import trim
 from halve.records import (
     AllocationRecord,
     BlockRecord,
@@ -39,11 +40,13 @@ class Execution:
     Attributes:
         activation_memory: Bytes of hidden states that may live in memory; None for a
             quarter of the machine's.
+        memory: Bytes that the whole process may take, by which that is chosen.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase.
     """
 
     activation_memory: int | None = None
+    memory: int | None = None
     trust_remote_code: bool = False
     progress: Callable[[Progress], None] = lambda progress: None
 
@@ -65,8 +68,9 @@ class Run:
         self.model = StreamedModel.open(
             plan.model, plan.settings.device, execution.trust_remote_code
         )
-        budget = execution.activation_memory
-        self.budget = default_budget() if budget is None else budget
+        self.budget = activation_budget(
+            plan, execution.memory, execution.activation_memory
+        )
         self.allocation = self._allocate(windows)
         self.patterns = self._patterns()
         self.budget //= plan.settings.shares
@@ -223,6 +227,7 @@ class _Clock:
         self.begun[block] = time.monotonic()
 
     def report(self, block: int, phase: str) -> None:
+        trim()  # a phase begins without what the one before has freed
         self.progress(Progress(block, self.blocks, phase, self._seconds_left(block)))
 
     def _seconds_left(self, block: int) -> float | None:

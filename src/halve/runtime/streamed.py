@@ -30,7 +30,7 @@ from halve.products import FastProducts
 
 _DEVICES = ("cpu", "cuda")
 # Enough tokens to keep the cores busy, few enough for the widest activations.
-_BATCH_TOKENS = 1024
+BATCH_TOKENS = 1024
 # The one sample on which the inputs of a block's modules are watched.
 _FIRST = slice(0, 1)
 # Logits of one batch, in numbers: 256 MiB of float32.
@@ -269,7 +269,7 @@ class Stream:
         twin.recordings = self.recordings
         return twin
 
-    def batches(self, tokens: int = _BATCH_TOKENS) -> Iterator[slice]:
+    def batches(self, tokens: int = BATCH_TOKENS) -> Iterator[slice]:
         """Yield slices of samples, of equal size but for the last of each kind."""
         samples, length = self.windows.shape
         size = max(tokens // length, 1)

@@ -4,7 +4,7 @@ A solver is one row of `SOLVERS`; its tests come from the same table.
 """
 
 from halve.solvers.admm import ADMM
-from halve.solvers.interface import Outcome, Solution, Solver
+from halve.solvers.interface import Outcome, Solution, Solver, Work
 from halve.solvers.magnitude import Magnitude
 from halve.solvers.refit import Refitted
 from halve.solvers.rounding import Nearest, Rounded
@@ -30,4 +30,5 @@ __all__ = [
     "Solver",
     "SparseGPT",
     "Wanda",
+    "Work",
 ]

@@ -31,7 +31,7 @@ from halve.errors import NumericalError
 from halve.patterns import NM, Pattern, lowest
 from halve.products import linear
 from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver
+from halve.solvers.interface import Outcome, Solution, Solver, Work
 from halve.solvers.refit import refit
 from halve.statistics import Gram
 
@@ -47,6 +47,8 @@ _SCHEDULE = ((0.1, 3), (0.005, 2), (0.0, 1))
 _SETTLED = 1e-3
 # Weights from which a threshold within the iteration is taken.
 _SAMPLE = 2**14
+# Levels that a group goes through, and products a matrix takes, as a rule.
+_LEVELS, _PRODUCTS = 8, 50
 # Inverses that a group keeps for its next matrix, in bytes.
 _KEPT_BYTES = 2**30
 
@@ -119,7 +121,7 @@ class ADMM(Solver[Gram, Prepared]):
         return Prepared(gram, hessian, scale, system, dead, self.damping)
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
-        """Prune [rows, columns]; about 50 products of the matrix with the Hessian.
+        """Prune [rows, columns]; about 50 products of it with the Hessian.
 
         Raises:
             NumericalError: The Hessian is not positive definite.
@@ -131,6 +133,17 @@ class ADMM(Solver[Gram, Prepared]):
             for values in (scaled, self._iterate(state, scaled, pattern))
         ]
         return min(candidates, key=lambda found: found.outcome.error or 0.0)
+
+    def work(self, rows: int, columns: int) -> Work:
+        """Two Hessians and the inverses; another in the making, or a dozen matrices."""
+        square, size = columns**2, rows * columns
+        inverses = min(_LEVELS * square, _KEPT_BYTES // 4)
+        return Work(
+            state=2 * square + inverses,
+            peak=max(3 * square, 12 * size),
+            once=2 * _LEVELS * columns**3,
+            each=2 * _PRODUCTS * size * columns,
+        )
 
     def _refit(
         self, state: Prepared, weight: Tensor, scaled: Tensor, pruned: Tensor

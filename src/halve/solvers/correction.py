@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halve.errors import NumericalError
-from halve.solvers.hessian import damped
+from halve.solvers.hessian import factorise
 from halve.statistics import Drift, Gram
 
 
@@ -40,19 +39,14 @@ class Correction:
         Args:
             statistic: H.
             drift: Of the same inputs.
-            damping: Share of the mean diagonal of H that pulls towards W.
+            damping: Share of the mean diagonal of H that pulls towards W; raised
+                tenfold, up to 1, where the factorisation fails.
 
         Raises:
-            NumericalError: The damped H is not positive definite.
+            NumericalError: Not positive definite with any damping up to 1.
         """
-        gram = statistic.matrix()
-        hessian = damped(gram, gram.diagonal() == 0, damping)
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        if failed or not factor.diagonal().isfinite().all():
-            raise NumericalError(
-                "The Gram matrix is not positive definite.",
-                "Raise --damping, or calibrate on other or more text.",
-            )
+        own = statistic.matrix().clone()  # the solvers want it too
+        factor, _ = factorise(own, damping, _cholesky)
         return cls(drift, factor)
 
     def target(self, index: int, weight: Tensor) -> Tensor:
@@ -64,3 +58,10 @@ class Correction:
         """
         pulled = self.drift.pulled(index)
         return weight + torch.cholesky_solve(pulled.T, self.factor).T
+
+
+def _cholesky(hessian: Tensor) -> Tensor | None:
+    """Return the lower Cholesky factor, None where there is none."""
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    sound = not failed and factor.diagonal().isfinite().all()
+    return factor if sound else None

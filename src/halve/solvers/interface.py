@@ -49,6 +49,24 @@ class Solution:
     levels: Levels | None = None
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a solver takes for matrices of one shape.
+
+    Attributes:
+        state: Numbers in memory, beside the statistic and the dense matrix, from
+            `prepare` to the last `solve`.
+        peak: Numbers on top of that, at most, while it prepares or solves.
+        once: Multiplications and additions of `prepare`.
+        each: Those of one `solve`.
+    """
+
+    state: int
+    peak: int
+    once: int = 0
+    each: int = 0
+
+
 class Solver(ABC, Generic[S, State]):
     """Prunes the matrices of a group that share their inputs.
 
@@ -63,10 +81,14 @@ class Solver(ABC, Generic[S, State]):
     def prepare(self, statistic: S) -> State:
         """Do, once, what all matrices with these inputs share.
 
-        Nothing may be added to the statistic afterwards. Raises NumericalError where it
-        cannot be computed with.
+        The statistic is used up: nothing may be added to it or asked of it afterwards.
+        Raises NumericalError where it cannot be computed with.
         """
 
     @abstractmethod
     def solve(self, state: State, weight: Tensor, pattern: Pattern) -> Solution:
         """Prune one matrix, [rows, columns] in float32, and leave it as it was."""
+
+    @abstractmethod
+    def work(self, rows: int, columns: int) -> Work:
+        """Return the memory and the operations it takes for matrices of one shape."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from halve.patterns import NM, Pattern, lowest
-from halve.solvers.interface import Outcome, Solution, Solver
+from halve.solvers.interface import Outcome, Solution, Solver, Work
 from halve.statistics import Nothing
 
 
@@ -25,3 +25,7 @@ class Magnitude(Solver[Nothing, None]):
         else:
             pruned = lowest(scores, pattern.count(scores.numel()))
         return Solution(weight.masked_fill(pruned, 0), Outcome())
+
+    def work(self, rows: int, columns: int) -> Work:
+        """Scores, and a selection with its 64-bit indices."""
+        return Work(0, 5 * rows * columns)

@@ -16,7 +16,7 @@ from torch import Tensor
 from halve.patterns import Pattern
 from halve.products import linear
 from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver
+from halve.solvers.interface import Outcome, Solution, Solver, Work
 from halve.statistics import Gram
 
 STEPS = 10
@@ -110,3 +110,13 @@ class Refitted(Solver[Gram, Prepared]):
         damping = first.outcome.damping or self.damping
         best = tuned if errors[1] < errors[0] else first.weight
         return Solution(best, Outcome(min(errors), damping))
+
+    def work(self, rows: int, columns: int) -> Work:
+        """A Hessian; the vectors of conjugate gradients, or what the solver takes."""
+        own = self.solver.work(rows, columns)
+        return Work(
+            state=columns**2 + own.state,
+            peak=max(own.peak, 8 * rows * columns),
+            once=own.once,
+            each=own.each + 2 * (STEPS + 4) * rows * columns**2,
+        )

@@ -16,7 +16,7 @@ from halve.grids import Grid, Levels, fit_levels
 from halve.patterns import Pattern
 from halve.products import linear
 from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver
+from halve.solvers.interface import Outcome, Solution, Solver, Work
 from halve.solvers.magnitude import Magnitude
 from halve.solvers.sparsegpt import SparseGPT
 from halve.solvers.sweep import carry, held, sweep
@@ -203,6 +203,17 @@ class Rounded(Solver[Gram, Prepared]):
         best = polished if errors[1] < errors[0] else swept
         return Solution(best, Outcome(min(errors), state.damping), levels)
 
+    def work(self, rows: int, columns: int) -> Work:
+        """A Hessian and a factor; levels and some copies, or what the solver takes."""
+        own = self.solver.work(rows, columns)
+        factor = SparseGPT().work(rows, columns)
+        return Work(
+            state=2 * columns**2 + own.state,
+            peak=max(own.peak, 10 * rows * columns),
+            once=factor.once + own.once,
+            each=own.each + factor.each + 2 * (self.sweeps + 3) * rows * columns**2,
+        )
+
 
 @dataclass(frozen=True)
 class Nearest(Solver[Nothing, None]):
@@ -225,3 +236,7 @@ class Nearest(Solver[Nothing, None]):
         kept = Magnitude().solve(None, weight, pattern).weight
         levels = fit_levels(self.grid, kept)
         return Solution(levels.round(kept), Outcome(), levels)
+
+    def work(self, rows: int, columns: int) -> Work:
+        """What magnitude takes, and levels."""
+        return Work(0, 8 * rows * columns)

@@ -22,17 +22,17 @@ from typing import ClassVar
 import torch
 from scipy.linalg import get_lapack_funcs
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from halve.errors import NumericalError
 from halve.grids import Grid, fit_levels
 from halve.patterns import Pattern
-from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver
+from halve.solvers.hessian import damping_of, factorise
+from halve.solvers.interface import Outcome, Solution, Solver, Work
 from halve.solvers.sweep import adaptive, sweep
 from halve.statistics import Gram
 
-# The damping is raised tenfold until the factorisation succeeds, up to this share.
-_MOST_DAMPING = 1.0
+# Numbers that are reversed at once, and rows whose error is summed at once.
+_PIECE, _ROWS = 2**20, 256
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,41 @@ class Prepared:
     """What the matrices of a group share.
 
     Attributes:
-        gram: X^T X, [columns, columns], undamped.
         factor: U, [columns, columns], upper triangular with U^T U = H^-1.
-        dead: [columns], True for inputs that are always zero.
-        damping: The share of the mean diagonal that was added.
+        diagonal: [columns], of X^T X; zero for inputs that are always zero.
+        damping: The share of its mean that was added to it.
     """
 
-    gram: Tensor
     factor: Tensor
-    dead: Tensor
+    diagonal: Tensor
     damping: float
+
+    @property
+    def dead(self) -> Tensor:
+        """[columns], True for inputs that are always zero."""
+        return self.diagonal == 0
+
+    def error(self, weight: Tensor, solution: Tensor) -> float:
+        """Return ||X (W - Z)^T||^2 / ||X W^T||^2, as `hessian.relative_error` does.
+
+        X^T X is no more: U is in its place. ||D U^-1||^2 is the error of D with what
+        damping adds to it.
+        """
+        lost, kept = (self._energy(m) for m in (weight - solution, weight))
+        if kept <= 0:
+            return 0.0 if lost <= 0 else float("inf")
+        return max(lost, 0.0) / kept
+
+    def _energy(self, matrix: Tensor) -> float:
+        added = damping_of(self.diagonal, self.damping)
+        total = 0.0
+        for rows in matrix.split(_ROWS):  # so that it takes no third matrix
+            alive = rows.masked_fill(self.dead, 0)
+            image = torch.linalg.solve_triangular(
+                self.factor, alive, upper=True, left=False
+            )
+            total += float(vector_norm(image) ** 2 - added * vector_norm(alive) ** 2)
+        return total
 
 
 @dataclass(frozen=True)
@@ -71,25 +96,17 @@ class SparseGPT(Solver[Gram, Prepared]):
     grid: Grid | None = None
 
     def prepare(self, statistic: Gram) -> Prepared:
-        """Factorise the inverse Hessian; 2/3 columns^3 operations.
+        """Factorise the inverse Hessian.
+
+        Costs 2/3 columns^3 operations; on the CPU in the memory of the Gram matrix.
 
         Raises:
             NumericalError: Not positive definite with any damping up to 1.
         """
-        gram = statistic.matrix()
-        dead = gram.diagonal() == 0
-        damping = self.damping
-        while True:
-            factor = _inverse_factor(damped(gram, dead, damping))
-            if factor is not None:
-                return Prepared(gram, factor, dead, damping)
-            if damping >= _MOST_DAMPING:
-                raise NumericalError(
-                    "The Gram matrix is not positive definite, even with all of its "
-                    "mean diagonal added.",
-                    "Calibrate on other or more text.",
-                )
-            damping = min(max(damping * 10, 1e-4), _MOST_DAMPING)
+        gram = statistic.release()
+        diagonal = gram.diagonal().clone()
+        factor, damping = factorise(gram, self.damping, _inverse_factor)
+        return Prepared(factor, diagonal, damping)
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
         """Prune [rows, columns] and compensate; rows * columns^2 operations."""
@@ -97,11 +114,17 @@ class SparseGPT(Solver[Gram, Prepared]):
         remaining[state.dead] = 0
         levels = None
         if self.grid is not None:
-            levels = fit_levels(self.grid, weight, state.gram.diagonal())
+            levels = fit_levels(self.grid, weight, state.diagonal)
         sweep(remaining, state.factor, adaptive(pattern, self.block_size, levels))
         solution = remaining.T.contiguous()
-        error = relative_error(state.gram, weight, solution)
+        error = state.error(weight, solution)
         return Solution(solution, Outcome(error, state.damping), levels)
+
+    def work(self, rows: int, columns: int) -> Work:
+        """A copy that is swept, and the solution; the factor takes H's own place."""
+        size = rows * columns
+        # Half a product while it sweeps, and as much twice for the error.
+        return Work(0, 3 * size, columns**3 * 4 // 3, 3 * size * columns)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:
@@ -109,29 +132,50 @@ def _inverse_factor(hessian: Tensor) -> Tensor | None:
 
     With J the reversal of rows and columns, J H J = L L^T gives H = M M^T for the
     upper triangular M = J L J, hence H^-1 = (M^-1)^T M^-1 and U = M^-1 = J L^-1 J.
+    On the CPU all of that happens in the memory of H. What lies above its diagonal is
+    only cleared once all has succeeded.
     """
-    reversed_ = hessian.flip(0, 1)
     if hessian.device.type == "cpu":
-        inverse = _inverse_of_cholesky(reversed_)
-    else:
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
-        identity = torch.eye(len(lower), device=lower.device)
-        inverse = (
-            None
-            if failed
-            else torch.linalg.solve_triangular(lower, identity, upper=False)
-        )
-    if inverse is None or not inverse.diagonal().isfinite().all():
-        return None
-    return inverse.flip(0, 1)
+        return _invert_in_place(hessian)
+    inverse = _inverse_of_cholesky(hessian.flip(0, 1))
+    return None if inverse is None else inverse.flip(0, 1)
+
+
+def _invert_in_place(hessian: Tensor) -> Tensor | None:
+    _reverse(hessian)
+    # LAPACK works on columns in one piece, and so on the transpose: the matrix itself,
+    # then L^T, then L^-T, which are upper triangular.
+    columns = hessian.numpy().T
+    factorise, invert = get_lapack_funcs(("potrf", "trtri"), (columns,))
+    _, failed = factorise(columns, lower=0, clean=0, overwrite_a=1)
+    if not failed:
+        _, failed = invert(columns, lower=0, overwrite_c=1)
+    sound = not failed and bool(hessian.diagonal().isfinite().all())
+    if sound:
+        hessian.tril_()
+    _reverse(hessian)
+    return hessian if sound else None
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Reverse the rows and the columns of a matrix, in place: its numbers, backwards.
+
+    Piece by piece, so that no second matrix is needed.
+    """
+    numbers = matrix.view(-1)
+    size = len(numbers)
+    for start in range(0, size // 2, _PIECE):
+        stop = min(start + _PIECE, size // 2)
+        front, back = numbers[start:stop], numbers[size - stop : size - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
 
 
 def _inverse_of_cholesky(matrix: Tensor) -> Tensor | None:
-    """Return L^-1 of a symmetric matrix L L^T, in its memory; None on failure."""
-    columns = matrix.numpy().T  # LAPACK wants columns in one piece
-    factorise, invert = get_lapack_funcs(("potrf", "trtri"), (columns,))
-    lower, failed = factorise(columns, lower=1, overwrite_a=1)
-    if failed:
+    """Return L^-1 of a symmetric matrix L L^T; None on failure."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if failed or not lower.diagonal().isfinite().all():
         return None
-    inverse, failed = invert(lower, lower=1, overwrite_c=1)
-    return None if failed else torch.from_numpy(inverse)
+    identity = torch.eye(len(lower), device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False)

@@ -78,7 +78,8 @@ def sweep(remaining: Tensor, factor: Tensor, rule: Rule) -> None:
         stop = min(start + rule.size, columns)
         block, own = remaining[start:stop], factor[start:stop, start:stop]
         errors = _sweep_block(block, own, rule, start)
-        remaining[stop:] -= linear(factor[start:stop, stop:].T, errors.T)
+        # Added in place: the product alone would be as large as the matrix.
+        remaining[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
 
 def _sweep_block(block: Tensor, factor: Tensor, rule: Rule, first: int) -> Tensor:

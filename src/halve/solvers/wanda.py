@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halve.patterns import NM, Exact, Pattern, Unstructured
-from halve.solvers.interface import Outcome, Solution, Solver
+from halve.solvers.interface import Outcome, Solution, Solver, Work
 from halve.statistics import ColumnNorms
 
 
@@ -31,6 +31,10 @@ class Wanda(Solver[ColumnNorms, Tensor]):
         else:
             pruned = _lowest_of_each_row(scores, pattern)
         return Solution(weight.masked_fill(pruned, 0), Outcome())
+
+    def work(self, rows: int, columns: int) -> Work:
+        """Scores, and the second of two sorts with its 64-bit indices."""
+        return Work(columns, 8 * rows * columns)
 
 
 def _lowest_of_each_row(scores: Tensor, pattern: Unstructured | Exact) -> Tensor:

@@ -1,0 +1,170 @@
+"""Question: what do the largest models take, one true-size block at a time?
+
+Writes a model with blocks of a published shape (random weights in float16, a small
+vocabulary), prunes it through the real executor in a process of its own, and prints the
+seconds and the peak memory of each phase. From them it works out the whole model on the
+paper's 128 windows of 2048 tokens: passes grow with the tokens, solving and writing do
+not, and blocks are alike. Exits with 1 where the peak passes `--limit`.
+
+    python benchmarks/scale.py --config opt-175b --blocks 1 [--samples 4] [--limit 22]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from machine import describe_machine
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+import halve
+from halve.models import build_skeleton
+from halve.records import Progress
+
+BUNDLED = Path(str(files("halve") / "data" / "pycode-opt"))
+PAPER_TOKENS = 128 * 2048
+# Phases whose time grows with the tokens.
+BY_TOKENS = ("collecting", "propagating", "refining")
+# Name -> family, width, inner width, heads, blocks.
+CONFIGS = {
+    "opt-1.3b": ("opt", 2048, 8192, 32, 24),
+    "opt-13b": ("opt", 5120, 20480, 40, 40),
+    "opt-30b": ("opt", 7168, 28672, 56, 48),
+    "opt-66b": ("opt", 9216, 36864, 72, 64),
+    "opt-175b": ("opt", 12288, 49152, 96, 96),
+    "bloom-176b": ("bloom", 14336, 57344, 112, 70),
+    "llama-70b": ("llama", 8192, 28672, 64, 80),
+}
+
+
+def config_of(name: str, blocks: int) -> PretrainedConfig:
+    """Return the config of a published shape with few blocks and a small vocabulary."""
+    family, width, inner, heads, _ = CONFIGS[name]
+    own = {
+        "opt": {"ffn_dim": inner, "word_embed_proj_dim": width},
+        "llama": {"intermediate_size": inner, "num_key_value_heads": 8},
+        "bloom": {},
+    }
+    return AutoConfig.for_model(
+        family,
+        vocab_size=4096,
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+        **own[family],
+    )
+
+
+def save_model(folder: Path, config: PretrainedConfig) -> None:
+    """Write random weights, one tensor a file, so that no more is in memory."""
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
+    tensors = build_skeleton(folder).model.state_dict()
+    where = {}
+    for number, (name, meta) in enumerate(tensors.items()):
+        if name == "lm_head.weight":  # tied to the embedding
+            continue
+        where[name] = f"model-{number:05}.safetensors"
+        value = torch.empty(meta.shape, dtype=torch.float16)
+        if meta.dim() > 1:
+            for row in value.split(1024):
+                row.normal_(std=0.02)
+        else:
+            value.fill_(float(name.endswith("weight")))
+        save_file({name: value}, folder / where[name], {"format": "pt"})
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def peak() -> float:
+    """Return the most memory that was resident since the last call, in GiB."""
+    status = Path("/proc/self/status").read_text("ascii").splitlines()
+    (line,) = [line for line in status if line.startswith("VmHWM:")]
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(line.split()[1]) / 2**20
+
+
+def prune(folder: Path, options: argparse.Namespace) -> None:
+    """Prune in this process; print each phase's block, seconds and peak, as JSON."""
+    begun, last = time.perf_counter(), "starting"
+
+    def note(progress: Progress) -> None:
+        nonlocal begun, last
+        now = time.perf_counter()
+        print(json.dumps([last, now - begun, peak()]), flush=True)
+        begun, last = now, progress.phase
+
+    halve.prune(
+        folder / "model",
+        folder / "out",
+        solver=options.solver,
+        calibration="stdlib",
+        samples=options.samples,
+        seq_len=options.seq_len,
+        device=options.device,
+        progress=note,
+    )
+    note(Progress(0, 1, "finished"))
+
+
+def measured(folder: str, options: argparse.Namespace) -> Iterator[tuple]:
+    """Prune in a process of its own and yield its phases as they end."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            yield tuple(json.loads(line))
+    if child.returncode:
+        sys.exit(f"pruning {options.config} failed")
+
+
+def report(phases: list[tuple], options: argparse.Namespace) -> None:
+    """Print each kind of phase, and what the whole model would take."""
+    grown = PAPER_TOKENS / (options.samples * options.seq_len)
+    whole = 0.0
+    depth = CONFIGS[options.config][-1] / options.blocks
+    for name in dict.fromkeys(name for name, *_ in phases):
+        seconds = sum(s for n, s, _ in phases if n == name)
+        most = max(m for n, _, m in phases if n == name)
+        print(f"  {name:12} {seconds:8.1f} s  peak {most:6.2f} GiB")
+        if name != "starting":
+            whole += seconds * depth * (grown if name in BY_TOKENS else 1)
+    print(f"the whole model on 128 windows of 2048 tokens: {whole / 3600:.1f} h")
+
+
+def main() -> int:
+    """Measure one shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", choices=CONFIGS, default="opt-175b")
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--solver", default="sparsegpt")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--limit", type=float, default=22, help="in GiB")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        prune(Path(options.child), options)
+        return 0
+    print(describe_machine())
+    print(f"{options.config}, {options.blocks} blocks, {options.solver}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder) / "model", config_of(options.config, options.blocks))
+        phases = list(measured(folder, options))
+    report(phases, options)
+    most = max(memory for *_, memory in phases)
+    print(f"peak {most:.2f} GiB of {options.limit:.0f} GiB")
+    return int(most > options.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

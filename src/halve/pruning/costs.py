@@ -1,0 +1,354 @@
+"""What a run will take, worked out from the plan before a weight is read.
+
+Memory is told phase by phase. A phase holds the process itself, the hidden states that
+live in memory, and its own parts; the largest phase is the peak.
+"""
+
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from halve.calibration import default_budget
+from halve.errors import HalveError
+from halve.plan import Plan, PlannedBlock
+from halve.products import linear
+from halve.pruning.candidates import candidates
+from halve.pruning.evidence import HELD_TOKENS
+from halve.runtime.streamed import BATCH_TOKENS
+from halve.solvers import Solver, Work
+from halve.statistics import Gram, Nothing
+
+_FLOAT = 4
+# A product to measure a machine by, and how often.
+_SQUARE, _ROUNDS = 1024, 5
+# Share of a run that goes into products, measured: docs/log.md.
+_PRODUCTIVE = 0.4
+# Groups of matrices as wide as hidden states: into attention, out of it, feed-forward.
+_OWN_GROUPS = 3
+# Of those, how many share a pass where targets are corrected (`groups.stages`).
+_IN_A_PASS = 2
+# Activations of one token while a block runs, in widths of its own and inner states:
+# the stream before and after, a norm's output, queries, keys, values and their result;
+# the inner state before and after its function.
+_OWN_STATES, _INNER_STATES = 8, 3
+# With what is kept for a backward pass, and gradients.
+_TUNED = 3
+# Copies of a block's parameters that refining holds: values, gradients, two moments,
+# the first and the best.
+_REFINING_COPIES = 6
+# What the libraries load and allocate once a run is under way (kernels of BLAS and
+# oneDNN, tokenizer, text), measured: benchmarks/promise.py.
+_LIBRARIES = 130 * 2**20
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is in memory at one time.
+
+    Attributes:
+        name: Of the phase.
+        parts: What -> bytes.
+    """
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Memory and disk of a run.
+
+    Attributes:
+        process: Bytes of the interpreter with its libraries.
+        activations: Bytes of each set of hidden states and of kept dense inputs, and
+            into how many parts the budget is cut before one part is that set's.
+        budget: Bytes of them that may live in memory.
+        phases: What else is in memory, in turn.
+        output: Bytes of the output.
+        operations: Multiplications and additions of the whole run.
+    """
+
+    process: int
+    activations: tuple[tuple[int, int], ...]
+    budget: int
+    phases: tuple[Phase, ...]
+    output: int
+    operations: int
+
+    @property
+    def resident(self) -> int:
+        """Bytes of activations in memory."""
+        return sum(n for n, parts in self.activations if n <= self.budget // parts)
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of activations in mapped files."""
+        return sum(n for n, _ in self.activations) - self.resident
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that makes the peak."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory at most. Mapped files are not counted."""
+        return self.process + self.resident + self.largest.bytes
+
+    def by_name(self) -> dict[str, dict[str, int]]:
+        """Return of each kind of phase the largest, by its parts."""
+        ordered = sorted(self.phases, key=lambda phase: phase.bytes)
+        return {phase.name: phase.parts for phase in ordered}
+
+    @property
+    def disk(self) -> int:
+        """Bytes of disk at most: the output, and mapped files while it runs."""
+        return self.output + self.mapped
+
+
+def costs(plan: Plan, budget: int | None = None) -> Costs:
+    """Work out what a plan will take.
+
+    Args:
+        plan: The run.
+        budget: Bytes of activations that may live in memory; None for a quarter of the
+            machine's.
+    """
+    ways = candidates(plan.settings, plan.layout.dtype)
+    estimate = _Estimate(plan, [way.solver for way in ways])
+    return Costs(
+        process=_resident() + _LIBRARIES,
+        activations=tuple(estimate.activations()),
+        budget=default_budget() if budget is None else budget,
+        phases=tuple(estimate.phases()),
+        output=plan.layout.output_bytes,
+        operations=estimate.operations(),
+    )
+
+
+def seconds(costs: Costs, device: torch.device) -> float:
+    """Return about how long a run will take, by this machine's speed in products.
+
+    Costs a tenth of a second. What is no product (attention, copies, files) is allowed
+    for by a share, so that a factor of two either way is to be expected.
+    """
+    square = torch.randn(_SQUARE, _SQUARE, device=device)
+    times: list[float] = []
+    for _ in range(_ROUNDS):
+        begun = time.perf_counter()
+        float(linear(square, square)[0, 0])  # waits for the device
+        times.append(time.perf_counter() - begun)
+    speed = 2 * _SQUARE**3 / statistics.median(times)
+    return costs.operations / speed / _PRODUCTIVE
+
+
+def activation_budget(plan: Plan, memory: int | None, activations: int | None) -> int:
+    """Return how many bytes of activations may live in memory.
+
+    Args:
+        plan: The run.
+        memory: Bytes that the whole process may take; None where that is not limited.
+        activations: Bytes that were given; None for what the rest leaves, or for a
+            quarter of the machine's where nothing is limited.
+
+    Raises:
+        HalveError: The rest alone takes more than may be taken.
+    """
+    own = default_budget() if activations is None else activations
+    if memory is None:
+        return own
+    left = _left(plan, memory)
+    return left if activations is None else min(left, activations)
+
+
+def _left(plan: Plan, memory: int) -> int:
+    """Return how many bytes of a limit are left for activations."""
+    found = costs(plan, 0)
+    if found.peak > memory:
+        largest = found.largest
+        part = max(largest.parts, key=lambda name: largest.parts[name])
+        raise HalveError(
+            f"At least {found.peak / 2**30:.2f} GiB of memory are needed, and "
+            f"{memory / 2**30:.2f} GiB were given: while {largest.name}, "
+            f"{largest.parts[part] / 2**30:.2f} GiB go to {part}.",
+            "Give more (--memory), or choose a --solver that holds less: sparsegpt "
+            "does, and wanda hardly anything.",
+        )
+    return memory - found.peak
+
+
+def _resident() -> int:
+    """Return the bytes of this process that are in memory now."""
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """The arithmetic behind `costs`; numbers, not bytes, but for phases."""
+
+    plan: Plan
+    solvers: list[Solver]
+
+    @property
+    def corrects(self) -> bool:
+        return self.plan.settings.corrects
+
+    @property
+    def sums_grams(self) -> bool:
+        several = self.corrects or len(self.solvers) > 1
+        return several or self.solvers[0].statistic is Gram
+
+    @property
+    def runs_text(self) -> bool:
+        settings = self.plan.settings
+        return settings.has_dense or self.solvers[0].statistic is not Nothing
+
+    def activations(self) -> Iterator[tuple[int, int]]:
+        """Yield the bytes of hidden states and kept inputs, and their parts' number."""
+        settings, token = self.plan.settings, _FLOAT * self.plan.tokens
+        if self.runs_text:
+            for _ in range(1 + settings.has_dense):
+                yield token * self.plan.width, settings.shares
+        if self.corrects:
+            groups = max(map(_groups, self.blocks), key=lambda g: sum(g.elements()))
+            for columns in groups.elements():
+                yield token * columns, settings.shares * groups.total()
+
+    @property
+    def blocks(self) -> tuple[PlannedBlock, ...]:
+        return self.plan.layout.blocks
+
+    def operations(self) -> int:
+        """Return the multiplications and additions of all blocks."""
+        return sum(self._passes(b) + self._solvers(b) for b in self.blocks)
+
+    def _passes(self, block: PlannedBlock) -> int:
+        """Return the operations of all that is done with every token."""
+        settings = self.plan.settings
+        if not self.runs_text:
+            return 0
+        # Up to the last inputs, and through the pruned block; the dense one as well,
+        # and again for each stage but the first.
+        passes = 2 + 2 * self.corrects + settings.refine * (_TUNED * settings.epochs)
+        forward = 2 * sum(matrix.elements for matrix in block.matrices)
+        sums = self.sums_grams + self.corrects * 2
+        squares = sum(n * c**2 for c, n in _groups(block).items())
+        return self.plan.tokens * (passes * forward + sums * squares)
+
+    def _solvers(self, block: PlannedBlock) -> int:
+        """Return the operations that do not depend on the number of tokens."""
+        once = each = 0
+        for matrix in block.matrices:
+            works = [solver.work(*matrix.matrix.shape) for solver in self.solvers]
+            each += sum(work.each for work in works)
+        for columns, groups in _groups(block).items():
+            works = [solver.work(1, columns) for solver in self.solvers]
+            once += groups * sum(work.once for work in works)
+        return once + each
+
+    def phases(self) -> Iterator[Phase]:
+        """Yield what is in memory, block after block."""
+        # As stored, and as it is computed with.
+        yield _phase("embedding", embeddings=2 * self._outside())
+        for block in self.blocks:
+            weights = self._weights(block)
+            batch = self._batch(block) if self.runs_text else 0
+            sums = max(self._sums(block, c) for c in _groups(block))
+            yield _phase("collecting", weights=weights, grams=sums, activations=batch)
+            for rows, columns in {m.matrix.shape for m in block.matrices}:
+                yield self._solving(block, rows, columns)
+            if self.plan.settings.refine:
+                yield _phase(
+                    "refining",
+                    weights=weights,
+                    copies=_REFINING_COPIES * weights,
+                    activations=_TUNED * batch,
+                )
+            yield _phase("writing", files=2 * weights)
+
+    def _solving(self, block: PlannedBlock, rows: int, columns: int) -> Phase:
+        """Return what is in memory while matrices of one shape are solved."""
+        works = [solver.work(rows, columns) for solver in self.solvers]
+        if self.corrects:  # a factor stays, which is made from a copy
+            works.append(Work(columns**2, columns**2))
+        solutions = (len(self.solvers) + self.corrects) * rows * columns
+        return _phase(
+            "solving",
+            weights=self._weights(block),
+            grams=self._sums(block, columns),
+            factors=sum(work.state for work in works),
+            matrices=max(work.peak for work in works) + solutions,
+        )
+
+    def _sums(self, block: PlannedBlock, columns: int) -> int:
+        """Return the sums over inputs that are kept once a group is reached.
+
+        Where targets are corrected, those of its own pass; else those of all groups
+        that are not solved yet, of which the widest come last.
+        """
+        groups = _groups(block)
+        if not self.sums_grams:
+            return 0
+        if not self.corrects:
+            return sum(n * c**2 for c, n in groups.items() if c >= columns)
+        settings = self.plan.settings
+        held = min(HELD_TOKENS, settings.held_out * (settings.seq_len or 0))
+        group = columns**2 + _drift(block, columns) + 2 * held * columns
+        return min(groups[columns], _IN_A_PASS) * group
+
+    def _outside(self) -> int:
+        """Return the size of the largest tensor outside the blocks."""
+        own = {block.shard for block in self.blocks}
+        shards = self.plan.layout.shards
+        return max(
+            (
+                self._size([n])
+                for f, names in shards.items()
+                if f not in own
+                for n in names
+            ),
+            default=0,
+        )
+
+    def _weights(self, block: PlannedBlock) -> int:
+        return self._size(self.plan.layout.shards[block.shard])
+
+    def _size(self, names: Iterable[str]) -> int:
+        return sum(prod(self.plan.layout.tensors[name].shape) for name in names)
+
+    def _batch(self, block: PlannedBlock) -> int:
+        """Return the activations of one batch on its way through a block."""
+        length = self.plan.settings.seq_len or 1
+        tokens = min(max(BATCH_TOKENS // length, 1) * length, self.plan.tokens)
+        inner = max(max(m.matrix.shape) for m in block.matrices)
+        return tokens * (_OWN_STATES * self.plan.width + _INNER_STATES * inner)
+
+
+def _phase(name: str, **parts: int) -> Phase:
+    return Phase(name, {part: _FLOAT * numbers for part, numbers in parts.items()})
+
+
+def _groups(block: PlannedBlock) -> Counter[int]:
+    """Return columns -> groups of that width; a guess, since no block is run."""
+    found = Counter(m.matrix.shape[1] for m in block.matrices)
+    return Counter({c: min(count, _OWN_GROUPS) for c, count in found.items()})
+
+
+def _drift(block: PlannedBlock, columns: int) -> int:
+    """Return the size of the drift of a group (`statistics.Drift`)."""
+    shapes = [matrix.matrix.shape for matrix in block.matrices]
+    rows = sum(height for height, width in shapes if width == columns)
+    return min(rows, columns) * columns if 2 * rows < columns else columns**2

@@ -1,0 +1,72 @@
+"""What the dry run foretells, and what `--memory` makes of it."""
+
+from typing import Any
+
+import pytest
+
+import halve
+from halve.errors import HalveError
+from halve.plan import Settings, make_plan
+from halve.pruning import activation_budget, costs
+from tests.tables import FAMILIES, SOLVERS
+
+SIZES: dict[str, Any] = {"samples": 64, "seq_len": 128}
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_every_family_has_a_forecast(row, pico):
+    found = costs(make_plan(pico(row), Settings(**SIZES)))
+    assert found.largest.bytes > 0
+    assert found.peak == found.process + found.resident + found.largest.bytes
+    assert found.operations > 0
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "auto"])
+def test_more_work_takes_more(solver, pico):
+    model = pico("llama")
+    few, many, refined, longer = (
+        costs(make_plan(model, Settings(solver=solver, **options)), 2**40)
+        for options in (
+            {"samples": 64, "seq_len": 32},
+            SIZES,
+            SIZES | {"refine": True},
+            SIZES | {"refine": True, "epochs": 9},
+        )
+    )
+    assert few.resident <= many.resident <= refined.resident
+    assert few.operations <= many.operations < refined.operations < longer.operations
+    assert many.largest.bytes <= refined.largest.bytes
+
+
+def test_a_limit_decides_where_hidden_states_live(pico):
+    plan = make_plan(pico("llama"), Settings(**SIZES))
+    least = costs(plan, 0)
+    assert least.resident == 0
+    assert least.mapped > 0
+    assert least.disk == least.output + least.mapped
+    roomy = activation_budget(plan, least.peak + 2**30, None)
+    assert costs(plan, roomy).mapped == 0
+    tight = activation_budget(plan, least.peak + 2**26, None)
+    assert costs(plan, min(tight, 2**10)).mapped == least.mapped
+    assert activation_budget(plan, least.peak + 2**30, 5) == 5
+
+
+def test_a_limit_that_cannot_hold_is_refused_with_what_takes_most(pico, text, tmp_path):
+    with pytest.raises(HalveError, match="of memory are needed"):
+        halve.prune(
+            pico("opt"),
+            tmp_path / "out",
+            calibration=str(text),
+            samples=4,
+            seq_len=32,
+            memory=2**20,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_changes_no_byte(pico, text, tmp_path):
+    options: dict[str, Any] = {"calibration": str(text), "samples": 8, "seq_len": 64}
+    halve.prune(pico("opt"), tmp_path / "free", **options)
+    halve.prune(pico("opt"), tmp_path / "tight", memory=2**34, **options)
+    for file in sorted((tmp_path / "free").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "tight" / file.name).read_bytes()
