@@ -116,20 +116,31 @@ class Workspace:
             self.settled[name] = decision
         return self.settled[name]
 
-    def finish(
-        self, source: Path, record: str, quantization: dict[str, Any] | None = None
-    ) -> None:
-        """Write index, side files and `halve.json`; then make the folder `OUT`.
+    def add_side_files(
+        self, source: Path, quantization: dict[str, Any] | None = None
+    ) -> dict[str, str]:
+        """Write the index and all that travels along with the weights.
 
         Args:
             source: Folder of the model that the side files come from.
-            record: Text of `halve.json`.
             quantization: What config.json says of packed matrices, if there are any.
+
+        Returns:
+            File -> SHA-256.
         """
         write_text(self.folder / _INDEX, _index(self.folder, self.committed))
-        for path in side_files(source):
-            copy_file(path, self.folder / path.name)
+        names = [path.name for path in side_files(source)]
+        for name in names:
+            copy_file(source / name, self.folder / name)
         _set_quantization(self.folder / "config.json", quantization)
+        return {name: sha256(self.folder / name) for name in (_INDEX, *names)}
+
+    def finish(self, record: str) -> None:
+        """Write `halve.json`, the last file; then make the folder `OUT`.
+
+        Args:
+            record: Its text.
+        """
         write_text(self.folder / RECORD, record)
         self.publish()
 

@@ -6,7 +6,17 @@ import warnings
 
 import typer
 
-from halve.cli import bench, demo, evaluate, generate, inspect, pack, prune, serve
+from halve.cli import (
+    bench,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    pack,
+    prune,
+    serve,
+    verify,
+)
 
 app = typer.Typer(
     name="halve",
@@ -21,6 +31,7 @@ app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
 app.command("pack", epilog=pack.PACK_EXAMPLES)(pack.pack)
 app.command("unpack", epilog=pack.UNPACK_EXAMPLES)(pack.unpack)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
+app.command("verify", epilog=verify.EXAMPLES)(verify.command)
 app.command("generate", epilog=generate.EXAMPLES)(generate.command)
 app.command("serve", epilog=serve.EXAMPLES)(serve.command)
 app.command("bench", epilog=bench.EXAMPLES)(bench.command)

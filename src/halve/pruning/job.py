@@ -69,6 +69,8 @@ def prune_model(
             return read_record(out, PruneRecord.from_json)
         run = Run(plan, execution, workspace, windows)
         blocks = run.finish()
+        packed = quantization_config() if settings.packed else None
+        files = workspace.add_side_files(source, packed)
         record = PruneRecord(
             versions=versions(),
             identity=identity,
@@ -78,9 +80,9 @@ def prune_model(
             seconds=time.monotonic() - begun,
             finished=now(),
             allocation=run.allocation,
+            files=files,
         )
-        packed = quantization_config() if settings.packed else None
-        workspace.finish(source, record.to_json(), packed)
+        workspace.finish(record.to_json())
     return record
 
 

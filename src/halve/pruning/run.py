@@ -177,6 +177,7 @@ class Run:
                     runner_up=choice.runner_up,
                     grid=grid and asdict(grid),
                     bits=grid and grid.bits_per_weight(sparsity),
+                    pattern=str(choice.candidate.pattern),
                 )
             )
         refined = pruned.refined and (pruned.refined.before, pruned.refined.after)
