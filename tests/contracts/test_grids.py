@@ -146,15 +146,16 @@ def test_the_search_does_not_depend_on_how_rows_are_cut():
 
 
 @over_grids
-@pytest.mark.parametrize("magnitude", [1.0, 1e-9, 1e5])
+@pytest.mark.parametrize("magnitude", [1.0, 1e-4, 1e5])
 def test_what_was_rounded_is_known_to_lie_on_a_grid(grid, magnitude):
     weight = weights() * magnitude
     rounded = fit_levels(grid, weight).round(weight)
     assert grid.shortfall(rounded) is None
     groups = 12 * grid.groups(160)
     assert f"of {groups} groups" in (grid.shortfall(weight) or "")
-    row, column = (rounded != 0).nonzero()[-1].tolist()
-    rounded[row, column] *= 1 + 2**-20
+    row = int((rounded[:, :16] != 0).sum(dim=1).argmax())
+    first = int(rounded[row].nonzero()[0])
+    rounded[row, first] *= 1 + 2**-20
     assert (grid.shortfall(rounded) or "").startswith("1 of")
 
 

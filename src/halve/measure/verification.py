@@ -156,8 +156,10 @@ def _broken(
 ) -> Iterator[Finding]:
     """Yield what the tensors do not keep of what was promised."""
     checkpoint = Checkpoint.open(folder)
-    for name in sorted({*checkpoint.shards} - record.shards.keys()):
-        yield Finding(name, "it is loaded, but nothing is recorded of it")
+    if strangers := sorted({*checkpoint.shards} - record.shards.keys()):
+        for name in strangers:
+            yield Finding(name, "it is loaded, but nothing is recorded of it")
+        return
     matrices = matrices_of(folder, checkpoint, trust_remote_code)
     for name in sorted(matrices.keys() ^ record.promises.keys()):
         yield Finding(name, "it is in the model or in the record, but not in both")
