@@ -58,6 +58,10 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     call goes on there after any interruption and ends in the same bytes (`halve.json`,
     which holds times, apart). Called again on a finished folder it changes nothing.
 
+    Where the memory of a GPU is exhausted, the batch is halved, a HalveWarning says so,
+    and the run goes on after the last shard. The result is then not, to the bit, what
+    another batch gives: sums are rounded otherwise, and refining takes smaller steps.
+
     Args:
         model: A folder with a checkpoint of transformers (safetensors or
             pytorch_model.bin, whole or in shards), or a name on the hub.

@@ -56,15 +56,14 @@ class Run:
         plan: Plan,
         execution: Execution,
         workspace: Workspace,
+        model: StreamedModel,
         windows: Tensor | None,
     ) -> None:
         self.plan = plan
         self.workspace = workspace
         self.candidates = candidates(plan.settings, plan.layout.dtype)
         self.clock = _Clock(execution.progress, len(plan.layout.blocks))
-        self.model = StreamedModel.open(
-            plan.model, plan.settings.device, execution.trust_remote_code
-        )
+        self.model = model
         budget = execution.activation_memory
         self.budget = default_budget() if budget is None else budget
         self.allocation = self._allocate(windows)
