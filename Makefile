@@ -23,7 +23,7 @@ check: $(READY)
 # environment for its rival.
 bench: $(READY)
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/kernel_regression.py
 	$(BIN)/python benchmarks/sparse_model.py
 	$(BIN)/python benchmarks/prune_speed.py

@@ -4,6 +4,7 @@
     halve.prune("facebook/opt-125m", "out", sparsity="2:4", calibration="wikitext2")
     halve.perplexity("out", data="wikitext2")
     halve.inspect("out")
+    halve.verify("out")
     halve.pack("out", "out-packed")
 
 Names are loaded on first use, so that `import halve` costs nothing. After it,
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from halve.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from halve.api import inspect, pack, perplexity, prune, unpack
+    from halve.api import inspect, pack, perplexity, prune, unpack, verify
     from halve.errors import HalveError
     from halve.runtime.generation import generate, load
 
@@ -31,6 +32,7 @@ _HOMES = {
     "perplexity": "halve.api",
     "prune": "halve.api",
     "unpack": "halve.api",
+    "verify": "halve.api",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "perplexity",
     "prune",
     "unpack",
+    "verify",
 ]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from halve.evaluation import Judging, judge
-from halve.measure import inspect_model
+from halve.measure import inspect_model, verify_output
 from halve.packing import Rewriting, rewrite_model
 from halve.plan import Settings
 from halve.pruning import Execution, prune_model
@@ -14,6 +14,7 @@ from halve.records import (
     PerplexityRecord,
     Progress,
     PruneRecord,
+    Verification,
 )
 
 
@@ -57,6 +58,10 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
     `out` is absent or whole. Until the end the work lies in `OUT.partial`; the same
     call goes on there after any interruption and ends in the same bytes (`halve.json`,
     which holds times, apart). Called again on a finished folder it changes nothing.
+
+    Where the memory of a GPU is exhausted, the batch is halved, a HalveWarning says so,
+    and the run goes on after the last shard. The result is then not, to the bit, what
+    another batch gives: sums are rounded otherwise, and refining takes smaller steps.
 
     Args:
         model: A folder with a checkpoint of transformers (safetensors or
@@ -283,3 +288,31 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False) -> Inspection
         Reads every tensor once; memory for one tensor at a time.
     """
     return inspect_model(model, trust_remote_code)
+
+
+def verify(out: str | Path, *, trust_remote_code: bool = False) -> Verification:
+    """Check a folder that Halve has made against what was written and promised.
+
+    Every file that was written is compared with its SHA-256 in `halve.json`, and that
+    file with its own: a flipped bit or a cut byte is found in any of them. Where all
+    are the same, every matrix is counted: its zeros, its n:m pattern, and whether its
+    values lie on the grid that it was rounded to. Files that were added and that no
+    one loads are not looked at. It tells damage, not forgery: there is no signature.
+
+    Args:
+        out: A folder that `prune`, `pack` or `unpack` has made, or a name on the hub.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Returns:
+        What was checked, and a finding for each file or matrix that is not as it should
+        be; `sound` where there is none.
+
+    Raises:
+        CheckpointError: `halve.json` is not there, or is itself not what was written,
+            so that nothing can be held against it.
+        HalveError: Whatever a user can put right, in two sentences.
+
+    Cost:
+        Reads every file twice; memory for one tensor at a time.
+    """
+    return verify_output(out, trust_remote_code)

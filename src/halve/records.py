@@ -1,12 +1,15 @@
 """What is kept of a run, as plain values that go to JSON and back. No torch here."""
 
 import datetime
+import hashlib
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
+
+_SEAL = ',\n  "seal": '
 
 
 def versions() -> dict[str, str]:
@@ -17,6 +20,31 @@ def versions() -> dict[str, str]:
 def now() -> str:
     """Return the time for a record: ISO 8601, UTC, in seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _sealed(fields: dict[str, Any]) -> str:
+    """Return JSON whose last member is the SHA-256 of all that stands before it.
+
+    So a record vouches for itself as it does for the other files.
+    """
+    body = json.dumps(fields, indent=2).removesuffix("\n}")
+    return body + _seal(body.encode())
+
+
+def _seal(body: bytes) -> str:
+    return f'{_SEAL}"{hashlib.sha256(body).hexdigest()}"\n}}\n'
+
+
+def is_sealed(record: bytes) -> bool:
+    """Whether a `halve.json` is, to the last byte, what was written."""
+    body, found, rest = record.rpartition(_SEAL.encode())
+    return found + rest == _seal(body).encode()
+
+
+def _unsealed(text: str) -> dict[str, Any]:
+    fields = dict(json.loads(text))
+    fields.pop("seal", None)
+    return fields
 
 
 @dataclass(frozen=True)
@@ -56,6 +84,7 @@ class MatrixRecord:
         grid: Bits, group size, symmetry and precision of the scales of the grid on
             which all its values lie; None where they were not rounded.
         bits: A weight, when packed with that grid: mask, codes and scales.
+        pattern: What it obeys, as `patterns` writes it.
     """
 
     tensor: str
@@ -69,6 +98,7 @@ class MatrixRecord:
     runner_up: float | None = None
     grid: dict[str, Any] | None = None
     bits: float | None = None
+    pattern: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,6 +193,7 @@ class PruneRecord:
         seconds: Wall time of the run that finished it.
         finished: ISO 8601, UTC.
         allocation: How the sparsity was shared out; None where all matrices have it.
+        files: Every other file but this one -> SHA-256.
     """
 
     versions: dict[str, str]
@@ -175,6 +206,7 @@ class PruneRecord:
     kind: str = "prune"
     format: int = 1
     allocation: AllocationRecord | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -188,20 +220,25 @@ class PruneRecord:
             return None
         return self._mean(lambda matrix: matrix.bits or 0.0)
 
+    @property
+    def all_matrices(self) -> tuple[MatrixRecord, ...]:
+        """Matrices of all blocks."""
+        return tuple(m for block in self.blocks for m in block.matrices)
+
     def _mean(self, of: Callable[[MatrixRecord], float]) -> float:
         """Return the mean over all weights of what each matrix has."""
-        matrices = [m for block in self.blocks for m in block.matrices]
+        matrices = self.all_matrices
         total = sum(of(m) * m.rows * m.columns for m in matrices)
         return total / sum(m.rows * m.columns for m in matrices)
 
     def to_json(self) -> str:
         """Return the text of `halve.json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return _sealed(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "PruneRecord":
         """Read what `to_json` wrote: `from_json(r.to_json()) == r`."""
-        fields = json.loads(text)
+        fields = _unsealed(text)
         fields["blocks"] = tuple(block_from_dict(b) for b in fields["blocks"])
         fields["left_dense"] = tuple(fields["left_dense"])
         if (allocation := fields.get("allocation")) is not None:
@@ -229,6 +266,8 @@ class MatrixStorage:
         dense_bytes: When dense.
         stored_bytes: In the file.
         packed: Whether it is; a matrix that would not get smaller stays dense.
+        pattern: The tightest that it obeys.
+        grid: On which all its values lie, where the input's record names one.
     """
 
     tensor: str
@@ -239,6 +278,8 @@ class MatrixStorage:
     dense_bytes: int
     stored_bytes: int
     packed: bool
+    pattern: str = ""
+    grid: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -255,6 +296,7 @@ class PackRecord:
         seconds: Wall time of the run that finished it.
         finished: ISO 8601, UTC.
         format: Version of this layout.
+        files: Every other file but this one -> SHA-256.
     """
 
     kind: str
@@ -266,6 +308,12 @@ class PackRecord:
     seconds: float
     finished: str
     format: int = 1
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def all_matrices(self) -> tuple[MatrixStorage, ...]:
+        """Every prunable matrix, by the name that a PruneRecord has for them."""
+        return self.matrices
 
     @property
     def dense_bytes(self) -> int:
@@ -279,14 +327,33 @@ class PackRecord:
 
     def to_json(self) -> str:
         """Return the text of `halve.json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return _sealed(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "PackRecord":
         """Read what `to_json` wrote: `from_json(r.to_json()) == r`."""
-        fields = json.loads(text)
+        fields = _unsealed(text)
         fields["matrices"] = tuple(MatrixStorage(**m) for m in fields["matrices"])
         return cls(**fields)
+
+
+def parse_record(text: str) -> PruneRecord | PackRecord:
+    """Read a `halve.json` of either kind.
+
+    Raises:
+        ValueError, TypeError, LookupError: It is neither.
+    """
+    kind = dict(json.loads(text))["kind"]
+    return (PruneRecord if kind == "prune" else PackRecord).from_json(text)
+
+
+def recorded_grids(source: dict[str, Any] | None) -> dict[str, Any]:
+    """Return tensor -> grid of what a source's `halve.json` says was rounded."""
+    try:
+        record = parse_record(json.dumps(source))
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return {}
+    return {matrix.tensor: matrix.grid for matrix in record.all_matrices if matrix.grid}
 
 
 @dataclass(frozen=True)
@@ -385,6 +452,44 @@ class Inspection:
         """Share of zeros over all prunable matrices."""
         zeros = sum(m.sparsity * m.rows * m.columns for m in self.matrices)
         return zeros / sum(m.rows * m.columns for m in self.matrices)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a file, or with a matrix in it.
+
+    Attributes:
+        name: Of the file, or of the matrix's tensor.
+        problem: What was found.
+    """
+
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a folder holds against what its record says.
+
+    Attributes:
+        folder: That was looked at.
+        files: Whose digests were compared.
+        bytes: In them.
+        matrices: Whose promises were checked: all, or none where a file is not what was
+            written.
+        findings: What is wrong; empty where nothing is.
+    """
+
+    folder: str
+    files: int
+    bytes: int
+    matrices: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether everything is as it was written and promised."""
+        return not self.findings
 
 
 @dataclass(frozen=True)

@@ -143,3 +143,40 @@ def test_the_search_does_not_depend_on_how_rows_are_cut():
         assert torch.equal(
             fit_levels(Grid(4, 16), weight[part]).scale, whole.scale[part]
         )
+
+
+@over_grids
+@pytest.mark.parametrize("magnitude", [1.0, 1e-4, 1e5])
+def test_what_was_rounded_is_known_to_lie_on_a_grid(grid, magnitude):
+    weight = weights() * magnitude
+    rounded = fit_levels(grid, weight).round(weight)
+    assert grid.shortfall(rounded) is None
+    groups = 12 * grid.groups(160)
+    assert f"of {groups} groups" in (grid.shortfall(weight) or "")
+    row = int((rounded[:, :16] != 0).sum(dim=1).argmax())
+    first = int(rounded[row].nonzero()[0])
+    rounded[row, first] *= 1 + 2**-20
+    assert (grid.shortfall(rounded) or "").startswith("1 of")
+
+
+@over_grids
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_was_rounded_in_few_bits_lies_on_a_grid(grid, dtype):
+    if not grid.symmetric and grid.bits == 8 and dtype == torch.bfloat16:
+        pytest.skip("there is no such grid")
+    weight = weights()
+    rounded = fit_levels(grid.exact_in(dtype), weight).round(weight)
+    assert grid.shortfall(rounded.to(dtype)) is None
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS[1:])
+def test_one_code_too_many_does_not_lie_on_a_grid(bits, symmetric):
+    """All codes of a grid lie on it; one more, on either side, does not."""
+    grid = Grid(bits, symmetric=symmetric)
+    codes = torch.arange(grid.lowest, grid.highest + 1.0)[None]
+    assert grid.shortfall(codes * 0.375) is None
+    assert grid.shortfall(codes * -0.375) is None
+    assert grid.shortfall(torch.zeros_like(codes)) is None
+    codes[0, 0] -= 1
+    assert grid.shortfall(codes) is not None

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from halve import prune
-from halve.checkpoint import files
+from halve.checkpoint import disk
 from tests.hostile import spoilers as by
 
 FEW = ("--samples", 4, "--seq-len", 16, "--quiet", "--device", "cpu")
@@ -324,7 +324,7 @@ def test_outputs_that_cannot_be_looked_up(name, refused, pico, text, tmp_path):
 
 def test_work_of_other_arguments_is_kept(prune_refused, tmp_path, monkeypatch):
     """A run that failed half-way is not resumed by one that asks for other things."""
-    monkeypatch.setattr("halve.checkpoint.files.save_file", _full_disk)
+    monkeypatch.setattr("halve.checkpoint.disk.save_file", _full_disk)
     prune_refused(mentions=("disk is full",), begun=True)
     words = ("--sparsity", "2:4", "--seed", 1)
     prune_refused(*words, mentions=("sparsity", "50%", "2:4", "seed"))
@@ -361,13 +361,13 @@ def test_too_little_room_for_hidden_states(prune_refused, monkeypatch):
 def test_a_disk_that_fills_up_loses_nothing(
     full_at, prune_refused, pico, text, tmp_path, monkeypatch
 ):
-    real, calls = files.save_file, []
+    real, calls = disk.save_file, []
 
     def fills_up(*arguments):
         calls.append(1)
         return _full_disk() if len(calls) == full_at else real(*arguments)
 
-    monkeypatch.setattr(files, "save_file", fills_up)
+    monkeypatch.setattr(disk, "save_file", fills_up)
     prune_refused(mentions=("disk is full", "goes on"), begun=True)
     options = {"calibration": str(text), "samples": 4, "seq_len": 16, "device": "cpu"}
     prune(pico("llama"), tmp_path / "out", **options)

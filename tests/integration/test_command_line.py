@@ -29,7 +29,9 @@ def options(text):
     return ["--calibration", text, "--samples", "8", "--seq-len", "32"]
 
 
-@pytest.mark.parametrize("command", ["prune", "eval", "inspect", "generate", "demo"])
+@pytest.mark.parametrize(
+    "command", ["prune", "eval", "inspect", "verify", "generate", "demo"]
+)
 def test_help_ends_with_examples(command, run):
     code, out, _ = run(command, "--help")
     assert code == 0

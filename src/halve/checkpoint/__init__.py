@@ -1,5 +1,6 @@
 """Lazy in, atomic out: the files of a model."""
 
+from halve.checkpoint.files import sha256
 from halve.checkpoint.output import (
     RECORD,
     check_space,
@@ -22,4 +23,5 @@ __all__ = [
     "open_workspace",
     "output_path",
     "read_record",
+    "sha256",
 ]

@@ -2,17 +2,15 @@
 
 import errno
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from halve.errors import OutputError
+from halve.checkpoint import disk
+from halve.errors import CheckpointError, OutputError
 
 
 @contextmanager
@@ -31,54 +29,62 @@ def write_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says of a failed read into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be read: {error}.",
+            "Check the disk, put the file there again, and run the same command; it "
+            "goes on where it stopped.",
+        ) from error
+
+
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary sibling, then make it `path` in one step.
 
     Raises:
-        OutputError: The write failed; `path` is as it was.
+        OutputError: The write failed; `path` is as it was. Or it has taken place and
+            the disk does not vouch for it.
     """
     sibling = path.with_name(f".{path.name}.tmp")
     with write_errors(path):
         try:
             write(sibling)
-            sibling.chmod(0o666 & ~_umask())  # libraries make private files
-            sync(sibling)
-            sibling.replace(path)
-            sync(path.parent)
+            disk.sync(sibling)
+            disk.rename(sibling, path)
+            disk.sync(path.parent)
         except BaseException:
-            sibling.unlink(missing_ok=True)
+            with suppress(OSError):  # what stays is swept away by the next run
+                disk.remove(sibling)
             raise
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    replace_file(path, lambda sibling: _write_utf8(sibling, text))
-
-
-def _write_utf8(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
+    replace_file(path, lambda sibling: disk.write(sibling, text.encode()))
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a safetensors file, whole or not at all, and return its SHA-256."""
     contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda sibling: save_file(contents, sibling, {"format": "pt"}))
-    return sha256(path)
+    replace_file(path, lambda sibling: disk.save(sibling, contents))
+    with write_errors(path):
+        return sha256(path)
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copy contents, not permissions, whole or not at all."""
-    replace_file(path, lambda sibling: _copy(source, sibling))
+    """Copy contents, not permissions, whole or not at all.
 
-
-def _copy(source: Path, path: Path) -> None:
-    shutil.copyfile(source, path)
+    Raises:
+        CheckpointError: The source cannot be read.
+        OutputError: The copy cannot be written.
+    """
+    with read_errors(source):
+        data = source.read_bytes()
+    replace_file(path, lambda sibling: disk.write(sibling, data))
 
 
 def sha256(path: Path) -> str:
@@ -87,10 +93,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Force a file's, or a folder's, contents to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def make_folders(path: Path) -> None:
+    """Make a folder and its parents, so that they outlive a power failure."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    for folder in reversed(missing):
+        disk.make_folder(folder)
+        disk.sync(folder.parent)

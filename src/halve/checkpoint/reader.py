@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import TypeGuard
@@ -321,8 +322,38 @@ def _read_shard(path: Path, names: list[str]) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         stored = _unpickled(path, "cpu")
         return {name: stored[name].detach().clone().contiguous() for name in names}
-    with _opened(path) as file:
-        return {name: file.get_tensor(name).clone() for name in names}
+    with _opened(path) as file, path.open("rb") as data:
+        begin, spans = _spans(data)
+        found: dict[str, Tensor] = {}
+        for name in names:
+            part = file.get_slice(name)
+            tensor = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()])
+            _fill(tensor, data, begin + spans[name])
+            found[name] = tensor
+        return found
+
+
+def _spans(data: BufferedReader) -> tuple[int, dict[str, int]]:
+    """Return where a safetensors file's data begin, and each tensor within them.
+
+    Only to be called while the library, which checks all this, holds the file open.
+    """
+    size = int.from_bytes(data.read(8), "little")
+    header = json.loads(data.read(size))
+    header.pop("__metadata__", None)
+    return 8 + size, {name: entry["data_offsets"][0] for name, entry in header.items()}
+
+
+def _fill(tensor: Tensor, data: BufferedReader, place: int) -> None:
+    """Read a tensor's bytes; as quick as from a mapping, and safe on a bad disk.
+
+    A process that touches a mapped page which cannot be read, or is there no longer,
+    dies of SIGBUS; here it meets an error.
+    """
+    octets = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    data.seek(place)
+    if data.readinto(octets) != tensor.nbytes:
+        raise EOFError("it has become shorter")
 
 
 @contextmanager
@@ -330,8 +361,18 @@ def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise _unread(path, error) from error
+    except (SafetensorError, EOFError, ValueError) as error:
         raise _damaged(path, error) from error
+
+
+def _unread(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} could not be read: {error.strerror or error}.",
+        "Check the disk, or put the file there again, and run the same command; a run "
+        "that was under way goes on where it stopped.",
+    )
 
 
 def _unpickled(path: Path, device: str) -> dict[str, Tensor]:
@@ -341,6 +382,8 @@ def _unpickled(path: Path, device: str) -> dict[str, Tensor]:
             stored = torch.load(path, device, weights_only=True, mmap=True)
         except RuntimeError:
             stored = torch.load(path, device, weights_only=True)
+    except OSError as error:
+        raise _unread(path, error) from error
     except Exception as error:  # bytes read as a program end in any error at all
         raise _damaged(path, error) from error
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else None

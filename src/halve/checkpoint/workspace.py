@@ -9,7 +9,6 @@ from its ledger to the same bytes.
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
+from halve.checkpoint import disk
 from halve.checkpoint.files import (
     copy_file,
+    make_folders,
+    read_errors,
     sha256,
-    sync,
     write_errors,
     write_shard,
     write_text,
@@ -35,7 +36,7 @@ from halve.checkpoint.output import (
     recorded_identity,
 )
 from halve.checkpoint.reader import Checkpoint, is_inside
-from halve.errors import OutputError
+from halve.errors import CheckpointError, OutputError
 
 _LEDGER = "ledger.jsonl"
 _INDEX = "model.safetensors.index.json"
@@ -96,9 +97,13 @@ class Workspace:
 
         Returns:
             The note.
+
+        Raises:
+            OutputError: It cannot be written, or not be read again.
         """
         digest = write_shard(self.folder / file, tensors)
-        note = describe(self.folder / file)
+        with _read_back(self.folder / file):
+            note = describe(self.folder / file)
         self._append({"file": file, "sha256": digest, "note": note})
         self.committed[file] = Committed(file, digest, note)
         return note
@@ -111,47 +116,69 @@ class Workspace:
             decide: Makes it, where the ledger holds none yet; JSON.
         """
         if name not in self.settled:
-            decision = decide()
-            self._append({"settled": name, "decision": decision})
-            self.settled[name] = decision
+            self.decide(name, decide())
         return self.settled[name]
 
-    def finish(
-        self, source: Path, record: str, quantization: dict[str, Any] | None = None
-    ) -> None:
-        """Write index, side files and `halve.json`; then make the folder `OUT`.
+    def decide(self, name: str, decision: dict[str, Any]) -> None:
+        """Note a decision, in the place of an earlier one of the same name."""
+        self._append({"settled": name, "decision": decision})
+        self.settled[name] = decision
+
+    def add_side_files(
+        self, source: Path, quantization: dict[str, Any] | None = None
+    ) -> dict[str, str]:
+        """Write the index and all that travels along with the weights.
 
         Args:
             source: Folder of the model that the side files come from.
-            record: Text of `halve.json`.
             quantization: What config.json says of packed matrices, if there are any.
+
+        Returns:
+            File -> SHA-256.
         """
-        write_text(self.folder / _INDEX, _index(self.folder, self.committed))
-        for path in side_files(source):
-            copy_file(path, self.folder / path.name)
+        with _read_back(self.folder / _INDEX):
+            index = _index(self.folder, self.committed)
+        write_text(self.folder / _INDEX, index)
+        names = [path.name for path in side_files(source)]
+        for name in names:
+            copy_file(source / name, self.folder / name)
         _set_quantization(self.folder / "config.json", quantization)
+        with read_errors(self.folder):
+            return {name: sha256(self.folder / name) for name in (_INDEX, *names)}
+
+    def finish(self, record: str) -> None:
+        """Write `halve.json`, the last file; then make the folder `OUT`.
+
+        Args:
+            record: Its text.
+        """
         write_text(self.folder / RECORD, record)
         self.publish()
 
     def publish(self) -> None:
         """Make a complete folder `OUT`."""
         with write_errors(self.out):
-            (self.folder / _LEDGER).unlink(missing_ok=True)
-            sync(self.folder)
-            self.folder.rename(self.out)
-            sync(self.out.parent)
+            disk.remove(self.folder / _LEDGER)
+            disk.sync(self.folder)
+            disk.rename(self.folder, self.out)
+            disk.sync(self.out.parent)
 
     def discard(self) -> None:
-        """Remove the folder: what is in it is of no use to anyone."""
+        """Remove the folder: what is in it is of no use to anyone.
+
+        The ledger goes last, so that a run that dies here is known for what it was.
+        """
         with write_errors(self.folder):
-            shutil.rmtree(self.folder)
+            files = [path for path in self.folder.iterdir() if path.name != _LEDGER]
+            for path in (*files, self.folder / _LEDGER):
+                disk.remove(path)
+            disk.remove_folder(self.folder)
 
     def _append(self, line: dict[str, Any]) -> None:
         path = self.folder / _LEDGER
-        with write_errors(path), path.open("a", encoding="utf-8") as ledger:
-            ledger.write(json.dumps(line) + "\n")
-            ledger.flush()
-            os.fsync(ledger.fileno())
+        with write_errors(path):
+            disk.append(path, (json.dumps(line) + "\n").encode())
+            disk.sync(path)
 
     def _resume(self) -> None:
         """Take over what an earlier run with the same identity has done."""
@@ -159,13 +186,20 @@ class Workspace:
         if identity is None:
             self._check_unused()
             self._append({"identity": self.identity})
-            sync(self.folder)
+            with write_errors(self.folder):
+                disk.sync(self.folder)
             return
         check_identity(self.folder, identity, self.identity)
+        self._sweep()
         for shard in shards:
-            file = self.folder / shard.file
-            if file.is_file() and sha256(file) == shard.sha256:
+            if _is_whole(self.folder / shard.file, shard.sha256):
                 self.committed[shard.file] = shard
+
+    def _sweep(self) -> None:
+        """Remove what a run that was killed had not yet given its name."""
+        with write_errors(self.folder):
+            for path in self.folder.glob(".*"):
+                disk.remove(path)
 
     def _check_unused(self) -> None:
         others = [p.name for p in self.folder.iterdir() if p.name != _LEDGER]
@@ -188,8 +222,9 @@ def open_workspace(out: Path, identity: dict[str, Any]) -> Iterator[Workspace]:
     check_free(out)
     workspace = Workspace(out, identity)
     with write_errors(workspace.folder):
-        workspace.folder.mkdir(parents=True, exist_ok=True)
+        make_folders(workspace.folder)
     with _locked(workspace.folder):
+        check_free(out)  # another run may have finished in between
         if workspace.is_complete:
             check_identity(
                 workspace.folder, recorded_identity(workspace.folder), identity
@@ -219,18 +254,49 @@ def side_files(source: Path) -> list[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
+    with write_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        with write_errors(folder):
+            locked = _try_lock(folder, descriptor)
+        if not locked:
             raise OutputError(
                 f"Another run is at work in {folder}.",
                 "Wait for it to end, or choose another output folder.",
-            ) from error
+            )
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(folder: Path, descriptor: int) -> bool:
+    """Lock a folder; False where another has it, or has just given it another name."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    """Whether a shard is what the ledger says; if it cannot be read, it is not."""
+    try:
+        return path.is_file() and sha256(path) == digest
+    except OSError:
+        return False
+
+
+@contextmanager
+def _read_back(path: Path) -> Iterator[None]:
+    """Tell a file that Halve has written from one that its user must replace."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise OutputError(
+            f"{path} was written and cannot be read again: {error.problem}",
+            "Check the disk and run the same command again; it goes on where it "
+            "stopped.",
+        ) from error
 
 
 def _read_ledger(
@@ -239,7 +305,8 @@ def _read_ledger(
     """Return identity, decisions and shards; cut off a line that a crash left."""
     if not path.is_file():
         return None, {}, []
-    whole = path.read_bytes().rpartition(b"\n")[0]
+    with read_errors(path):
+        whole = path.read_bytes().rpartition(b"\n")[0]
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
         identity = dict(lines[0]["identity"]) if lines else None
@@ -249,7 +316,7 @@ def _read_ledger(
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise foreign(path.parent, f"its {path.name} cannot be read") from error
     with write_errors(path):
-        os.truncate(path, len(whole) + 1 if whole else 0)
+        disk.cut(path, len(whole) + 1 if whole else 0)
     return identity, settled, shards
 
 
@@ -265,7 +332,8 @@ def _index(folder: Path, files: Iterable[str]) -> str:
 
 def _set_quantization(config: Path, entry: dict[str, Any] | None) -> None:
     """Let a config say how the weights beside it are packed, or that they are not."""
-    entries = json.loads(config.read_text("utf-8"))
+    with read_errors(config):
+        entries = json.loads(config.read_text("utf-8"))
     if entries.get(_QUANTIZATION) == entry:
         return
     entries.pop(_QUANTIZATION, None)

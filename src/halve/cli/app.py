@@ -6,7 +6,17 @@ import warnings
 
 import typer
 
-from halve.cli import bench, demo, evaluate, generate, inspect, pack, prune, serve
+from halve.cli import (
+    bench,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    pack,
+    prune,
+    serve,
+    verify,
+)
 
 app = typer.Typer(
     name="halve",
@@ -21,6 +31,7 @@ app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
 app.command("pack", epilog=pack.PACK_EXAMPLES)(pack.pack)
 app.command("unpack", epilog=pack.UNPACK_EXAMPLES)(pack.unpack)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
+app.command("verify", epilog=verify.EXAMPLES)(verify.command)
 app.command("generate", epilog=generate.EXAMPLES)(generate.command)
 app.command("serve", epilog=serve.EXAMPLES)(serve.command)
 app.command("bench", epilog=bench.EXAMPLES)(bench.command)
@@ -49,7 +60,12 @@ def _print_warning(message: Warning | str, *_: object) -> None:
 
 
 def main() -> None:
-    """Run the command line; exit 0 when done, 1 on a HalveError, 2 on bad usage."""
+    """Run the command line.
+
+    Exits with 0 when done, 1 on a HalveError, 2 on bad usage, 130 and 143 on SIGINT and
+    SIGTERM.
+    """
+    from halve.cli.interruption import Interrupted, how_to_go_on, interruptible
     from halve.errors import HalveError, HalveWarning
 
     # What the libraries have to say while loading is Halve's to say or not.
@@ -57,7 +73,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        with warnings.catch_warnings():
+        with interruptible(), warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("default", HalveWarning)
@@ -66,6 +82,6 @@ def main() -> None:
     except HalveError as error:
         print(f"Error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as interrupted:
+        print(how_to_go_on(interrupted), file=sys.stderr)
+        sys.exit(interrupted.exit_code)

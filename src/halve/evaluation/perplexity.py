@@ -8,7 +8,7 @@ own. A model is walked block by block: it need not fit into memory.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from halve.calibration import (
 from halve.checkpoint import locate
 from halve.errors import CalibrationError, NumericalError
 from halve.records import ComparisonRecord, PerplexityRecord
-from halve.runtime.streamed import Stream, StreamedModel
+from halve.runtime.streamed import Stream, StreamedModel, with_smaller_batches
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,13 @@ def judge(model: str | Path, judging: Judging) -> PerplexityRecord:
     begun = time.perf_counter()
     opened = _open(model, judging)
     windows = _segments(opened, judging)
-    stream = _walk(opened, windows, judging)
-    losses = [_losses(logits, windows[part]) for part, logits in stream.logits()]
-    return _record(torch.cat(losses), windows, judging, begun)
+
+    def measure(opened: StreamedModel) -> Tensor:
+        logits = _walk(opened, windows, judging).logits()
+        return torch.cat([_losses(own, windows[part]) for part, own in logits])
+
+    losses = with_smaller_batches(opened, windows.shape[1], measure)
+    return _record(losses, windows, judging, begun)
 
 
 def compare(
@@ -89,10 +93,16 @@ def compare(
             f"{model} and {reference} do not cut the text into the same tokens.",
             "Compare models that share a tokenizer and pass the same --seq-len.",
         )
-    streams = [_walk(opened, windows, judging) for opened in pair]
-    found = _Differences([], [], [], [])
-    for (part, ours), (_, theirs) in _together(*streams):
-        found.add(ours, theirs, windows[part])
+
+    def measure(first: StreamedModel) -> _Differences:
+        second = replace(pair[1], batch_tokens=first.batch_tokens)
+        streams = [_walk(opened, windows, judging) for opened in (first, second)]
+        found = _Differences([], [], [], [])
+        for (part, ours), (_, theirs) in _together(*streams):
+            found.add(ours, theirs, windows[part])
+        return found
+
+    found = with_smaller_batches(pair[0], windows.shape[1], measure)
     divergence = torch.cat(found.divergences)
     return ComparisonRecord(
         model=_record(torch.cat(found.ours), windows, judging, begun),

@@ -1,9 +1,10 @@
-"""What is in a model's files, and how fast and large it is when it runs."""
+"""What is in a model's files, whether it is whole, how fast and large it runs."""
 
 from halve.measure.bench import Bench, run_bench
 from halve.measure.inspection import inspect_model
 from halve.measure.random_models import write_random_model
 from halve.measure.speed import TORCH, measure_speed, tests
+from halve.measure.verification import verify_output
 
 __all__ = [
     "TORCH",
@@ -12,5 +13,6 @@ __all__ = [
     "measure_speed",
     "run_bench",
     "tests",
+    "verify_output",
     "write_random_model",
 ]

@@ -16,7 +16,7 @@ def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspect
     """Count what is in a model; see `halve.inspect` for the contract."""
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
-    matrices = _matrices(folder, checkpoint, trust_remote_code)
+    matrices = matrices_of(folder, checkpoint, trust_remote_code)
     found: list[MatrixInspection] = []
     zeros = 0
     for name, info in checkpoint.tensors.items():
@@ -35,7 +35,7 @@ def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspect
     )
 
 
-def _matrices(
+def matrices_of(
     folder: Path, checkpoint: Checkpoint, trust_remote_code: bool
 ) -> dict[str, Matrix]:
     """Return tensor -> prunable matrix, in the order of the model."""

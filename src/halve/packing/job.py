@@ -22,11 +22,20 @@ from halve.checkpoint import (
     output_path,
     read_record,
 )
-from halve.errors import HalveError, OutputError
+from halve.errors import GridError, HalveError, OutputError
 from halve.formats import quantization_config, store
+from halve.grids import Grid
 from halve.models import Matrix, build_skeleton
+from halve.patterns import describe
 from halve.plan import Layout, lay_out
-from halve.records import MatrixStorage, PackRecord, Progress, now, versions
+from halve.records import (
+    MatrixStorage,
+    PackRecord,
+    Progress,
+    now,
+    recorded_grids,
+    versions,
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ def rewrite_model(
             return read_record(out, PackRecord.from_json)
         matrices = _Rewriter(source, layout, workspace, rewriting).run()
         _check_gain(model, matrices, workspace, rewriting)
+        files = workspace.add_side_files(source, rewriting.quantization)
         record = PackRecord(
             kind=rewriting.kind,
             versions=versions(),
@@ -86,8 +96,9 @@ def rewrite_model(
             source=_source_record(source),
             seconds=time.monotonic() - begun,
             finished=now(),
+            files=files,
         )
-        workspace.finish(source, record.to_json(), rewriting.quantization)
+        workspace.finish(record.to_json())
     return record
 
 
@@ -127,6 +138,7 @@ class _Rewriter:
         self.layout = layout
         self.workspace = workspace
         self.rewriting = rewriting
+        self.grids = recorded_grids(_source_record(source))
         self.matrices: dict[str, Matrix] = {
             planned.tensor: planned.matrix
             for block in layout.blocks
@@ -179,6 +191,7 @@ class _Rewriter:
 
     def _storage(self, info: TensorInfo, dense: Tensor) -> MatrixStorage:
         rows, columns = self.matrices[info.name].shape
+        weight = self.matrices[info.name].as_rows(dense)
         return MatrixStorage(
             tensor=info.name,
             rows=rows,
@@ -188,7 +201,17 @@ class _Rewriter:
             dense_bytes=info.nbytes,
             stored_bytes=info.stored_bytes,
             packed=bool(info.parts),
+            pattern=describe(weight),
+            grid=self._grid(info.name, weight),
         )
+
+    def _grid(self, name: str, weight: Tensor) -> dict[str, Any] | None:
+        """Return the grid that the input names, if the matrix does lie on it."""
+        try:
+            grid = Grid(**self.grids[name])
+        except (LookupError, TypeError, GridError):
+            return None
+        return None if grid.shortfall(weight) else asdict(grid)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

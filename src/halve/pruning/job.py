@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,24 @@ from halve.formats import quantization_config
 from halve.plan import Plan, Settings, make_plan
 from halve.pruning.candidates import candidates
 from halve.pruning.run import Execution, Run
-from halve.records import Progress, PruneRecord, now, versions
+from halve.records import (
+    AllocationRecord,
+    BlockRecord,
+    Progress,
+    PruneRecord,
+    now,
+    versions,
+)
 from halve.runtime.generation import sample_windows
-from halve.runtime.streamed import choose_device
+from halve.runtime.streamed import (
+    StreamedModel,
+    choose_device,
+    with_smaller_batches,
+)
 from halve.statistics import Nothing
+
+# What the ledger calls the size of batches, where it is not the usual one.
+_BATCH = "batch"
 
 
 def prune_model(
@@ -67,21 +82,46 @@ def prune_model(
         if workspace.is_complete:
             workspace.publish()
             return read_record(out, PruneRecord.from_json)
-        run = Run(plan, execution, workspace, windows)
-        blocks = run.finish()
+        blocks, allocation = _run(plan, execution, workspace, windows)
+        packed = quantization_config() if settings.packed else None
+        files = workspace.add_side_files(source, packed)
         record = PruneRecord(
             versions=versions(),
             identity=identity,
-            blocks=tuple(blocks),
+            blocks=blocks,
             shards=_shards(plan, workspace),
             left_dense=plan.layout.left_dense,
             seconds=time.monotonic() - begun,
             finished=now(),
-            allocation=run.allocation,
+            allocation=allocation,
+            files=files,
         )
-        packed = quantization_config() if settings.packed else None
-        workspace.finish(source, record.to_json(), packed)
+        workspace.finish(record.to_json())
     return record
+
+
+def _run(
+    plan: Plan, execution: Execution, workspace: Workspace, windows: Tensor | None
+) -> tuple[tuple[BlockRecord, ...], AllocationRecord | None]:
+    """Do what is left of a run, with smaller batches where memory is exhausted.
+
+    How small stands in the ledger, so that a run that goes on has the same.
+    """
+    device, length = plan.settings.device, plan.settings.seq_len
+    assert length is not None
+    model = StreamedModel.open(plan.model, device, execution.trust_remote_code)
+    first = model.batch_tokens
+
+    def attempt(
+        model: StreamedModel,
+    ) -> tuple[tuple[BlockRecord, ...], AllocationRecord | None]:
+        if model.batch_tokens < first:
+            workspace.decide(_BATCH, {"tokens": model.batch_tokens})
+        run = Run(plan, execution, workspace, model, windows)
+        return tuple(run.finish()), run.allocation
+
+    tokens = workspace.settled.get(_BATCH, {}).get("tokens", first)
+    return with_smaller_batches(replace(model, batch_tokens=tokens), length, attempt)
 
 
 def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:

@@ -59,15 +59,14 @@ class Run:
         plan: Plan,
         execution: Execution,
         workspace: Workspace,
+        model: StreamedModel,
         windows: Tensor | None,
     ) -> None:
         self.plan = plan
         self.workspace = workspace
         self.candidates = candidates(plan.settings, plan.layout.dtype)
         self.clock = _Clock(execution.progress, len(plan.layout.blocks))
-        self.model = StreamedModel.open(
-            plan.model, plan.settings.device, execution.trust_remote_code
-        )
+        self.model = model
         self.budget = activation_budget(
             plan, execution.memory, execution.activation_memory
         )
@@ -181,6 +180,7 @@ class Run:
                     runner_up=choice.runner_up,
                     grid=grid and asdict(grid),
                     bits=grid and grid.bits_per_weight(sparsity),
+                    pattern=str(choice.candidate.pattern),
                 )
             )
         refined = pruned.refined and (pruned.refined.before, pruned.refined.after)

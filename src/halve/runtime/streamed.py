@@ -5,18 +5,26 @@ of a set of windows through it. Everything is computed in float32 whatever the d
 the checkpoint.
 """
 
+import gc
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from halve.calibration import allocate_hidden
 from halve.checkpoint import Checkpoint
-from halve.errors import HalveError, NumericalError, UnsupportedModelError
+from halve.errors import (
+    HalveError,
+    HalveWarning,
+    NumericalError,
+    UnsupportedModelError,
+)
 from halve.models import (
     Recording,
     Skeleton,
@@ -35,6 +43,8 @@ BATCH_TOKENS = 1024
 _FIRST = slice(0, 1)
 # Logits of one batch, in numbers: 256 MiB of float32.
 _BATCH_LOGITS = 2**26
+
+Result = TypeVar("Result")
 
 
 def choose_device(name: str) -> torch.device:
@@ -71,12 +81,14 @@ class StreamedModel:
         skeleton: The model without them.
         tensors: Parameter or buffer -> tensor of the checkpoint.
         device: Where it runs.
+        batch_tokens: How many tokens run through it at once, if one window has no more.
     """
 
     checkpoint: Checkpoint
     skeleton: Skeleton
     tensors: dict[str, str]
     device: torch.device
+    batch_tokens: int = BATCH_TOKENS
 
     @classmethod
     def open(
@@ -269,10 +281,14 @@ class Stream:
         twin.recordings = self.recordings
         return twin
 
-    def batches(self, tokens: int = BATCH_TOKENS) -> Iterator[slice]:
-        """Yield slices of samples, of equal size but for the last of each kind."""
+    def batches(self, tokens: int | None = None) -> Iterator[slice]:
+        """Yield slices of samples, of equal size but for the last of each kind.
+
+        Args:
+            tokens: In a batch; by default what the model has for its blocks.
+        """
         samples, length = self.windows.shape
-        size = max(tokens // length, 1)
+        size = max((tokens or self.model.batch_tokens) // length, 1)
         own = samples - self.apart
         for first, last in ((0, own), (own, samples)):
             for start in range(first, last, size):
@@ -347,7 +363,7 @@ class Stream:
         """
         size = self.model.skeleton.config.get_text_config().vocab_size
         with self.model._surroundings(with_head=True):
-            for part in self.batches(_BATCH_LOGITS // size):
+            for part in self.batches(_logits_tokens(self.model, size)):
                 yield part, self._logits(part)
 
     def _logits(self, part: slice) -> Tensor:
@@ -372,8 +388,9 @@ def logits_apart(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor
     model = first.model
     size = model.skeleton.config.get_text_config().vocab_size
     # Both at once, so half of the batch each.
+    tokens = max(_logits_tokens(model, size) // 2, 1)
     parts = (
-        [part for part in s.batches(_BATCH_LOGITS // size // 2) if s.is_apart(part)]
+        [part for part in s.batches(tokens) if s.is_apart(part)]
         for s in (first, second)
     )
     with model._surroundings(with_head=True):
@@ -381,16 +398,65 @@ def logits_apart(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor
             yield first._logits(one), second._logits(other)
 
 
+def _logits_tokens(model: StreamedModel, vocabulary: int) -> int:
+    """Return for how many tokens logits are computed at once."""
+    share = model.batch_tokens / BATCH_TOKENS
+    return max(int(_BATCH_LOGITS * share) // vocabulary, 1)
+
+
+def with_smaller_batches(
+    model: StreamedModel, length: int, work: Callable[[StreamedModel], Result]
+) -> Result:
+    """Do a piece of work; where memory is exhausted, again with half of the batch.
+
+    Sums over batches are rounded otherwise then, and refining takes more steps, each on
+    fewer tokens: the result is as good, but not the same to the bit.
+
+    Args:
+        model: As it is for the first attempt.
+        length: Tokens in a window; a batch has one at least.
+        work: Given a model; must be such that it can be begun anew.
+
+    Raises:
+        HalveError: The memory does not suffice for one window.
+
+    Warns:
+        HalveWarning: Of every halving.
+    """
+    while True:
+        try:
+            return work(model)
+        except torch.OutOfMemoryError as error:
+            if model.batch_tokens < 2 * length:
+                raise HalveError(
+                    f"The memory of {model.device} is exhausted by one window of "
+                    f"{length} tokens.",
+                    "Pass a shorter --seq-len, or --device cpu.",
+                ) from error
+        model = _halved(model)  # no sooner: the error holds the tensors of its frames
+
+
+def _halved(model: StreamedModel) -> StreamedModel:
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    tokens = model.batch_tokens // 2
+    warnings.warn(
+        f"The memory of {model.device} is exhausted; going on with {tokens} tokens at "
+        "once, half as many as before.",
+        HalveWarning,
+        stacklevel=3,
+    )
+    return replace(model, batch_tokens=tokens)
+
+
 @contextmanager
 def _forward_of(model: StreamedModel) -> Iterator[None]:
     """Explain what breaks inside a model's own code: mostly a config that lies."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise HalveError(
-            f"The memory of {model.device} is exhausted.",
-            "Pass a shorter --seq-len, or --device cpu.",
-        ) from error
+    except torch.OutOfMemoryError:
+        raise  # it is no fault of the model's; `with_smaller_batches` knows what to do
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:160].rstrip(". ")
         raise UnsupportedModelError(

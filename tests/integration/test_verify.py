@@ -1,0 +1,277 @@
+"""`verify` passes what is whole, and finds whatever is not, wherever it is."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import halve
+from halve.checkpoint import RECORD, sha256
+from halve.cli import main
+from halve.errors import CheckpointError, HalveError
+from halve.records import parse_record
+
+# Row -> how the folder is made from a model of bfloat16: prune's options, then verbs.
+MADE: dict[str, tuple[dict, tuple]] = {
+    "half": ({}, ()),
+    "2:4": ({"sparsity": "2:4"}, ()),
+    "packed at once": ({"packed": True}, ()),
+    "packed": ({"sparsity": "2:4"}, (halve.pack,)),
+    "unpacked": ({"sparsity": "2:4"}, (halve.pack, halve.unpack)),
+    "int4": ({"quantize": "int4", "group_size": 32}, ()),
+    "int4, packed": ({"quantize": "int4", "group_size": 32}, (halve.pack,)),
+}
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="session")
+def whole(pico, text, tmp_path_factory):
+    """Return a function that gives the folder of a row; tests must not write to it."""
+    found: dict[str, Path] = {}
+
+    def folder(row: str, family: str = "llama") -> Path:
+        if (key := f"{row}-{family}") not in found:
+            options, verbs = MADE[row]
+            base = tmp_path_factory.mktemp("whole")
+            model, out = pico(family, dtype=torch.bfloat16), base / "out-0"
+            solver = "sparsegpt" if "quantize" in options else "magnitude"
+            asked = {"samples": 4, "seq_len": 32, "calibration": str(text)} | options
+            halve.prune(model, out, solver=solver, device="cpu", **asked)
+            for count, verb in enumerate(verbs, start=1):
+                verb(out, base / f"out-{count}")
+                out = base / f"out-{count}"
+            found[key] = out
+        return found[key]
+
+    return folder
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """Return a function that gives a row's folder to be spoilt."""
+
+    def copy(row: str) -> Path:
+        return Path(shutil.copytree(whole(row), tmp_path / "out"))
+
+    return copy
+
+
+def found(folder: Path) -> str:
+    """Return what is found to be wrong in a folder, in words; empty where nothing."""
+    try:
+        return "; ".join(str(finding) for finding in halve.verify(folder).findings)
+    except HalveError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("row", MADE)
+def test_what_is_whole_passes(row, family, whole):
+    folder = whole(row, family)
+    verified = halve.verify(folder)
+    assert verified.findings == ()
+    assert verified.sound
+    assert verified.files == len([*folder.iterdir()]) - 1
+    assert verified.matrices == len(halve.inspect(folder).matrices)
+
+
+@pytest.mark.parametrize("row", ["2:4", "packed at once", "packed", "unpacked"])
+def test_a_flipped_bit_is_found_in_every_file(row, copied):
+    folder = copied(row)
+    for path in sorted(folder.iterdir()):
+        good = path.read_bytes()
+        for place in {0, len(good) // 3, len(good) // 2, len(good) - 1}:
+            for bit in (0, 6):
+                bad = bytearray(good)
+                bad[place] ^= 1 << bit
+                path.write_bytes(bad)
+                assert path.name in found(folder), (path.name, place, bit)
+        path.write_bytes(good)
+    assert not found(folder)
+
+
+def test_a_flipped_bit_is_found_at_every_place_of_the_record(copied):
+    folder = copied("2:4")
+    path = folder / RECORD
+    good = path.read_bytes()
+    for place in [*range(0, len(good), 11), *range(len(good) - 90, len(good))]:
+        bad = bytearray(good)
+        bad[place] ^= 1 << place % 8
+        path.write_bytes(bad)
+        assert RECORD in found(folder), place
+
+
+CUTS = {
+    "the last byte": lambda data: data[:-1],
+    "the first byte": lambda data: data[1:],
+    "all": lambda data: b"",
+    "nothing, but a byte is added": lambda data: data + b" ",
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("row", ["half", "packed"])
+def test_a_cut_is_found_in_every_file(row, cut, copied):
+    folder = copied(row)
+    for path in sorted(folder.iterdir()):
+        good = path.read_bytes()
+        path.write_bytes(CUTS[cut](good))
+        assert path.name in found(folder)
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize("row", ["half", "packed"])
+def test_a_missing_file_is_found(row, copied):
+    folder = copied(row)
+    for path in sorted(folder.iterdir()):
+        good = path.read_bytes()
+        path.unlink()
+        assert path.name in found(folder)
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize("row", ["half", "packed"])
+def test_swapped_shards_are_found(row, copied):
+    folder = copied(row)
+    *_, first, second = sorted(folder.glob("*.safetensors"))
+    first.rename(folder / "third")
+    second.rename(first)
+    (folder / "third").rename(second)
+    findings = {finding.name for finding in halve.verify(folder).findings}
+    assert findings == {first.name, second.name}
+
+
+def recorded_anew(folder: Path) -> None:
+    """Let the record say of every file what it is now."""
+    path = folder / RECORD
+    record = parse_record(path.read_text())
+    shards = {name: sha256(folder / name) for name in record.shards}
+    files = {name: sha256(folder / name) for name in record.files}
+    path.write_text(replace(record, shards=shards, files=files).to_json())
+
+
+def change(folder: Path, edit) -> None:
+    """Edit the query matrix, and record the files anew."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"][QUERY]
+    tensors = load_file(shard)
+    tensors[QUERY] = edit(tensors[QUERY].clone())
+    save_file(tensors, shard, {"format": "pt"})
+    recorded_anew(folder)
+
+
+def fill_a_zero(weight):
+    weight[tuple((weight == 0).nonzero()[0])] = 0.5
+    return weight
+
+
+def lose_a_weight(weight):
+    weight.view(-1)[weight.view(-1).nonzero()[0]] = 0
+    return weight
+
+
+def shift_by_one(weight):
+    """Keep the zeros' number, and break the groups of four."""
+    return weight.roll(1, dims=1)
+
+
+def leave_the_grid(weight):
+    weight.view(-1)[weight.view(-1).nonzero()[0]] *= 1.01
+    return weight
+
+
+BROKEN = {
+    "half": (fill_a_zero, "are zero, not"),
+    "2:4": (shift_by_one, "keep more than 2"),
+    "unpacked": (shift_by_one, "keep more than 2"),
+    "packed": (lose_a_weight, "are zero, not"),
+    "packed at once": (lose_a_weight, "are zero, not"),
+    "int4": (leave_the_grid, "1 of 128 groups of weights do not lie on an int4 grid"),
+    "int4, packed": (leave_the_grid, "do not lie on an int4 grid"),
+}
+
+
+@pytest.mark.parametrize("row", BROKEN)
+def test_a_broken_promise_is_found_whatever_the_digests_say(row, copied):
+    edit, words = BROKEN[row]
+    folder = copied(row)
+    recorded_anew(folder)
+    assert not found(folder)
+    change(folder, edit)
+    (finding,) = halve.verify(folder).findings
+    assert finding.name == QUERY
+    assert words in finding.problem
+
+
+def test_weights_that_would_be_loaded_in_their_place_are_found(copied):
+    folder = copied("half")
+    save_file({"lm_head.weight": torch.zeros(2)}, folder / "model.safetensors")
+    assert "model.safetensors" in found(folder)
+
+
+def test_a_file_that_no_one_loads_is_left_alone(copied):
+    folder = copied("half")
+    (folder / "notes.md").write_text("Pruned on a rainy day.")
+    assert halve.verify(folder).sound
+
+
+def test_without_a_record_nothing_is_claimed(pico):
+    with pytest.raises(CheckpointError, match=r"no halve.json .* Name a folder"):
+        halve.verify(pico("llama"))
+
+
+HOSTILE = {
+    "a path": {"files": {"../secret": "0"}},
+    "no files": {"files": 7},
+    "no pattern": {"blocks": [{"matrices": [{"pattern": "9:1"}]}]},
+}
+
+
+@pytest.mark.parametrize("row", HOSTILE)
+def test_a_record_that_lies_under_its_own_seal_is_refused(row, copied):
+    folder = copied("half")
+    record = parse_record((folder / RECORD).read_text())
+    (folder / RECORD).write_text(_with(record, HOSTILE[row]).to_json())
+    assert RECORD in found(folder)
+
+
+def _with(record, changes):
+    if "blocks" not in changes:
+        return replace(record, **changes)
+    block = record.blocks[0]
+    matrix = replace(block.matrices[0], **changes["blocks"][0]["matrices"][0])
+    return replace(record, blocks=(replace(block, matrices=(matrix,)),))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["halve", "verify", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_the_command_says_so_and_exits_with_one(copied, run):
+    folder = copied("2:4")
+    code, out, errors = run(folder)
+    assert (code, errors) == (0, "")
+    assert "14 matrices: sparsity, pattern and grid as promised" in out
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("64", "65", 1))
+    code, out, errors = run(folder)
+    assert code == 1
+    assert "config.json" in out
+    assert errors.startswith("Error: config.json in ")
+    code, out, _ = run(folder, "--json")
+    assert code == 1
+    assert json.loads(out)["sound"] is False
+    assert json.loads(out)["findings"][0]["name"] == "config.json"

@@ -1,0 +1,285 @@
+"""Whatever the disk refuses, and whenever the power fails, nothing is lost by it.
+
+Every step that changes the disk is a function of `halve.checkpoint.disk`; each is let
+fail in its turn, in each manner, and a power failure put after each.
+"""
+
+import errno
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import halve
+from halve.checkpoint import disk
+from halve.errors import OutputError
+from tests.integration.test_resume import Stopped, digests
+
+STEPS = [
+    name
+    for name, step in inspect.getmembers(disk, inspect.isfunction)
+    if step.__module__ == disk.__name__ and not name.startswith("_")
+]
+# Those that bring data, which may be cut short.
+DATA = {"write": 1, "append": 1}
+
+
+def before(step, name, *arguments):
+    """Refuse; nothing has happened."""
+
+
+def half(step, name, *arguments):
+    """Refuse after half of the data."""
+    if name in DATA:
+        step(arguments[0], arguments[1][: len(arguments[1]) // 2])
+    if name == "save":
+        step(*arguments)
+        os.truncate(arguments[0], arguments[0].stat().st_size // 2)
+
+
+def after(step, name, *arguments):
+    """Do it, and report a failure all the same, as a network's disks may."""
+    step(*arguments)
+
+
+MANNERS = {before: errno.ENOSPC, half: errno.EDQUOT, after: errno.EIO}
+Taken = list[tuple[str, Path]]
+
+
+def watch(patch, each: Callable[..., None]) -> None:
+    """Let every step go through `each(step, name, *arguments)`."""
+    for name in STEPS:
+        patch.setattr(disk, name, partial(each, getattr(disk, name), name))
+
+
+def fail_at(patch, count: int, manner, code: int) -> Taken:
+    """Let one step fail; return the steps taken so far."""
+    taken: Taken = []
+
+    def each(step, name, *arguments):
+        taken.append((name, arguments[0]))
+        if len(taken) == count:
+            manner(step, name, *arguments)
+            raise OSError(code, os.strerror(code))
+        step(*arguments)
+
+    watch(patch, each)
+    return taken
+
+
+PLAIN: dict[str, Any] = {"solver": "magnitude", "device": "cpu"}
+SETTLED_ROW = "prune, settled and packed"
+SETTLED: dict[str, Any] = {
+    "solver": "sparsegpt",
+    "allocation": "error",
+    "packed": True,
+    "samples": 4,
+    "seq_len": 16,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def verb(pico, text, tmp_path):
+    """Return a function that gives a row's call, its output folder left out."""
+
+    def call(row: str):
+        if row == "prune":
+            return partial(halve.prune, pico("llama"), **PLAIN)
+        if row == SETTLED_ROW:
+            return partial(halve.prune, pico("gpt2"), calibration=str(text), **SETTLED)
+        source = tmp_path / "source"
+        halve.prune(pico("llama"), source, packed=row == "unpack", **PLAIN)
+        return partial(getattr(halve, row), source)
+
+    return call
+
+
+ROWS = {
+    "prune": MANNERS,
+    "pack": MANNERS,
+    "unpack": (after,),
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "manner"),
+    [
+        *((row, manner) for row in ROWS for manner in ROWS[row]),
+        pytest.param(SETTLED_ROW, half, marks=pytest.mark.slow),
+    ],
+)
+def test_every_step_may_fail(row, manner, verb, tmp_path, monkeypatch):
+    run = verb(row)
+    run(tmp_path / "whole")
+    failures = 0
+    while True:
+        out = tmp_path / f"out-{failures}"
+        if failures % 2:
+            out.mkdir()  # an empty folder is as good as none
+        with monkeypatch.context() as patch:
+            taken = fail_at(patch, failures + 1, manner, MANNERS[manner])
+            try:
+                run(out)
+            except OutputError as error:
+                _check_words(str(error), taken[-1], out)
+            if len(taken) <= failures:
+                break
+            failures += 1
+        _check_absent_or_whole(out, tmp_path / "whole")
+        run(out)
+        assert digests(out) == digests(tmp_path / "whole")
+        assert halve.verify(out).sound
+        assert not out.with_name(out.name + ".partial").exists()
+    assert failures > 40
+
+
+def _check_words(message: str, step: tuple[str, Path], out: Path) -> None:
+    name, path = step
+    assert "could not be written" in message
+    assert str(out) in message
+    if name in {"write", "save", "append"}:
+        assert path.name.removeprefix(".").removesuffix(".tmp") in message
+    assert "run the same command again" in message
+
+
+def _check_absent_or_whole(out: Path, whole: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        assert digests(out) == digests(whole)
+        assert halve.verify(out).sound
+
+
+@dataclass
+class Disk:
+    """What of a folder outlives a power failure: what was synced, and no more.
+
+    Attributes:
+        data: Number of a file -> its contents when it was last synced.
+        names: Number of a folder -> the numbers in it, by name, when that was.
+    """
+
+    data: dict[int, bytes] = field(default_factory=dict)
+    names: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def follow(self, name: str, path: Path) -> None:
+        """Take notice of a step that was taken."""
+        number = path.stat().st_ino if path.exists() else 0
+        if name in {"write", "save"}:
+            self.data.pop(number, None)
+        elif name == "make_folder":
+            self.names.setdefault(number, {})
+        elif name == "sync" and path.is_file():
+            self.data[number] = path.read_bytes()
+        elif name == "sync":
+            self.names[number] = {p.name: p.stat().st_ino for p in path.iterdir()}
+
+    def rebuild(self, number: int, path: Path) -> None:
+        """Make what is left of a folder."""
+        path.mkdir()
+        for name, inner in self.names.get(number, {}).items():
+            if inner in self.names:
+                self.rebuild(inner, path / name)
+            else:
+                (path / name).write_bytes(self.data.get(inner, b""))
+
+
+@pytest.mark.parametrize("row", ["prune", "pack"])
+def test_the_power_may_fail_after_every_step(row, verb, tmp_path, monkeypatch):
+    run = verb(row)
+    run(tmp_path / "whole")
+    count = 0
+    while True:
+        count += 1
+        disk_before, left = tmp_path / f"disk-{count}", tmp_path / f"left-{count}"
+        disk_before.mkdir()
+        with monkeypatch.context() as patch:
+            if not _lose_power(patch, run, disk_before, left, count):
+                break
+        out = left / "deep" / "out"
+        _check_absent_or_whole(out, tmp_path / "whole")
+        run(out)
+        assert digests(out) == digests(tmp_path / "whole")
+    assert count > 40
+
+
+def _lose_power(patch, run, folder: Path, left: Path, count: int) -> bool:
+    """Stop after a number of steps; rebuild what was synced. False if it ended first.
+
+    Renaming what is not yet on the disk is a defect in itself: the new name might get
+    there first.
+    """
+    known, taken = Disk(), []
+
+    def each(step, name, *arguments):
+        if name == "rename" and arguments[0].is_file():
+            assert arguments[0].stat().st_ino in known.data, arguments[0]
+        step(*arguments)
+        taken.append(name)
+        known.follow(name, arguments[0])
+        if len(taken) == count:
+            raise Stopped
+
+    watch(patch, each)
+    try:
+        run(folder / "deep" / "out")
+    except Stopped:
+        known.rebuild(folder.stat().st_ino, left)
+        return True
+    return False
+
+
+WRITING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"}
+COPYING = {"shutil.copyfile", "shutil.rmtree", "shutil.move", "os.link", "os.symlink"}
+_watched: list[tuple[Path, list[str]]] = []
+
+
+@cache
+def _install_audit() -> None:
+    """Once for all: a hook cannot be taken away. It does nothing outside its test."""
+    sys.addaudithook(_audit)
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    """Note what changes a watched folder without being a step."""
+    if not _watched or not _changes(event, arguments):
+        return
+    folder, found = _watched[-1]
+    if str(folder) in str(arguments[0]) and not _called_by_disk():
+        found.append(f"{event} {arguments[0]}")
+
+
+def _changes(event: str, arguments: tuple) -> bool:
+    if event == "open":
+        writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        return isinstance(arguments[2], int) and bool(arguments[2] & writes)
+    return event in WRITING | COPYING
+
+
+def _called_by_disk() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == disk.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@pytest.mark.parametrize("row", [*ROWS, SETTLED_ROW])
+def test_nothing_else_changes_the_disk(row, verb, tmp_path):
+    """So that the tests above leave nothing out."""
+    run, found = verb(row), []
+    _install_audit()
+    _watched.append((tmp_path / "out", found))
+    try:
+        run(tmp_path / "out")
+        assert found == []
+        (tmp_path / "out" / "mark").write_text("")
+        assert len(found) == 1  # it would be seen
+    finally:
+        _watched.pop()
