@@ -6,6 +6,7 @@ from halve.checkpoint.output import (
     is_finished,
     output_path,
     read_record,
+    recall,
 )
 from halve.checkpoint.reader import Checkpoint, TensorInfo
 from halve.checkpoint.source import locate
@@ -22,4 +23,5 @@ __all__ = [
     "open_workspace",
     "output_path",
     "read_record",
+    "recall",
 ]
