@@ -24,7 +24,7 @@ _DIGITS = b"0123456789"
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
     """Return an input with one to four changes."""
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.choice((1, 1, 2, 4))):
         data = rng.choice(_CHANGES)(data, rng)
     return data
 
