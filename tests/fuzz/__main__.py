@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import transformers
+
 from halve.errors import HalveError
 from tests.fuzz.targets import TARGETS, Target
 
@@ -90,17 +92,19 @@ def main() -> None:
     if options.replay:
         attempt(target, options.replay.read_bytes())
         return
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     print(f"{instrument()} functions are watched")
     inputs = corpus(options.name, target)
-    flags = {
+    flags: dict[str, object] = {
         "max_total_time": options.seconds,
         "timeout": _SECONDS,
         "rss_limit_mb": _MEGABYTES,
         "max_len": _LONGEST,
-        "dict": dictionary(options.name, target),
         "artifact_prefix": f"{_FOLDER}/{options.name}-",
         "print_final_stats": 1,
     }
+    if target.words:
+        flags["dict"] = dictionary(options.name, target)
     words = [f"-{flag}={value}" for flag, value in flags.items()]
     atheris.Setup([sys.argv[0], *words, str(inputs)], lambda d: attempt(target, d))
     atheris.Fuzz()

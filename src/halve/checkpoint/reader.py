@@ -156,13 +156,22 @@ class Checkpoint:
 
 
 def _read(folder: Path, infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    by_shard: dict[str, list[str]] = {}
+    by_shard: dict[str, list[TensorInfo]] = {}
     for info in infos:
-        by_shard.setdefault(info.shard, []).append(info.name)
+        by_shard.setdefault(info.shard, []).append(info)
     found: dict[str, Tensor] = {}
-    for shard, names in by_shard.items():
-        found |= _read_shard(folder / shard, names)
+    for shard, wanted in by_shard.items():
+        found |= _read_shard(folder / shard, [info.name for info in wanted])
+        for info in wanted:
+            _check_found(folder / shard, info, found[info.name])
     return found
+
+
+def _check_found(path: Path, info: TensorInfo, tensor: Tensor) -> None:
+    """Refuse what is not as described: a pickle may give one storage two dtypes."""
+    if (tuple(tensor.shape), tensor.dtype) != (info.shape, info.dtype):
+        found = f"{info.name} is {tensor.dtype} where {info.dtype} was described"
+        raise damaged(path, ValueError(found))
 
 
 def _folded(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
