@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench bench-quality bench-frontier format clean
+.PHONY: demo test check bench bench-quality bench-frontier fuzz format clean
 
 demo: $(READY)
 	$(BIN)/halve demo
@@ -27,12 +27,23 @@ bench: $(READY)
 	$(BIN)/python benchmarks/kernel_regression.py
 	$(BIN)/python benchmarks/sparse_model.py
 	$(BIN)/python benchmarks/prune_speed.py
+	$(BIN)/python benchmarks/hostile.py
 
 bench-quality: $(READY)
 	$(BIN)/python benchmarks/quality.py
 
 bench-frontier: $(READY)
 	$(BIN)/python benchmarks/frontier.py
+
+# Every reader of files from strangers in turn; needs atheris, which not every machine has
+# a wheel of.
+FUZZ_SECONDS ?= 600
+READERS := safetensors index packed pickle config txt jsonl parquet record pack-record ledger
+fuzz: $(READY)
+	$(BIN)/pip install --quiet atheris
+	for reader in $(READERS); do \
+	  $(BIN)/python -m tests.fuzz $$reader --seconds $(FUZZ_SECONDS) || exit 1; \
+	done
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -5,9 +5,16 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import metadata
-from typing import Any
+from math import isfinite
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from halve.strangers import parse_json
+
+Record = TypeVar("Record")
+_MOST_COUNT = 2**63
 
 _SEAL = ',\n  "seal": '
 
@@ -42,9 +49,55 @@ def is_sealed(record: bytes) -> bool:
 
 
 def _unsealed(text: str) -> dict[str, Any]:
-    fields = dict(json.loads(text))
+    fields = dict(parse_json(text))
     fields.pop("seal", None)
     return fields
+
+
+def from_dict(kind: type[Record], fields: object) -> Record:
+    """Read what `dataclasses.asdict` made of a record, and JSON of that.
+
+    Raises:
+        ValueError: A field is missing, unknown, or not of the type that it is noted
+            with. Whole numbers are counts, so they are not negative.
+    """
+    return _read(kind, fields)
+
+
+def _read(kind: Any, value: Any) -> Any:  # noqa: ANN401
+    """Return a JSON value as what a field is noted with."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if kind is Any or (value is None and type(None) in inner):
+        return value
+    if origin is UnionType:  # of one kind and None
+        return _read(inner[0], value)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _read_fields(kind, value)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return tuple(_read(k, v) for k, v in zip(kinds, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {name: _read(inner[1], v) for name, v in value.items()}
+    if _is_plain(kind, value):
+        return value
+    raise ValueError(f"{str(value)[:80]} where {kind} was expected")
+
+
+def _read_fields(kind: Any, fields: dict[str, Any]) -> Any:  # noqa: ANN401
+    hints = get_type_hints(kind)
+    try:
+        return kind(**{name: _read(hints[name], v) for name, v in fields.items()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"these are no fields of {kind.__name__}") from error
+
+
+def _is_plain(kind: Any, value: object) -> bool:  # noqa: ANN401
+    """Whether a value is a text, a truth, a count, or a number where one is noted."""
+    if kind is float and type(value) is int:
+        return abs(value) < _MOST_COUNT
+    if isinstance(value, int) and kind is int:
+        return not isinstance(value, bool) and 0 <= value < _MOST_COUNT
+    return isinstance(value, kind)
 
 
 @dataclass(frozen=True)
@@ -100,6 +153,10 @@ class MatrixRecord:
     bits: float | None = None
     pattern: str = ""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"a sparsity of {self.sparsity}")
+
 
 @dataclass(frozen=True)
 class TrialRecord:
@@ -135,16 +192,6 @@ class AllocationRecord:
     trials: tuple[TrialRecord, ...]
 
 
-def allocation_from_dict(fields: dict[str, Any]) -> AllocationRecord:
-    """Read what `dataclasses.asdict` made of an AllocationRecord."""
-    trials = tuple(
-        TrialRecord(**{**trial, "sparsities": tuple(trial["sparsities"])})
-        for trial in fields["trials"]
-    )
-    sparsities, errors = tuple(fields["sparsities"]), tuple(fields["errors"])
-    return AllocationRecord(fields["strength"], sparsities, errors, trials)
-
-
 @dataclass(frozen=True)
 class BlockRecord:
     """What became of one block.
@@ -165,11 +212,21 @@ class BlockRecord:
     seconds: float
     refined: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError(f"the block {self.name} has no weights")
+
+    @property
+    def weights(self) -> int:
+        """Weights in all matrices."""
+        return sum(m.rows * m.columns for m in self.matrices)
+
     @property
     def sparsity(self) -> float:
         """Share of zeros over all matrices."""
-        zeros = sum(m.sparsity * m.rows * m.columns for m in self.matrices)
-        return zeros / sum(m.rows * m.columns for m in self.matrices)
+        return (
+            sum(m.sparsity * m.rows * m.columns for m in self.matrices) / self.weights
+        )
 
     @property
     def zeros(self) -> int:
@@ -229,7 +286,7 @@ class PruneRecord:
         """Return the mean over all weights of what each matrix has."""
         matrices = self.all_matrices
         total = sum(of(m) * m.rows * m.columns for m in matrices)
-        return total / sum(m.rows * m.columns for m in matrices)
+        return total / sum(block.weights for block in self.blocks)
 
     def to_json(self) -> str:
         """Return the text of `halve.json`."""
@@ -238,19 +295,10 @@ class PruneRecord:
     @classmethod
     def from_json(cls, text: str) -> "PruneRecord":
         """Read what `to_json` wrote: `from_json(r.to_json()) == r`."""
-        fields = _unsealed(text)
-        fields["blocks"] = tuple(block_from_dict(b) for b in fields["blocks"])
-        fields["left_dense"] = tuple(fields["left_dense"])
-        if (allocation := fields.get("allocation")) is not None:
-            fields["allocation"] = allocation_from_dict(allocation)
-        return cls(**fields)
-
-
-def block_from_dict(fields: dict[str, Any]) -> BlockRecord:
-    """Read what `dataclasses.asdict` made of a BlockRecord."""
-    matrices = tuple(MatrixRecord(**m) for m in fields["matrices"])
-    refined = fields.get("refined") and tuple(fields["refined"])
-    return BlockRecord(**{**fields, "matrices": matrices, "refined": refined})
+        record = from_dict(cls, _unsealed(text))
+        if not record.blocks or not isfinite(record.seconds):
+            raise ValueError("there are no blocks, or no end")
+        return record
 
 
 @dataclass(frozen=True)
@@ -332,9 +380,10 @@ class PackRecord:
     @classmethod
     def from_json(cls, text: str) -> "PackRecord":
         """Read what `to_json` wrote: `from_json(r.to_json()) == r`."""
-        fields = _unsealed(text)
-        fields["matrices"] = tuple(MatrixStorage(**m) for m in fields["matrices"])
-        return cls(**fields)
+        record = from_dict(cls, _unsealed(text))
+        if not record.dense_bytes or not isfinite(record.seconds):
+            raise ValueError("there are no weights, or no end")
+        return record
 
 
 def parse_record(text: str) -> PruneRecord | PackRecord:

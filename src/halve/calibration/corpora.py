@@ -14,12 +14,27 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from halve.calibration.parquets import check_pages
 from halve.errors import CalibrationError, SourceError
 
 Part = Literal["calibration", "evaluation"]
 
 # Documents of an unknown data set that are enough to draw windows from.
 _MOST_DOCUMENTS = 20_000
+# Bytes of a file of text; calibration needs some megabytes.
+_MOST_BYTES = 2**30
+# Bytes of a line of .jsonl, which take up to twenty times that when they are parsed.
+_MOST_LINE = 2**24
+# Text shrinks to a tenth. A .parquet that promises more than these times its own size,
+# and more than some megabytes, is made to burst.
+_MOST_GROWTH = 50
+_SMALL = 2**25
+_FOOTER_LIMITS: dict[str, Any] = {
+    "thrift_string_size_limit": 2**24,
+    "thrift_container_size_limit": 2**20,
+}
+# Bytes of a document in a list of them.
+_POINTER = 8
 
 
 @dataclass(frozen=True)
@@ -162,8 +177,9 @@ def _from_file(name: str, path: Path) -> Corpus:
             f"Name a file that ends in {', '.join(_READERS)}.",
         )
     try:
+        _check_size(path)
         documents = reader(path)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except Exception as error:  # pyarrow has errors of every kind
         raise CalibrationError(
             f"{path} cannot be read as {path.suffix} ({type(error).__name__}: "
             f"{str(error)[:200].rstrip('. ')}).",
@@ -178,21 +194,54 @@ def _read_txt(path: Path) -> tuple[str, ...]:
     return (path.read_text("utf-8"),)
 
 
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"{size} bytes, {_MOST_BYTES} at most; cut a part out")
+
+
 def _read_jsonl(path: Path) -> tuple[str, ...]:
-    lines = path.read_text("utf-8").splitlines()
-    return tuple(_checked(json.loads(line)["text"]) for line in lines if line.strip())
+    with path.open("rb") as file:
+        lines = iter(lambda: file.readline(_MOST_LINE + 1), b"")
+        return tuple(_text_of_line(line) for line in lines if line.strip())
+
+
+def _text_of_line(line: bytes) -> str:
+    if len(line) > _MOST_LINE:
+        raise ValueError(f"a line of more than {_MOST_LINE} bytes")
+    return _checked(json.loads(line.decode("utf-8"))["text"])
 
 
 def _read_parquet(path: Path) -> tuple[str, ...]:
     from pyarrow import parquet  # noqa: PLC0415  (slow to import, seldom needed)
 
-    column = parquet.read_table(path, columns=["text"]).column("text")
-    return tuple(_checked(text) for text in column.to_pylist())
+    most = max(_SMALL, _MOST_GROWTH * path.stat().st_size)
+    documents: list[str] = []
+    # As a dictionary, since what is repeated a million times is then read once.
+    with parquet.ParquetFile(path, read_dictionary=["text"], **_FOOTER_LIMITS) as file:
+        check_pages(path, file.metadata, "text", most)
+        for batch in file.iter_batches(columns=["text"]):
+            found = _texts_of(batch.column("text"))
+            most -= sum(len(text) + _POINTER for text in found)
+            if most < 0:
+                raise ValueError("its texts are far larger than the file")
+            documents += found
+    return tuple(documents)
+
+
+def _texts_of(column: Any) -> list[str]:  # noqa: ANN401
+    if not hasattr(column, "dictionary"):
+        raise TypeError(f"`text` is a column of {column.type}")
+    if column.null_count:
+        raise TypeError("a `text` is missing")
+    texts = [_checked(text) for text in column.dictionary.to_pylist()]
+    return [texts[number] for number in column.indices.to_pylist()]
 
 
 def _checked(text: object) -> str:
+    """Return a text, with `?` for halves of characters, which no tokenizer takes."""
     if isinstance(text, str):
-        return text
+        return text if text.isascii() else text.encode("utf-8", "replace").decode()
     raise TypeError(f"a `text` is a {type(text).__name__}")
 
 

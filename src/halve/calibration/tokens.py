@@ -19,7 +19,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:  # noq
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # tokenizers raises bare Exceptions on damaged files
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # tokenizers raises bare Exceptions on damaged files; its panics are not even those.
+    except BaseException as error:
         raise SourceError(
             f"The tokenizer in {folder} cannot be loaded "
             f"({' '.join(str(error).split())[:160].rstrip('. ')}).",

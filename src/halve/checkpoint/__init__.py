@@ -7,6 +7,7 @@ from halve.checkpoint.output import (
     is_finished,
     output_path,
     read_record,
+    recall,
 )
 from halve.checkpoint.reader import Checkpoint, TensorInfo
 from halve.checkpoint.source import locate
@@ -23,5 +24,6 @@ __all__ = [
     "open_workspace",
     "output_path",
     "read_record",
+    "recall",
     "sha256",
 ]

@@ -1,12 +1,13 @@
 """Whether a place can be used for an output, and whether it holds it already."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from halve.errors import OutputError
+from halve.records import from_dict
+from halve.strangers import parse_json, read_bytes, shortened
 
 RECORD = "halve.json"
 
@@ -60,14 +61,26 @@ def read_record(folder: Path, parse: Callable[[str], Record]) -> Record:
         OutputError: It is not what such a run writes.
     """
     try:
-        return parse((folder / RECORD).read_text("utf-8"))
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        return parse(read_bytes(folder / RECORD).decode("utf-8"))
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise foreign(folder, f"its {RECORD} cannot be read") from error
 
 
 def recorded_identity(folder: Path) -> dict[str, Any]:
     """Return the identity of the run that completed a folder."""
-    return read_record(folder, lambda text: dict(json.loads(text)["identity"]))
+    return read_record(folder, lambda text: dict(parse_json(text)["identity"]))
+
+
+def recall(folder: Path, kind: type[Record], note: object) -> Record:
+    """Return a record that an earlier run noted in a folder's ledger.
+
+    Raises:
+        OutputError: The note is none of that kind.
+    """
+    try:
+        return from_dict(kind, note)
+    except ValueError as error:
+        raise foreign(folder, "its ledger cannot be read") from error
 
 
 def foreign(folder: Path, reason: str) -> OutputError:
@@ -113,12 +126,13 @@ def check_space(out: Path, wanted: int) -> None:
 def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise OutputError, naming the differences, where two runs are not the same."""
     different = [
-        f"{key}: {found.get(key)} there, {wanted.get(key)} here"
+        f"{shortened(key)}: {shortened(found.get(key))} there, {wanted.get(key)} here"
         for key in dict.fromkeys([*found, *wanted])
         if found.get(key) != wanted.get(key)
     ]
     if different:
         raise OutputError(
-            f"{folder} was begun with other arguments ({'; '.join(different)}).",
+            f"{folder} was begun with other arguments "
+            f"({shortened('; '.join(different), 600)}).",
             "Run with those arguments to go on, remove the folder, or choose another.",
         )

@@ -1,28 +1,30 @@
 """Lazy in: what lies in a checkpoint, and its tensors one by one.
 
-Reads safetensors and, with `weights_only`, `pytorch_model.bin`; whole or in shards.
+Reads safetensors and `pytorch_model.bin`; whole or in shards.
 A packed matrix appears as the dense matrix that it is: name, shape, dtype and values.
-Headers are validated by the libraries before anything is allocated; the index by us.
+Headers are validated before anything is allocated: by the libraries, and by us where
+what they believe would take more memory than the file has bytes.
 Files are opened for each read and closed after it, so that no mapping of the whole
 checkpoint counts against the memory of the process.
 """
 
 import json
-import pickle
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from halve.checkpoint.pickles import damaged, load_pickle
 from halve.errors import CheckpointError
-from halve.formats import COMPANIONS, Packed, join
+from halve.formats import COMPANIONS, MOST_LAYOUT, Packed, join
+from halve.strangers import LONGEST_NAME, is_inside, read_json, shortened
 
 # (index, single file) of each format, the preferred first. Where both are there the
 # single file counts, as for transformers, which leaves an old index behind on saving.
@@ -30,6 +32,10 @@ _FORMATS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
+# Bytes of a header. Ten thousand tensors take a megabyte; parsed, twenty times that.
+_MOST_HEADER = 2**24
+_MOST_DIMENSIONS = 8
+_MOST_ITEMS = 2**48
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,6 +50,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -151,13 +158,22 @@ class Checkpoint:
 
 
 def _read(folder: Path, infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    by_shard: dict[str, list[str]] = {}
+    by_shard: dict[str, list[TensorInfo]] = {}
     for info in infos:
-        by_shard.setdefault(info.shard, []).append(info.name)
+        by_shard.setdefault(info.shard, []).append(info)
     found: dict[str, Tensor] = {}
-    for shard, names in by_shard.items():
-        found |= _read_shard(folder / shard, names)
+    for shard, wanted in by_shard.items():
+        found |= _read_shard(folder / shard, [info.name for info in wanted])
+        for info in wanted:
+            _check_found(folder / shard, info, found[info.name])
     return found
+
+
+def _check_found(path: Path, info: TensorInfo, tensor: Tensor) -> None:
+    """Refuse what is not as described: a pickle may give one storage two dtypes."""
+    if (tuple(tensor.shape), tensor.dtype) != (info.shape, info.dtype):
+        found = f"{info.name} is {tensor.dtype} where {info.dtype} was described"
+        raise damaged(path, ValueError(found))
 
 
 def _folded(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -171,13 +187,17 @@ def _folded(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInf
         for name in tensors
         if (mask := tensors.get(name + COMPANIONS[0])) and mask.dtype == torch.uint64
     }
-    layouts = _read(folder, [parts[-1] for parts in packed.values()])
+    layouts = _read(folder, [p[-1] for p in packed.values() if _is_small(p[-1])])
     hidden = {part.name for parts in packed.values() for part in parts[1:]}
     return {
         name: _dense_view(info, packed[name], layouts) if name in packed else info
         for name, info in tensors.items()
         if name not in hidden
     }
+
+
+def _is_small(info: TensorInfo) -> bool:
+    return prod(info.shape) <= MOST_LAYOUT
 
 
 def _part(folder: Path, tensors: dict[str, TensorInfo], name: str) -> TensorInfo:
@@ -197,7 +217,8 @@ def _dense_view(
         part.name: torch.empty(part.shape, dtype=part.dtype, device="meta")
         for part in parts
     }
-    packed = join(info.name, stand_ins | {parts[-1].name: layouts[parts[-1].name]})
+    known = {part.name: layouts[part.name] for part in parts if part.name in layouts}
+    packed = join(info.name, stand_ins | known)
     packed.check_shapes(info.name)
     return replace(info, shape=packed.shape, parts=parts)
 
@@ -219,11 +240,14 @@ def _indexed_shards(folder: Path) -> dict[str, set[str] | None]:
 
 def _shards_of_index(folder: Path, index: str) -> dict[str, set[str] | None]:
     try:
-        weight_map = json.loads((folder / index).read_text("utf-8"))["weight_map"]
+        weight_map = read_json(folder / index, folder)["weight_map"]
         items = [(str(name), str(shard)) for name, shard in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    ) as error:
         raise CheckpointError(
-            f"The index {folder / index} cannot be read ({error!r}).",
+            f"The index {folder / index} cannot be read "
+            f"({type(error).__name__}: {shortened(error)}).",
             "Download the checkpoint again.",
         ) from error
     shards: dict[str, set[str] | None] = {}
@@ -264,22 +288,6 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def is_inside(folder: Path, path: Path) -> bool:
-    """Whether a file, its links followed, belongs to a checkpoint's folder."""
-    return any(path.resolve().is_relative_to(home) for home in _homes(folder))
-
-
-def _homes(folder: Path) -> Iterator[Path]:
-    """Yield the folders whose files belong to a checkpoint.
-
-    The hub's cache links `snapshots/REVISION/FILE` to `blobs/HASH`.
-    """
-    home = folder.resolve()
-    yield home
-    if home.parent.name == "snapshots":
-        yield home.parent.parent / "blobs"
-
-
 def _check_promise(
     folder: Path,
     shard: str,
@@ -289,25 +297,55 @@ def _check_promise(
     missing = sorted(name for name in promised or () if name not in tensors)
     if missing:
         raise CheckpointError(
-            f"The index of {folder} says that {shard} holds {missing[0]}, which is not "
-            "in it.",
+            f"The index of {folder} says that {shard} holds "
+            f"{shortened(missing[0])}, which is not in it.",
             "Download the checkpoint again.",
         )
 
 
 def _header(folder: Path, shard: str) -> Iterator[TensorInfo]:
     path = folder / shard
+    for name, shape, dtype in _described(path):
+        if len(name) > LONGEST_NAME:
+            raise CheckpointError(
+                f"{path} holds a tensor whose name has {len(name)} characters; "
+                f"{LONGEST_NAME} at most are believed.",
+                "Do not use this checkpoint; it may be hostile.",
+            )
+        if len(shape) > _MOST_DIMENSIONS or any(n > _MOST_ITEMS for n in shape):
+            raise CheckpointError(
+                f"Tensor {name} of {path} has the shape {shortened(list(shape))}, "
+                "which no weight has.",
+                "Do not use this checkpoint; it may be hostile.",
+            )
+        if dtype not in _DTYPES:
+            raise _unreadable(path, name, dtype)
+        yield TensorInfo(name, shard, shape, _DTYPES[dtype])
+
+
+def _described(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Yield name, shape and dtype of every tensor of a file."""
     if path.suffix != ".safetensors":
-        for name, tensor in _unpickled(path, "meta").items():
-            yield TensorInfo(name, shard, tuple(tensor.shape), tensor.dtype)
+        for name, tensor in load_pickle(path, "meta").items():
+            yield name, tuple(tensor.shape), _NAMES.get(tensor.dtype, str(tensor.dtype))
         return
+    _check_header(path)
     with _opened(path) as file:
         for name in sorted(file.keys()):
             part = file.get_slice(name)
-            shape, dtype = tuple(part.get_shape()), part.get_dtype()
-            if dtype not in _DTYPES:
-                raise _unreadable(path, name, dtype)
-            yield TensorInfo(name, shard, shape, _DTYPES[dtype])
+            yield name, tuple(part.get_shape()), part.get_dtype()
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that is larger than any, before the library parses it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise damaged(path, error) from error
+    size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0  # noqa: PLR2004
+    if size > _MOST_HEADER:
+        raise damaged(path, ValueError(f"a header of {size} bytes"))
 
 
 def _unreadable(path: Path, name: str, kind: object) -> CheckpointError:
@@ -320,7 +358,7 @@ def _unreadable(path: Path, name: str, kind: object) -> CheckpointError:
 def _read_shard(path: Path, names: list[str]) -> dict[str, Tensor]:
     """Return some tensors of one file, as stored, in memory of their own."""
     if path.suffix != ".safetensors":
-        stored = _unpickled(path, "cpu")
+        stored = load_pickle(path, "cpu")
         return {name: stored[name].detach().clone().contiguous() for name in names}
     with _opened(path) as file, path.open("rb") as data:
         begin, spans = _spans(data)
@@ -364,7 +402,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
     except OSError as error:
         raise _unread(path, error) from error
     except (SafetensorError, EOFError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _unread(path: Path, error: OSError) -> CheckpointError:
@@ -372,47 +410,4 @@ def _unread(path: Path, error: OSError) -> CheckpointError:
         f"{path} could not be read: {error.strerror or error}.",
         "Check the disk, or put the file there again, and run the same command; a run "
         "that was under way goes on where it stopped.",
-    )
-
-
-def _unpickled(path: Path, device: str) -> dict[str, Tensor]:
-    """Load a state dict with `weights_only`; mapped, unless older than torch 1.6."""
-    try:
-        try:
-            stored = torch.load(path, device, weights_only=True, mmap=True)
-        except RuntimeError:
-            stored = torch.load(path, device, weights_only=True)
-    except OSError as error:
-        raise _unread(path, error) from error
-    except Exception as error:  # bytes read as a program end in any error at all
-        raise _damaged(path, error) from error
-    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else None
-    if not _is_state_dict(stored):
-        raise _damaged(path, TypeError("not a mapping of names to tensors"))
-    for name, tensor in stored.items():
-        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES.values():
-            raise _unreadable(path, name, f"{tensor.dtype} ({tensor.layout})")
-    return stored
-
-
-def _is_state_dict(stored: object) -> TypeGuard[dict[str, Tensor]]:
-    return (
-        isinstance(stored, dict)
-        and len(stored) > 0
-        and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in stored.items())
-    )
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    if isinstance(error, pickle.UnpicklingError):
-        # torch's own words tell the reader how to run the code after all.
-        return CheckpointError(
-            f"{path} is damaged, or holds code beside its tensors, which is not run.",
-            "Download the file again, from a source that you trust.",
-        )
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-    return CheckpointError(
-        f"{path} is damaged or not what its name says "
-        f"({type(error).__name__}: {reason}).",
-        "Download the file again.",
     )

@@ -35,8 +35,10 @@ from halve.checkpoint.output import (
     partial_of,
     recorded_identity,
 )
-from halve.checkpoint.reader import Checkpoint, is_inside
+from halve.checkpoint.reader import Checkpoint
 from halve.errors import CheckpointError, OutputError
+from halve.records import from_dict
+from halve.strangers import is_inside, parse_json, read_bytes
 
 _LEDGER = "ledger.jsonl"
 _INDEX = "model.safetensors.index.json"
@@ -191,8 +193,9 @@ class Workspace:
             return
         check_identity(self.folder, identity, self.identity)
         self._sweep()
+        own = {path.name: path for path in self.folder.iterdir() if path.is_file()}
         for shard in shards:
-            if _is_whole(self.folder / shard.file, shard.sha256):
+            if shard.file in own and _is_whole(own[shard.file], shard.sha256):
                 self.committed[shard.file] = shard
 
     def _sweep(self) -> None:
@@ -305,15 +308,15 @@ def _read_ledger(
     """Return identity, decisions and shards; cut off a line that a crash left."""
     if not path.is_file():
         return None, {}, []
-    with read_errors(path):
-        whole = path.read_bytes().rpartition(b"\n")[0]
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
+        whole = read_bytes(path).rpartition(b"\n")[0]
+        lines = [parse_json(line.decode("utf-8")) for line in whole.splitlines()]
         identity = dict(lines[0]["identity"]) if lines else None
         decisions = [line for line in lines[1:] if "settled" in line]
         settled = {line["settled"]: dict(line["decision"]) for line in decisions}
-        shards = [Committed(**line) for line in lines[1:] if line not in decisions]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        files = [line for line in lines[1:] if "settled" not in line]
+        shards = [from_dict(Committed, line) for line in files]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise foreign(path.parent, f"its {path.name} cannot be read") from error
     with write_errors(path):
         disk.cut(path, len(whole) + 1 if whole else 0)
@@ -333,7 +336,7 @@ def _index(folder: Path, files: Iterable[str]) -> str:
 def _set_quantization(config: Path, entry: dict[str, Any] | None) -> None:
     """Let a config say how the weights beside it are packed, or that they are not."""
     with read_errors(config):
-        entries = json.loads(config.read_text("utf-8"))
+        entries = parse_json(config.read_text("utf-8"))
     if entries.get(_QUANTIZATION) == entry:
         return
     entries.pop(_QUANTIZATION, None)

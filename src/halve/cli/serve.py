@@ -45,11 +45,11 @@ def command(
     from transformers.cli.serve import Serve
 
     from halve.checkpoint import locate
-    from halve.runtime.streamed import StreamedModel
+    from halve.runtime.generation import check_whole
 
     folder = locate(model)
     # Refuses with a sentence what the server would trip over at the first request.
-    opened = StreamedModel.open(folder, device, trust_remote_code)
+    opened = check_whole(folder, device, trust_remote_code)
     # The server lists what is in the hub's cache, and fails where there is none.
     with suppress(OSError):
         Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from halve.formats.bitmask import (
     COMPANIONS,
     DTYPES,
+    MOST_LAYOUT,
     Packed,
     join,
     kept_weights,
@@ -17,6 +18,7 @@ __all__ = [
     "COMPANIONS",
     "DTYPES",
     "METHOD",
+    "MOST_LAYOUT",
     "Packed",
     "check_version",
     "join",

@@ -24,7 +24,10 @@ DTYPES = {
     torch.float32: torch.int32,
 }
 _WORD = 64
-# Weights handled at once, so that bits widened to bytes stay small.
+# Numbers of a layout that are looked at; three are right.
+MOST_LAYOUT = 1024
+# Weights handled at once, so that bits widened to bytes stay small; a row is handled at
+# once, so it may not be longer. The widest matrices have 2**16 columns.
 _CHUNK = 2**24
 _REMEDY = "Pack the model again from its dense checkpoint, or download the file again."
 
@@ -107,7 +110,8 @@ class Packed:
         """
         mask, offsets, words = self.mask, self.offsets, _words(self.columns)
         fits = (
-            self.columns > 0
+            0 < self.columns <= _CHUNK
+            and self.rows > 0
             and (mask.dtype, mask.dim()) == (torch.uint64, 2)
             and mask.shape[1] == words
             and offsets.dtype in {torch.uint32, torch.uint64}
@@ -226,7 +230,9 @@ def join(name: str, tensors: Mapping[str, Tensor]) -> Packed:
         CheckpointError: Its layout is not one of this version of the format.
     """
     mask, offsets, layout = (tensors[name + end] for end in COMPANIONS)
-    numbers = layout.tolist() if layout.dtype == torch.int64 else []
+    # Numbers of Python's take five times the room of a tensor's.
+    small = layout.dtype == torch.int64 and layout.numel() <= MOST_LAYOUT
+    numbers = layout.tolist() if small else []
     match numbers:
         case [rows, columns, 0 | 1 as transposed] if [rows] == list(mask.shape[:1]):
             return Packed(tensors[name], mask, offsets, columns, bool(transposed))

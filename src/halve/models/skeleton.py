@@ -4,7 +4,6 @@ The model is built by transformers' own classes with every parameter on the meta
 device. Its decoder blocks are found by their shape, not by their name.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,18 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from halve.errors import CalibrationError, CheckpointError, UnsupportedModelError
+from halve.errors import (
+    CalibrationError,
+    CheckpointError,
+    HalveError,
+    UnsupportedModelError,
+)
 from halve.formats import METHOD, check_version
+from halve.models.claims import check_claims, check_size
+from halve.strangers import read_json, shortened
 
 # Where a config says nothing of its longest sequence (BLOOM), the paper's length.
 _PAPER_LENGTH = 2048
-# Far more than any model has; building a million takes hours and all memory.
-_MOST_BLOCKS = 10_000
 _WHAT_TO_NAME = "Name a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ..."
 # Entries of config.json by which quantised weights are known.
 _QUANTISED = ("quantization_config", "compression_config")
@@ -92,19 +96,34 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:
             blocks.
     """
     config = load_config(folder, trust_remote_code)
-    _check_causal(folder, config)
     try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, dtype=torch.float32
-            )
-        model.tie_weights()
+        return _built(folder, config, trust_remote_code)
+    except HalveError:
+        raise
     except Exception as error:  # what a wrong value breaks is up to the model's code
         raise _unsupported(folder, error) from error
+
+
+def _built(folder: Path, config: Any, trust_remote_code: bool) -> Skeleton:  # noqa: ANN401
+    _check_causal(folder, config)
+
+    def build() -> Any:  # noqa: ANN401
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
+
+    if not trust_remote_code:  # such code may not bear to be built without numbers
+        check_size(folder, build)
+    with init_empty_weights(include_buffers=False):
+        model = build()
+    model.tie_weights()
     model.eval().requires_grad_(False)
     path, blocks = _find_blocks(folder, model)
     _share_equal_buffers(blocks)
-    return Skeleton(config, model, blocks, path)
+    skeleton = Skeleton(config, model, blocks, path)
+    if not isinstance(skeleton.vocabulary, int):
+        raise TypeError(f"its vocab_size is {skeleton.vocabulary}")
+    return skeleton
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: ANN401
@@ -121,7 +140,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: 
             "transformers.",
             "Name the folder of a complete checkpoint.",
         )
-    _refuse_quantised(folder, _entries(folder))
+    entries = _entries(folder)
+    _refuse_quantised(folder, entries)
+    check_claims(folder, entries)
+    _refuse_adapter(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # validators and remote code raise what they like
@@ -132,10 +154,11 @@ def _entries(folder: Path) -> dict[str, Any]:
     """Return what is in config.json, which transformers takes for an object unseen."""
     path = folder / "config.json"
     try:
-        entries = json.loads(path.read_text("utf-8"))
+        entries = read_json(path, folder)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not JSON ({error}).", "Download the file again."
+            f"{path} cannot be read as JSON ({shortened(error)}).",
+            "Download the file again.",
         ) from error
     if not isinstance(entries, dict):
         raise CheckpointError(
@@ -143,6 +166,15 @@ def _entries(folder: Path) -> dict[str, Any]:
             "Download the file again.",
         )
     return entries
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse what makes transformers load another model, named in that file."""
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter (adapter_config.json), not a whole model.",
+            "Merge the adapter into its model first.",
+        )
 
 
 def _refuse_quantised(folder: Path, entries: dict[str, Any]) -> None:
@@ -154,8 +186,9 @@ def _refuse_quantised(folder: Path, entries: dict[str, Any]) -> None:
             check_version(folder, entry)
             return
         raise UnsupportedModelError(
-            f"The checkpoint in {folder} is quantised ({method or 'method unnamed'}); "
-            "Halve prunes floating-point weights.",
+            f"The checkpoint in {folder} is quantised "
+            f"({shortened(method or 'method unnamed')}); Halve prunes floating-point "
+            "weights.",
             "Name the checkpoint that it was made from.",
         )
 
@@ -178,20 +211,13 @@ def _unsupported(folder: Path, error: Exception) -> UnsupportedModelError:
 def _check_causal(folder: Path, config: Any) -> None:  # noqa: ANN401
     """Refuse encoders, which transformers would build with a causal head."""
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *_base_models()}
-    depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(depth, int) and depth > _MOST_BLOCKS:
-        raise UnsupportedModelError(
-            f"The config of {folder} asks for {depth} blocks; {_MOST_BLOCKS} at most "
-            "are believed.",
-            "Check num_hidden_layers in its config.json.",
-        )
     names = getattr(config, "architectures", None) or []
     names = names if isinstance(names, list) else [names]
     custom = bool(getattr(config, "auto_map", None))
     if names and not custom and not any(str(name) in known for name in names):
         raise UnsupportedModelError(
-            f"The config of {folder} says {names[0]}, which is not a causal language "
-            "model.",
+            f"The config of {folder} says {shortened(names[0])}, which is not a causal "
+            "language model.",
             _WHAT_TO_NAME,
         )
     if getattr(config, "is_encoder_decoder", False):

@@ -1,6 +1,5 @@
 """A checkpoint rewritten shard by shard, packed or dense, and nothing else changed."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from halve.checkpoint import (
     open_workspace,
     output_path,
     read_record,
+    recall,
 )
 from halve.errors import GridError, HalveError, OutputError
 from halve.formats import quantization_config, store
@@ -36,6 +36,7 @@ from halve.records import (
     recorded_grids,
     versions,
 )
+from halve.strangers import read_json
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,13 @@ def _check_gain(
     )
 
 
+@dataclass(frozen=True)
+class _Note:
+    """What the ledger holds for a file."""
+
+    matrices: tuple[MatrixStorage, ...]
+
+
 class _Rewriter:
     """The loop over the files of an output, each committed before the next."""
 
@@ -152,7 +160,7 @@ class _Rewriter:
             self._report(number)
             done = self.workspace.committed.get(file)
             note = done.note if done else self._file(file)
-            stored += [MatrixStorage(**fields) for fields in note["matrices"]]
+            stored += recall(self.workspace.folder, _Note, note).matrices
         return tuple(stored)
 
     def _report(self, number: int) -> None:
@@ -224,7 +232,7 @@ def _octets(tensor: Tensor) -> Tensor:
 
 def _source_record(source: Path) -> dict[str, Any] | None:
     """Return the input's own record, so that where it came from is not lost."""
-    try:
-        return dict(json.loads((source / RECORD).read_text("utf-8")))
+    try:  # not from elsewhere: what is private would stand in what the user publishes
+        return dict(read_json(source / RECORD, source))
     except (OSError, ValueError, TypeError, RecursionError):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.checkpoint import Checkpoint, Workspace
+from halve.checkpoint import Checkpoint, Workspace, recall
 from halve.errors import TargetMissedError
 from halve.formats import store
 from halve.plan import Plan, PlannedBlock
@@ -27,8 +27,7 @@ from halve.records import (
     BlockRecord,
     MatrixRecord,
     Progress,
-    allocation_from_dict,
-    block_from_dict,
+    from_dict,
 )
 from halve.runtime.streamed import Stream, StreamedModel
 
@@ -83,7 +82,7 @@ class Run:
         folder, report = self.workspace.folder, self.clock.report
         trials = Trials(self.plan, self.model, windows, self.budget, folder, report)
         chosen = self.workspace.settle("allocation", lambda: asdict(trials.choose()))
-        return allocation_from_dict(chosen)
+        return recall(folder, AllocationRecord, chosen)
 
     def _patterns(self) -> list[Patterns]:
         """Return for each block what its matrices shall obey, if that is not alike."""
@@ -113,10 +112,11 @@ class Run:
     def _block(self, planned: PlannedBlock) -> BlockRecord:
         committed = self.workspace.committed.get(planned.shard)
         if committed is None:
-            return block_from_dict(self._prune(planned))
+            return from_dict(BlockRecord, self._prune(planned))
         self.clock.report(planned.index, "catching up")
         self._catch_up(planned)
-        return block_from_dict(committed.note)
+        folder = self.workspace.folder
+        return recall(folder, BlockRecord, committed.note)
 
     def _prune(self, planned: PlannedBlock) -> dict[str, Any]:
         self.clock.begin(planned.index)

@@ -5,13 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from halve.calibration import load_tokenizer
 from halve.checkpoint import locate
 from halve.errors import CheckpointError, HalveError
 from halve.models import longest_sequence
 from halve.runtime.streamed import StreamedModel
+from halve.strangers import shortened
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MOST_TOKENS = 2**31
 
 
 def load(
@@ -29,28 +33,43 @@ def load(
         UnsupportedModelError: Not a causal language model.
         CheckpointError: Damaged files, or tensors that contradict the config.
     """
-    folder = locate(model)
-    # Refuses with a sentence what transformers would fill at random or trip over.
-    opened = StreamedModel.open(folder, device, trust_remote_code)
-    _check_said(opened)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto",
-        device_map={"": opened.device},
-        trust_remote_code=trust_remote_code,
-    )
+    opened = check_whole(locate(model), device, trust_remote_code)
+    folder = opened.checkpoint.folder
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            device_map={"": opened.device},
+            trust_remote_code=trust_remote_code,
+        )
+    except HalveError:
+        raise
+    except Exception as error:  # of the side files that only transformers reads
+        raise CheckpointError(
+            f"transformers cannot load the model in {folder} "
+            f"({type(error).__name__}: {shortened(' '.join(str(error).split()))}).",
+            "Check its generation_config.json, or download the model again.",
+        ) from error
     return loaded.eval()
 
 
-def _check_said(opened: StreamedModel) -> None:
-    """Refuse packed files whose config hides it from transformers."""
+def check_whole(folder: Path, device: str, trust_remote_code: bool) -> StreamedModel:
+    """Refuse with a sentence what transformers would fill at random or trip over.
+
+    Raises:
+        UnsupportedModelError: Not a causal language model.
+        CheckpointError: Damaged files, tensors that contradict the config, or packed
+            ones of which the config says nothing.
+    """
+    opened = StreamedModel.open(folder, device, trust_remote_code)
     packed = any(info.parts for info in opened.checkpoint.tensors.values())
     if packed and getattr(opened.skeleton.config, "quantization_config", None) is None:
         raise CheckpointError(
-            f"The files in {opened.checkpoint.folder} are packed, but its config.json "
-            "has no quantization_config that says so.",
+            f"The files in {folder} are packed, but its config.json has no "
+            "quantization_config that says so.",
             "Take the config.json that was written with them, or pack the model again.",
         )
+    return opened
 
 
 @torch.no_grad()
@@ -71,7 +90,7 @@ def generate(
         device: `cpu`, `cuda` or `auto`.
         trust_remote_code: Whether Python code that comes with the model may run.
     """
-    loaded = load(model, device, trust_remote_code)
+    loaded = _plain(load(model, device, trust_remote_code))
     tokenizer = load_tokenizer(locate(model), trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(loaded.device)
     _check_room(loaded, inputs["input_ids"].shape[1], max_new_tokens)
@@ -82,6 +101,25 @@ def generate(
         do_sample=False,
     )
     return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def _plain(loaded: Any) -> Any:  # noqa: ANN401
+    """Let nothing of generation_config.json count but the tokens that end a text.
+
+    The rest would choose other tokens than the likeliest, and take memory for that: a
+    million beams, say.
+    """
+    said = loaded.generation_config
+    tokens = {name: getattr(said, name, None) for name in _TOKENS}
+    loaded.generation_config = GenerationConfig(
+        **{name: value for name, value in tokens.items() if _are_tokens(value)}
+    )
+    return loaded
+
+
+def _are_tokens(value: object) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(v, int) and 0 <= v < _MOST_TOKENS for v in values)
 
 
 def _check_room(model: Any, prompt: int, more: int) -> None:  # noqa: ANN401
@@ -110,7 +148,7 @@ def sample_windows(
     Returns:
         [samples, length], int64; the same seed gives the same windows.
     """
-    model = load(folder, "cpu", trust_remote_code)
+    model = _plain(load(folder, "cpu", trust_remote_code))
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     first = torch.randint(vocabulary, (samples, 1), generator=generator)
