@@ -50,7 +50,7 @@ def _print_warning(message: Warning | str, *_: object) -> None:
 
 def main() -> None:
     """Run the command line; exit 0 when done, 1 on a HalveError, 2 on bad usage."""
-    from halve.errors import HalveError, HalveWarning
+    from halve.errors import HalveError, HalveWarning, ToldError
 
     # What the libraries have to say while loading is Halve's to say or not.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -63,6 +63,8 @@ def main() -> None:
                 warnings.simplefilter("default", HalveWarning)
                 warnings.showwarning = _print_warning
             app()
+    except ToldError:
+        sys.exit(1)
     except HalveError as error:
         print(f"Error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(1)

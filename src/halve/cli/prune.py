@@ -7,7 +7,7 @@ import typer
 from halve.cli import options
 
 if TYPE_CHECKING:
-    from halve.plan import Plan
+    from halve.plan import Plan, Settings
     from halve.records import Progress, PruneRecord
 
 EXAMPLES = """
@@ -24,6 +24,8 @@ EXAMPLES = """
 `halve prune ./llama -o ./llama-int4 --quantize int4 --calibration wikitext2`
 
 `halve prune ./llama -o ./llama-70 --sparsity 70% --calibration stdlib --dry-run`
+
+`torchrun --nproc-per-node 2 -m halve prune ./llama -o ./llama-half`
 """
 
 
@@ -125,11 +127,11 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     """Prune a model into a new folder that loads wherever the model does.
 
     It goes block by block, so the model may be larger than memory. Interrupted, the
-    same command goes on where it stopped.
+    same command goes on where it stopped. Processes that torchrun starts share the
+    work.
     """
     from halve.checkpoint import locate
     from halve.plan import Settings, make_plan
-    from halve.pruning import Execution, prune_model
 
     settings = Settings(
         sparsity=sparsity,
@@ -156,17 +158,32 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         plan = make_plan(locate(model), settings, trust_remote_code)
         _print_plan(plan, activation_memory, as_json)
         return
-    from halve.cli.console import progress_line
-
-    with progress_line(quiet) as show:
-        execution = Execution(
-            activation_memory, trust_remote_code, lambda p: show(_describe(p))
-        )
-        record = prune_model(model, out, settings, execution)
+    record = _prune((model, out, settings), activation_memory, trust_remote_code, quiet)
+    if record is None:
+        return
     if as_json:
         print(record.to_json(), end="")
     else:
         _print_record(record, out)
+
+
+def _prune(
+    job: "tuple[str, str, Settings]",
+    activation_memory: int | None,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> "PruneRecord | None":
+    """Prune, with other processes if torchrun started some; of those one has a say."""
+    from halve.cli.console import progress_line
+    from halve.distributed import join
+    from halve.pruning import Execution, prune_model
+
+    with join() as ranks, progress_line(quiet or not ranks.leads) as show:
+        execution = Execution(
+            activation_memory, trust_remote_code, lambda p: show(_describe(p)), ranks
+        )
+        record = prune_model(*job, execution)
+    return record if ranks.leads else None
 
 
 def _describe(progress: "Progress") -> str:

@@ -18,14 +18,16 @@ from halve.checkpoint import (
     check_space,
     is_finished,
     locate,
-    open_workspace,
     output_path,
     read_record,
 )
+from halve.distributed import Ranks
+from halve.errors import RanksError
 from halve.formats import quantization_config
 from halve.plan import Plan, Settings, make_plan
 from halve.pruning.candidates import candidates
 from halve.pruning.run import Execution, Run
+from halve.pruning.scribe import open_scribe
 from halve.records import Progress, PruneRecord, now, versions
 from halve.runtime.generation import sample_windows
 from halve.runtime.streamed import choose_device
@@ -52,36 +54,69 @@ def prune_model(
             lies in `OUT.partial`, where the same call goes on.
     """
     begun = time.monotonic()
+    ranks = execution.ranks
     source = locate(model)
     out = output_path(out, source)
     plan = make_plan(source, settings, execution.trust_remote_code)
-    windows = _windows(plan, execution.trust_remote_code)
+    _check_ranks(plan, ranks)
+    windows = ranks.share(lambda: _windows(plan, execution.trust_remote_code))
     identity = _identity(plan, windows)
-    if is_finished(out, identity):
+    if ranks.share(lambda: is_finished(out, identity)):
         depth = len(plan.layout.blocks)
         phase = "all were finished before, nothing was done"
         execution.progress(Progress(depth - 1, depth, phase))
-        return read_record(out, PruneRecord.from_json)
-    check_space(out, plan.layout.output_bytes)
-    with open_workspace(out, identity) as workspace:
-        if workspace.is_complete:
-            workspace.publish()
-            return read_record(out, PruneRecord.from_json)
-        run = Run(plan, execution, workspace, windows)
+        return ranks.share(lambda: read_record(out, PruneRecord.from_json))
+    ranks.share(lambda: check_space(out, plan.layout.output_bytes))
+    with open_scribe(out, identity, ranks) as scribe:
+        if scribe.is_complete:
+            return ranks.share(lambda: _publish(scribe.workspace, out))
+        run = Run(plan, execution, scribe, windows)
         blocks = run.finish()
-        record = PruneRecord(
-            versions=versions(),
-            identity=identity,
-            blocks=tuple(blocks),
-            shards=_shards(plan, workspace),
-            left_dense=plan.layout.left_dense,
-            seconds=time.monotonic() - begun,
-            finished=now(),
-            allocation=run.allocation,
+
+        def conclude() -> PruneRecord:
+            assert scribe.workspace is not None, "rank 0 has the workspace"
+            record = PruneRecord(
+                versions=versions(),
+                identity=identity,
+                blocks=tuple(blocks),
+                shards=_shards(plan, scribe.workspace),
+                left_dense=plan.layout.left_dense,
+                seconds=time.monotonic() - begun,
+                finished=now(),
+                allocation=run.allocation,
+            )
+            packed = quantization_config() if settings.packed else None
+            scribe.workspace.finish(source, record.to_json(), packed)
+            return record
+
+        return ranks.share(conclude)
+
+
+def _publish(workspace: Workspace | None, out: Path) -> PruneRecord:
+    assert workspace is not None, "rank 0 has the workspace"
+    workspace.publish()
+    return read_record(out, PruneRecord.from_json)
+
+
+def _check_ranks(plan: Plan, ranks: Ranks) -> None:
+    """Raise RanksError where processes see different models, or have nothing to do."""
+    seen = {file: text.partition(",")[0] for file, text in plan.layout.sources.items()}
+    theirs = ranks.share(lambda: seen)
+    if seen != theirs:
+        files = sorted(f for f in {*seen, *theirs} if seen.get(f) != theirs.get(f))
+        raise RanksError(
+            f"Process {ranks.rank} finds another {files[0]} in {plan.model} than "
+            "process 0 does.",
+            "Give every machine the same files of the model.",
         )
-        packed = quantization_config() if settings.packed else None
-        workspace.finish(source, record.to_json(), packed)
-    return record
+    settings = plan.settings
+    fitted = settings.samples - max(settings.held_out, settings.judging)
+    least = min(fitted, settings.judging or fitted)
+    if ranks.size > least:
+        raise RanksError(
+            f"{ranks.size} processes were to share {least} windows.",
+            "Start fewer processes, or pass more --samples.",
+        )
 
 
 def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
