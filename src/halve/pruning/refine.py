@@ -196,7 +196,10 @@ class _Tuning:
 
     def _rounded(self) -> dict[str, Tensor]:
         found = self._on_grids()
-        return {p: v.to(self.dtypes[p]).to(v.dtype) for p, v in found.items()}
+        # Copied even where nothing is rounded: the values go on being tuned.
+        return {
+            p: v.to(self.dtypes[p]).to(v.dtype, copy=True) for p, v in found.items()
+        }
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for path, parameter in self.parameters.items():
