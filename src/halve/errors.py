@@ -60,3 +60,11 @@ class OutputError(HalveError):
 
 class TargetMissedError(HalveError):
     """What was written does not have the sparsity or pattern that was promised."""
+
+
+class RanksError(HalveError):
+    """Processes of one run that cannot work together, or one that has ended."""
+
+
+class ToldError(RanksError):
+    """What went wrong in another process of the run, which has said so itself."""

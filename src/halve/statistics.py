@@ -36,6 +36,10 @@ class Statistic(ABC):
         """Take in one batch of inputs, [tokens, columns]."""
 
     @abstractmethod
+    def sums(self) -> list[Tensor]:
+        """Return what is summed, to be added to in place by that of other inputs."""
+
+    @abstractmethod
     def is_finite(self) -> bool:
         """Whether every input so far was finite and no sum overflowed."""
 
@@ -52,6 +56,10 @@ class Nothing(Statistic):
 
     def add(self, inputs: Tensor) -> None:
         """Forget the inputs."""
+
+    def sums(self) -> list[Tensor]:
+        """Return none."""
+        return []
 
     def is_finite(self) -> bool:
         """Hold always: there is nothing that could be otherwise."""
@@ -78,6 +86,10 @@ class ColumnNorms(Statistic):
     def add(self, inputs: Tensor) -> None:
         """Add the squares of [tokens, columns]."""
         self.squares += inputs.square().sum(dim=0)
+
+    def sums(self) -> list[Tensor]:
+        """Return the squares."""
+        return [self.squares]
 
     def is_finite(self) -> bool:
         """Whether all sums are finite."""
@@ -113,6 +125,10 @@ class Gram(Statistic):
             stop = start + self._starts.step
             tile = self._upper[start:stop, start:]
             tile.addmm_(inputs[:, start:stop].T, inputs[:, start:])
+
+    def sums(self) -> list[Tensor]:
+        """Return the matrix, of which the lower triangle need not be filled in yet."""
+        return [self._upper]
 
     def is_finite(self) -> bool:
         """Whether the diagonal is finite, and with it (Cauchy-Schwarz) all entries."""
@@ -165,6 +181,10 @@ class Drift:
         change = dense - inputs
         own = change.T if self._joined is None else linear(self._joined, change)
         self._sum.addmm_(own, inputs)
+
+    def sums(self) -> list[Tensor]:
+        """Return what is summed, to be added to in place by that of other inputs."""
+        return [self._sum]
 
     def pulled(self, index: int) -> Tensor:
         """Return W (X_dense - X)^T X of one of the matrices, [rows, columns]."""

@@ -12,6 +12,7 @@ from halve.plan import PlannedBlock, Settings, make_plan
 from halve.pruning.evidence import collect
 from halve.pruning.groups import stages
 from halve.pruning.reference import Reference
+from halve.pruning.refine import _Tuning
 from halve.pruning.site import Paths, Site
 from halve.runtime.streamed import Stream, StreamedModel
 from halve.statistics import Gram
@@ -281,3 +282,23 @@ def test_settings_that_make_no_sense_are_refused(
     with pytest.raises(halve.HalveError, match=message):
         halve.prune(folder, tmp_path / "out", **chosen)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_refining_stores_is_its_best_epoch(pico, text, tmp_path, monkeypatch):
+    """In float32 nothing is rounded, and what was kept must not be tuned on."""
+    errors = iter([1.0, 0.5, 0.9, 0.9] * 2)  # of two blocks; the first epoch is best
+    kept: list[dict[str, torch.Tensor]] = []
+    real = _Tuning.keep
+
+    def keep(tuning):
+        real(tuning)
+        kept.append({path: value.clone() for path, value in tuning.best.items()})
+
+    monkeypatch.setattr(_Tuning, "held_out_error", lambda _: next(errors))
+    monkeypatch.setattr(_Tuning, "keep", keep)
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "epochs": 3}
+    halve.prune(pico("llama"), tmp_path / "out", refine=True, **options)
+    stored = tensors(tmp_path / "out")
+    for index, best in enumerate(kept):
+        for path, value in best.items():
+            assert torch.equal(stored[f"model.layers.{index}.{path}"], value), path

@@ -24,14 +24,15 @@ def test_every_family_has_a_forecast(row, pico):
 @pytest.mark.parametrize("solver", [*SOLVERS, "auto"])
 def test_more_work_takes_more(solver, pico):
     model = pico("llama")
+    rows: list[dict[str, Any]] = [
+        {"samples": 64, "seq_len": 32},
+        SIZES,
+        SIZES | {"refine": True},
+        SIZES | {"refine": True, "epochs": 9},
+    ]
     few, many, refined, longer = (
         costs(make_plan(model, Settings(solver=solver, **options)), 2**40)
-        for options in (
-            {"samples": 64, "seq_len": 32},
-            SIZES,
-            SIZES | {"refine": True},
-            SIZES | {"refine": True, "epochs": 9},
-        )
+        for options in rows
     )
     assert few.resident <= many.resident <= refined.resident
     assert few.operations <= many.operations < refined.operations < longer.operations

@@ -66,7 +66,7 @@ def main() -> None:
     SIGTERM.
     """
     from halve.cli.interruption import Interrupted, how_to_go_on, interruptible
-    from halve.errors import HalveError, HalveWarning
+    from halve.errors import HalveError, HalveWarning, ToldError
 
     # What the libraries have to say while loading is Halve's to say or not.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -79,6 +79,8 @@ def main() -> None:
                 warnings.simplefilter("default", HalveWarning)
                 warnings.showwarning = _print_warning
             app()
+    except ToldError:
+        sys.exit(1)
     except HalveError as error:
         print(f"Error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(1)

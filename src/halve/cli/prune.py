@@ -7,8 +7,8 @@ import typer
 from halve.cli import options
 
 if TYPE_CHECKING:
-    from halve.plan import Plan
-    from halve.pruning import Costs
+    from halve.plan import Plan, Settings
+    from halve.pruning import Costs, Execution
     from halve.records import Progress, PruneRecord
 
 EXAMPLES = """
@@ -25,6 +25,8 @@ EXAMPLES = """
 `halve prune ./llama -o ./llama-int4 --quantize int4 --calibration wikitext2`
 
 `halve prune ./llama -o ./llama-70 --sparsity 70% --calibration stdlib --dry-run`
+
+`torchrun --nproc-per-node 2 -m halve prune ./llama -o ./llama-half`
 """
 
 
@@ -127,17 +129,12 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     """Prune a model into a new folder that loads wherever the model does.
 
     It goes block by block, so the model may be larger than memory. Interrupted, the
-    same command goes on where it stopped.
+    same command goes on where it stopped. Processes that torchrun starts share the
+    work.
     """
     from halve.checkpoint import locate
     from halve.plan import Settings, make_plan
-    from halve.pruning import (
-        Execution,
-        activation_budget,
-        costs,
-        prune_model,
-        seconds,
-    )
+    from halve.pruning import Execution, activation_budget, costs, seconds
     from halve.runtime.streamed import choose_device
 
     settings = Settings(
@@ -168,20 +165,30 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         time = seconds(found, choose_device(settings.device))
         _print_plan(plan, found, time, as_json)
         return
-    from halve.cli.console import progress_line
-
-    with progress_line(quiet) as show:
-        execution = Execution(
-            activation_memory,
-            memory,
-            trust_remote_code,
-            lambda p: show(_describe(p)),
-        )
-        record = prune_model(model, out, settings, execution)
+    execution = Execution(activation_memory, memory, trust_remote_code)
+    record = _prune((model, out, settings), execution, quiet)
+    if record is None:
+        return
     if as_json:
         print(record.to_json(), end="")
     else:
         _print_record(record, out)
+
+
+def _prune(
+    job: "tuple[str, str, Settings]", execution: "Execution", quiet: bool
+) -> "PruneRecord | None":
+    """Prune, with other processes if torchrun started some; of those one has a say."""
+    from dataclasses import replace
+
+    from halve.cli.console import progress_line
+    from halve.distributed import join
+    from halve.pruning import prune_model
+
+    with join() as ranks, progress_line(quiet or not ranks.leads) as show:
+        own = replace(execution, ranks=ranks, progress=lambda p: show(_describe(p)))
+        record = prune_model(*job, own)
+    return record if ranks.leads else None
 
 
 def _describe(progress: "Progress") -> str:

@@ -16,6 +16,7 @@ from halve.pruning.evidence import Evidence, collect
 from halve.pruning.groups import Group, stages
 from halve.pruning.reference import Reference
 from halve.pruning.refine import Refined, Refining, refine
+from halve.pruning.shares import Owners, bring_together, deal_out, share_choice
 from halve.pruning.site import Paths, Site, weight_path
 from halve.runtime.streamed import StreamedModel
 from halve.solvers.correction import Correction
@@ -93,8 +94,8 @@ def prune_block(
         site = Site(block, planned, paths)
         before = site.first_outputs()
         choices: dict[str, Choice] = {}
-        for evidence in _observe(site, task):
-            choices |= _solve_group(site, model, evidence, task)
+        for stage in _observe(site, task):
+            choices |= _solve_stage(site, model, stage, task)
         refined = _refine(site, model, task)
         task.report("propagating")
         error = site.advance(before)
@@ -102,8 +103,8 @@ def prune_block(
     return Pruned(tensors, choices, error, refined, time.perf_counter() - begun)
 
 
-def _observe(site: Site, task: Task) -> Iterator[Evidence]:
-    """Yield each group with what is known of its inputs.
+def _observe(site: Site, task: Task) -> Iterator[list[Evidence]]:
+    """Yield groups that are pruned together, with what is known of their inputs.
 
     Where targets are corrected that is only gathered once the stages before it are
     pruned, and so by a pass for each; else by one pass of the dense block.
@@ -112,7 +113,7 @@ def _observe(site: Site, task: Task) -> Iterator[Evidence]:
         nothing = Nothing(0, torch.device("cpu"))
         task.report("solving")
         for matrix in site.planned.matrices:
-            yield Evidence(Group((matrix,)), nothing, None)
+            yield [Evidence(Group((matrix,)), nothing, None)]
         return
     groups = site.groups()
     reference = _reference(site, groups, task)
@@ -120,8 +121,7 @@ def _observe(site: Site, task: Task) -> Iterator[Evidence]:
         task.report("collecting")
         found = collect(site, stage, task.statistic, reference)
         task.report("solving")
-        while found:
-            yield found.pop(0)  # not held here while the next is worked on
+        yield found
 
 
 def _reference(site: Site, groups: list[Group], task: Task) -> Reference | None:
@@ -133,10 +133,30 @@ def _reference(site: Site, groups: list[Group], task: Task) -> Reference | None:
     return reference if wanted else None
 
 
-def _solve_group(
-    site: Site, model: StreamedModel, evidence: Evidence, task: Task
+def _solve_stage(
+    site: Site, model: StreamedModel, stage: list[Evidence], task: Task
 ) -> dict[str, Choice]:
-    """Prune the matrices of a group, and put them into the block as they will be."""
+    """Prune groups, each matrix where it is dealt to; afterwards all ranks have all."""
+    matrices = [m for evidence in stage for m in evidence.group.matrices]
+    owners = deal_out(stage, site.ranks)
+    stage = bring_together(stage, owners, site.ranks)
+    own: dict[str, Choice] = {}
+    while stage:  # what a group's solutions needed is gone when the next is begun
+        own |= _solve_group(site, model, stage.pop(0), task, owners)
+    choices: dict[str, Choice] = {}
+    for planned in matrices:
+        dtype, owner = _dtype(model, planned), owners[planned.tensor]
+        choice = share_choice(own.get(planned.tensor), dtype, owner, site.ranks)
+        if owner != site.ranks.rank:
+            choice = _put(site, model, planned, choice)
+        choices[planned.tensor] = choice
+    return choices
+
+
+def _solve_group(
+    site: Site, model: StreamedModel, evidence: Evidence, task: Task, owners: Owners
+) -> dict[str, Choice]:
+    """Prune this rank's matrices of a group, and put them into the block so."""
     name = f"{site.planned.name}.{evidence.group.leader}"
     try:
         correction = _correction(evidence, task)
@@ -145,6 +165,8 @@ def _solve_group(
         raise NumericalError(f"{name}: {error.problem}", error.remedy) from error
     choices: dict[str, Choice] = {}
     for index, planned in enumerate(evidence.group.matrices):
+        if owners[planned.tensor] != site.ranks.rank:
+            continue
         dense = site.weight(planned).contiguous()
         target = correction.target(index, dense) if correction else dense
         choice = contest.solve(dense, target, task.patterns.get(planned.tensor))
@@ -167,7 +189,7 @@ def _put(
     Returns:
         The choice, whose weights are those in the block: there is no second copy.
     """
-    dtype = model.checkpoint.tensors[planned.tensor].dtype
+    dtype = _dtype(model, planned)
     own, solution = planned.matrix.as_rows, choice.solution
     solution.weight.copy_(solution.weight.to(dtype))
     rounded = own(solution.weight).contiguous()
@@ -184,6 +206,10 @@ def _put(
     if levels is not None:
         site.levels[path] = lambda values: own(levels.round(own(values))).contiguous()
     return replace(choice, solution=replace(solution, weight=own(rounded)))
+
+
+def _dtype(model: StreamedModel, planned: PlannedMatrix) -> torch.dtype:
+    return model.checkpoint.tensors[planned.tensor].dtype
 
 
 def _refine(site: Site, model: StreamedModel, task: Task) -> Refined | None:

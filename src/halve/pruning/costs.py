@@ -154,7 +154,9 @@ def seconds(costs: Costs, device: torch.device) -> float:
     return costs.operations / speed / _PRODUCTIVE
 
 
-def activation_budget(plan: Plan, memory: int | None, activations: int | None) -> int:
+def activation_budget(
+    plan: Plan, memory: int | None, activations: int | None, processes: int = 1
+) -> int:
     """Return how many bytes of activations may live in memory.
 
     Args:
@@ -162,11 +164,12 @@ def activation_budget(plan: Plan, memory: int | None, activations: int | None) -
         memory: Bytes that the whole process may take; None where that is not limited.
         activations: Bytes that were given; None for what the rest leaves, or for a
             quarter of the machine's where nothing is limited.
+        processes: That share this machine.
 
     Raises:
         HalveError: The rest alone takes more than may be taken.
     """
-    own = default_budget() if activations is None else activations
+    own = default_budget() // processes if activations is None else activations
     if memory is None:
         return own
     left = _left(plan, memory)

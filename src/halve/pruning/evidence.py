@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from halve.distributed import Ranks
 from halve.errors import NumericalError
 from halve.products import linear
 from halve.pruning.groups import Group
@@ -42,6 +43,12 @@ class HeldOut:
     def add(self, inputs: Tensor, dense: Tensor) -> None:
         """Keep a batch, thinned."""
         self.pairs.append((inputs[:: self.step].clone(), dense[:: self.step].clone()))
+
+    def join(self, ranks: Ranks, wanted: bool) -> None:
+        """Hold the batches of all ranks; none where they are not wanted."""
+        inputs = ranks.exchange([pair[0] for pair in self.pairs], wanted)
+        dense = ranks.exchange([pair[1] for pair in self.pairs], wanted)
+        self.pairs = list(zip(inputs, dense, strict=True))
 
     def errors(self, weight: Tensor, solutions: Sequence[Tensor]) -> list[float]:
         """Return ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2 of each solution Z.
@@ -90,6 +97,18 @@ class Evidence:
         if self.drift is not None and dense is not None:
             self.drift.add(inputs, dense)
 
+    def join(self, ranks: Ranks, wanted: bool) -> None:
+        """Take in what all ranks know, in place.
+
+        Args:
+            ranks: All of them; each must do so.
+            wanted: Whether this one needs the inputs kept apart; sums it gets anyhow.
+        """
+        for known in (self.statistic, self.drift):
+            for part in known.sums() if known is not None else ():
+                ranks.add(part)
+        self.held.join(ranks, wanted)
+
 
 def collect(
     site: Site,
@@ -122,7 +141,7 @@ def _nothing_yet(
     device = site.stream.model.device
     weights = [site.weight(matrix) for matrix in group.matrices]
     drift = None if reference is None else Drift(weights)
-    held = HeldOut.of(site.stream.apart * site.stream.windows.shape[1])
+    held = HeldOut.of(site.stream.all_apart * site.stream.windows.shape[1])
     return Evidence(group, kind(group.columns, device), drift, held)
 
 
@@ -149,7 +168,8 @@ class _Batch:
         self.found[path].add(inputs, dense, apart)
         sound = inputs if apart else self.found[path].statistic
         if not _is_finite(sound):
-            _report(f"{self.site.planned.name}.{path}", inputs, self.part)
+            numbers = self.site.stream.numbers[self.part]
+            _report(f"{self.site.planned.name}.{path}", inputs, numbers)
 
 
 def _is_finite(known: Tensor | Statistic) -> bool:
@@ -158,11 +178,10 @@ def _is_finite(known: Tensor | Statistic) -> bool:
     return bool(known.isfinite().all())
 
 
-def _report(name: str, inputs: Tensor, part: slice) -> None:
-    samples = part.stop - part.start
-    finite = inputs.isfinite().reshape(samples, -1).all(dim=1)
+def _report(name: str, inputs: Tensor, numbers: Sequence[int]) -> None:
+    finite = inputs.isfinite().reshape(len(numbers), -1).all(dim=1)
     bad = (~finite).nonzero()
-    sample = part.start + (int(bad[0]) if len(bad) else 0)
+    sample = numbers[int(bad[0]) if len(bad) else 0]
     raise NumericalError(
         f"The inputs of {name} are not finite, or too large to square, in sample "
         f"{sample}.",

@@ -88,6 +88,9 @@ class _Tuning:
         parts = list(site.stream.batches())
         self.held = [part for part in parts if site.stream.is_apart(part)]
         self.fitted = [part for part in parts if not site.stream.is_apart(part)]
+        self.ranks = site.ranks
+        # All ranks take a step together; one that has no batch left waits for the rest.
+        self.steps = max(self.ranks.gather(len(self.fitted)))
         self.generator = torch.Generator().manual_seed(refining.seed)
         self.parameters = {path: site.block.get_parameter(path) for path in dtypes}
         self.first = {path: p.data for path, p in self.parameters.items()}
@@ -101,7 +104,7 @@ class _Tuning:
             ],
             betas=_BETAS,
         )
-        steps = refining.epochs * len(self.fitted)
+        steps = refining.epochs * self.steps
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimiser, lambda step: _share_of_rate(step / max(steps, 1))
         )
@@ -119,19 +122,22 @@ class _Tuning:
 
     def epoch(self) -> None:
         """Take one step for every batch that is fitted to, in random order."""
-        order = torch.randperm(len(self.fitted), generator=self.generator)
+        order = torch.randperm(self.steps, generator=self.generator)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         for index in order.tolist():
-            self._step(self.fitted[index])
+            self._step(self.fitted[index : index + 1])
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
 
-    def _step(self, part: slice) -> None:
+    def _step(self, parts: list[slice]) -> None:
         # Straight through: the gradient of rounded weights moves the unrounded ones.
         self._put(self._on_grids())
-        with torch.enable_grad():
-            self._loss(part).backward()
+        if self.ranks.size == 1:
+            with torch.enable_grad():
+                self._loss(parts[0]).backward()
+        else:
+            self._backward_together(parts)
         self._put(self.values)
         self.optimiser.step()
         for path, kept in self.kept.items():
@@ -139,17 +145,39 @@ class _Tuning:
         self.optimiser.zero_grad()
         self.schedule.step()
 
+    def _backward_together(self, parts: list[slice]) -> None:
+        """Find the gradients of the loss of all ranks' batches taken as one.
+
+        Args:
+            parts: This rank's batch, or none.
+        """
+        with torch.enable_grad():
+            losses = [self._lost_and_kept(part) for part in parts]
+            (kept,) = self.ranks.total(sum(float(kept) for _, kept in losses))
+            for lost, _ in losses:
+                (lost / kept).backward()
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.ranks.add(parameter.grad)
+
     def _loss(self, part: slice) -> Tensor:
+        lost, kept = self._lost_and_kept(part)
+        return lost / kept
+
+    def _lost_and_kept(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Return ||Y - Y'||^2 and ||Y||^2 of a batch."""
         site = self.site
         outputs = site.stream.run(site.block, site.planned.index, part)
         wanted = site.dense_stream.hidden[part].to(outputs.device)
-        return (outputs - wanted).square().sum() / wanted.square().sum()
+        return (outputs - wanted).square().sum(), wanted.square().sum()
 
     def held_out_error(self) -> float:
         """Return the error of the parameters as they would be stored."""
         self._put(self._rounded())
         losses = [float(self._loss(part)) for part in self.held]
-        return sum(losses) / len(losses)
+        total, batches = self.ranks.total(sum(losses), len(losses))
+        return total / batches
 
     def keep(self) -> None:
         """Remember the parameters as the best so far."""
@@ -159,6 +187,7 @@ class _Tuning:
         """Leave the best parameters in the block, the first where none were better."""
         self._put(self.first)
         for path, value in self.best.items():
+            self.ranks.overwrite(value)  # processors may round each in its own way
             self.site.exchange(path, value)
 
     def _on_grids(self) -> dict[str, Tensor]:
@@ -167,7 +196,10 @@ class _Tuning:
 
     def _rounded(self) -> dict[str, Tensor]:
         found = self._on_grids()
-        return {p: v.to(self.dtypes[p]).to(v.dtype) for p, v in found.items()}
+        # Copied even where nothing is rounded: the values go on being tuned.
+        return {
+            p: v.to(self.dtypes[p]).to(v.dtype, copy=True) for p, v in found.items()
+        }
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for path, parameter in self.parameters.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint import Checkpoint, Workspace, recall
+from halve.distributed import ALONE, Ranks
 from halve.errors import TargetMissedError
 from halve.formats import store
 from halve.plan import Plan, PlannedBlock
@@ -19,6 +20,7 @@ from halve.pruning.candidates import candidates
 from halve.pruning.choice import Choice
 from halve.pruning.costs import activation_budget
 from halve.pruning.refine import Refining
+from halve.pruning.scribe import Scribe
 from halve.pruning.site import Paths, Site
 from halve.pruning.trial import Trials
 from halve.pruning.trim import trim
@@ -27,7 +29,6 @@ from halve.records import (
     BlockRecord,
     MatrixRecord,
     Progress,
-    from_dict,
 )
 from halve.runtime.streamed import Stream, StreamedModel
 
@@ -37,17 +38,20 @@ class Execution:
     """How a run goes about it; nothing here changes the result.
 
     Attributes:
-        activation_memory: Bytes of hidden states that may live in memory; None for a
-            quarter of the machine's.
-        memory: Bytes that the whole process may take, by which that is chosen.
+        activation_memory: Bytes of hidden states that may live in a process's memory;
+            None for a quarter of the machine's, shared by the processes on it.
+        memory: Bytes that a process may take, by which that is chosen.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase.
+        ranks: The processes that share the work. Their number changes sums in their
+            last bits, as their order does.
     """
 
     activation_memory: int | None = None
     memory: int | None = None
     trust_remote_code: bool = False
     progress: Callable[[Progress], None] = lambda progress: None
+    ranks: Ranks = ALONE
 
 
 class Run:
@@ -57,18 +61,18 @@ class Run:
         self,
         plan: Plan,
         execution: Execution,
-        workspace: Workspace,
+        scribe: Scribe,
         model: StreamedModel,
         windows: Tensor | None,
     ) -> None:
         self.plan = plan
-        self.workspace = workspace
+        self.scribe = scribe
+        self.ranks = execution.ranks
         self.candidates = candidates(plan.settings, plan.layout.dtype)
         self.clock = _Clock(execution.progress, len(plan.layout.blocks))
         self.model = model
-        self.budget = activation_budget(
-            plan, execution.memory, execution.activation_memory
-        )
+        limits = (execution.memory, execution.activation_memory)
+        self.budget = activation_budget(plan, *limits, self.ranks.local_size)
         self.allocation = self._allocate(windows)
         self.patterns = self._patterns()
         self.budget //= plan.settings.shares
@@ -79,10 +83,17 @@ class Run:
         if not self.plan.settings.judging:
             return None
         assert windows is not None, "there is no text to judge allocations by"
-        folder, report = self.workspace.folder, self.clock.report
-        trials = Trials(self.plan, self.model, windows, self.budget, folder, report)
-        chosen = self.workspace.settle("allocation", lambda: asdict(trials.choose()))
-        return recall(folder, AllocationRecord, chosen)
+        trials = Trials(
+            plan=self.plan,
+            model=self.model,
+            windows=windows,
+            budget=self.budget,
+            folder=self.scribe.folder,
+            report=self.clock.report,
+            ranks=self.ranks,
+        )
+        chosen = self.scribe.settle("allocation", lambda: asdict(trials.choose()))
+        return recall(self.scribe.place, AllocationRecord, chosen)
 
     def _patterns(self) -> list[Patterns]:
         """Return for each block what its matrices shall obey, if that is not alike."""
@@ -91,34 +102,50 @@ class Run:
         return exact_patterns(self.plan, self.allocation.sparsities)
 
     def _start(self, windows: Tensor) -> Paths:
-        settings, where = self.plan.settings, (self.budget, self.workspace.folder)
-        stream = Stream.start(self.model, windows, *where, settings.held_out)
+        settings, where = self.plan.settings, (self.budget, self.scribe.folder)
+        held = settings.held_out
+        stream = Stream.start(self.model, windows, *where, held, self.ranks)
         return Paths(stream, stream.fork(*where) if settings.has_dense else None)
 
     def finish(self) -> list[BlockRecord]:
-        """Do every shard that is not done, and return what became of the blocks."""
+        """Do every shard that is not done.
+
+        Returns:
+            What became of the blocks; nothing on ranks that do not write.
+        """
+        if self.scribe.workspace is not None:
+            self._copy_rest(self.scribe.workspace)
+        for planned in self.plan.layout.blocks:
+            self._block(planned)
+        if self.scribe.workspace is None:
+            return []
+        committed, blocks = self.scribe.workspace.committed, self.plan.layout.blocks
+        records = [
+            recall(self.scribe.place, BlockRecord, committed[block.shard].note)
+            for block in blocks
+        ]
+        if self.allocation is not None:
+            check_budget(self.plan, records)
+        return records
+
+    def _copy_rest(self, workspace: Workspace) -> None:
+        """Write what lies outside the blocks."""
         own = {block.shard for block in self.plan.layout.blocks}
         for file, names in self.plan.layout.shards.items():
-            if file not in own and file not in self.workspace.committed:
+            if file not in own and file not in workspace.committed:
                 tensors = self.model.checkpoint.read(names)
                 for name, tensor in tensors.items():
                     self.model.check_finite(name, tensor)
-                self.workspace.commit(file, tensors, lambda path: {})
-        blocks = [self._block(planned) for planned in self.plan.layout.blocks]
-        if self.allocation is not None:
-            check_budget(self.plan, blocks)
-        return blocks
+                workspace.commit(file, tensors, lambda path: {})
 
-    def _block(self, planned: PlannedBlock) -> BlockRecord:
-        committed = self.workspace.committed.get(planned.shard)
-        if committed is None:
-            return from_dict(BlockRecord, self._prune(planned))
-        self.clock.report(planned.index, "catching up")
-        self._catch_up(planned)
-        folder = self.workspace.folder
-        return recall(folder, BlockRecord, committed.note)
+    def _block(self, planned: PlannedBlock) -> None:
+        if planned.shard in self.scribe.done:
+            self.clock.report(planned.index, "catching up")
+            self._catch_up(planned)
+        else:
+            self._prune(planned)
 
-    def _prune(self, planned: PlannedBlock) -> dict[str, Any]:
+    def _prune(self, planned: PlannedBlock) -> None:
         self.clock.begin(planned.index)
         settings = self.plan.settings
         task = Task(
@@ -128,16 +155,22 @@ class Run:
             if settings.refine
             else None,
             budget=self.budget,
-            folder=self.workspace.folder,
+            folder=self.scribe.folder,
             report=lambda phase: self.clock.report(planned.index, phase),
             patterns=self.patterns[planned.index],
         )
         pruned = prune_block(self.model, self.paths, planned, task)
         task.report("writing")
+        if self.scribe.workspace is not None:
+            self._write(self.scribe.workspace, planned, pruned)
+
+    def _write(
+        self, workspace: Workspace, planned: PlannedBlock, pruned: Pruned
+    ) -> None:
         names = self.plan.layout.shards[planned.shard]
         others = [name for name in names if name not in pruned.tensors]
         tensors = self.model.checkpoint.read(others) | self._stored(planned, pruned)
-        return self.workspace.commit(
+        workspace.commit(
             planned.shard, tensors, lambda path: self._verify(planned, pruned, path)
         )
 
@@ -193,10 +226,8 @@ class Run:
         """Carry the streams through a block that an earlier run has pruned."""
         if self.paths is None:
             return
-        file = self.workspace.folder / planned.shard
-        stored = Checkpoint.of_files([file]).read(
-            self.plan.layout.shards[planned.shard]
-        )
+        names = self.plan.layout.shards[planned.shard]
+        stored = self.scribe.read(planned.shard, names)
         with self.model.block(planned.index) as block:
             site = Site(block, planned, self.paths)
             if site.has_dense:

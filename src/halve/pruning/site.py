@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from halve.distributed import ALONE, Ranks
 from halve.plan import PlannedBlock, PlannedMatrix
 from halve.pruning.groups import Group, find_groups, hooks
 from halve.runtime.streamed import Stream
@@ -60,6 +61,11 @@ class Site:
         assert self.paths is not None, "there is no text"
         assert self.paths.dense is not None, "the dense model does not run beside"
         return self.paths.dense
+
+    @property
+    def ranks(self) -> Ranks:
+        """Who has the other windows; none where there is no text."""
+        return ALONE if self.paths is None else self.paths.pruned.ranks
 
     @property
     def width(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halve.allocation import spread
 from halve.calibration import allocate_hidden
+from halve.distributed import ALONE, Ranks
 from halve.errors import NumericalError
 from halve.patterns import parse_pattern
 from halve.plan import Plan, PlannedBlock
@@ -46,14 +47,16 @@ class Trials:
         budget: Bytes of hidden states that may live in memory.
         folder: Where mapped files lie past that.
         report: Told of each block: its index, and which trial it is.
+        ranks: Who shares the windows.
     """
 
     plan: Plan
     model: StreamedModel
     windows: Tensor
     budget: int
-    folder: Path
+    folder: Path | None
     report: Callable[[int, str], None]
+    ranks: Ranks = ALONE
 
     @torch.no_grad()
     def choose(self) -> AllocationRecord:
@@ -92,7 +95,7 @@ class Trials:
 
     def _start(self, windows: Tensor) -> Stream:
         own, apart = self.budget // _STREAMS, self.plan.settings.judging
-        return Stream.start(self.model, windows, own, self.folder, apart)
+        return Stream.start(self.model, windows, own, self.folder, apart, self.ranks)
 
     def _try(self, strength: float, dense: Stream, errors: list[float]) -> TrialRecord:
         """Prune by one strength and judge that; without one measure errors as well."""
@@ -156,6 +159,7 @@ def _distance(before: Tensor, stream: Stream) -> float:
     for part, own in _judging(stream):
         lost += float((stream.hidden[part] - before[own]).square().sum())
         kept += float(before[own].square().sum())
+    lost, kept = stream.ranks.total(lost, kept)
     return (lost / kept) ** 0.5 if kept else float(lost > 0)
 
 
@@ -172,6 +176,7 @@ def _divergence(dense: Stream, stream: Stream) -> float:
             log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
             tokens += len(wanted)
+    total, tokens = stream.ranks.total(total, tokens)
     if not math.isfinite(total):
         raise NumericalError(
             "The model's predictions are not finite when it is pruned on trial.",

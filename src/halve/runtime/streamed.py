@@ -8,7 +8,7 @@ the checkpoint.
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from halve.calibration import allocate_hidden
 from halve.checkpoint import Checkpoint
+from halve.distributed import ALONE, Ranks
 from halve.errors import (
     HalveError,
     HalveWarning,
@@ -216,11 +217,16 @@ class StreamedModel:
 class Stream:
     """The hidden states of windows on their way through a model.
 
+    Where several processes share windows, each has a stream of its own ones.
+
     Attributes:
         model: What they go through.
         windows: Token numbers, [samples, length].
         apart: How many windows, the last ones, are kept apart from the others: no batch
             holds both kinds.
+        ranks: Who has the other windows.
+        numbers: Which of all windows these are.
+        all_apart: How many windows all processes keep apart.
         hidden: States between two blocks, [samples, length, width], overwritten by
             each block.
         recordings: How blocks are called: for each size of batch where all batches are
@@ -230,6 +236,9 @@ class Stream:
     model: StreamedModel
     windows: Tensor
     apart: int = 0
+    ranks: Ranks = ALONE
+    numbers: Sequence[int] = ()
+    all_apart: int = 0
     hidden: Tensor = field(init=False)
     recordings: dict[tuple[int, int | None], Recording] = field(
         init=False, default_factory=dict
@@ -244,21 +253,28 @@ class Stream:
         budget: int,
         folder: Path | None = None,
         apart: int = 0,
+        ranks: Ranks = ALONE,
     ) -> "Stream":
         """Run the model up to its first block.
 
         Args:
             model: The model.
-            windows: [samples, length], int64.
+            windows: [samples, length], int64: those of all processes.
             budget: Bytes of hidden states that may live in memory.
             folder: Where a mapped file lies past that.
             apart: How many of the windows, the last ones, are kept apart.
+            ranks: Who shares them. Each process must be left one that is not apart, or
+                one in all where all are.
 
         Raises:
             CalibrationError: Windows longer than the model can take.
         """
         model.skeleton.check_length(windows.shape[1])
-        stream = cls(model, windows, apart)
+        fitted = len(windows) - apart
+        held = [fitted + number for number in ranks.own(apart)]
+        numbers = [*ranks.own(fitted), *held]
+        windows = windows[numbers]
+        stream = cls(model, windows, len(held), ranks, numbers, apart)
         with model._surroundings(with_head=False), FastProducts():
             for part in (_FIRST, *stream.batches()):
                 ids = windows[part].to(model.device)
@@ -274,7 +290,7 @@ class Stream:
 
     def fork(self, budget: int, folder: Path | None = None) -> "Stream":
         """Return a second stream at the same place, to go its own way from there."""
-        twin = Stream(self.model, self.windows, self.apart)
+        twin = replace(self)
         samples, length, width = self.hidden.shape
         twin.hidden = allocate_hidden((samples, length, width), budget, folder)
         twin.hidden.copy_(self.hidden)
@@ -285,10 +301,12 @@ class Stream:
         """Yield slices of samples, of equal size but for the last of each kind.
 
         Args:
-            tokens: In a batch; by default what the model has for its blocks.
+            tokens: In the batches that all processes work on at one time; by default
+                what the model has for its blocks.
         """
         samples, length = self.windows.shape
-        size = max((tokens or self.model.batch_tokens) // length, 1)
+        tokens = tokens or self.model.batch_tokens
+        size = max(tokens // length // self.ranks.size, 1)
         own = samples - self.apart
         for first, last in ((0, own), (own, samples)):
             for start in range(first, last, size):
@@ -349,7 +367,7 @@ class Stream:
         bad = (~states.isfinite()).flatten(1).any(dim=1).nonzero()[0].item()
         raise NumericalError(
             f"Block {self.model.block_name(index)} gives NaN or infinity for sample "
-            f"{part.start + int(bad)}.",
+            f"{self.numbers[part.start + int(bad)]}.",
             "Check the checkpoint and the text; a model that overflows in float32 "
             "cannot be pruned or judged.",
         )

@@ -1,0 +1,48 @@
+"""What test_ranks.py lets torchrun start: jobs in one go, or a command in trouble."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from halve.cli import main
+from halve.distributed import join
+from halve.errors import NumericalError
+from halve.plan import Settings
+from halve.pruning import Execution, prune_model
+from halve.pruning.run import _Clock
+
+
+def do_jobs(path: str) -> None:
+    """Prune what a file of [model, out, settings] lists, with one group for all."""
+    with join() as ranks:
+        for model, out, settings in json.loads(Path(path).read_text()):
+            prune_model(model, out, Settings(**settings), Execution(ranks=ranks))
+
+
+def get_into_trouble(kind: str, rank: str, phase: str) -> None:
+    """Let one rank die or fail when it comes to a phase of the second block.
+
+    By "propagating" all ranks have finished the first block, and only that one.
+    """
+    real = _Clock.report
+
+    def report(self, block, now):
+        if os.environ["RANK"] == rank and block == 1 and now == phase:
+            if kind == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise NumericalError("The rank had a bad day.", "Let it rest.")
+        real(self, block, now)
+
+    _Clock.report = report  # pyright: ignore[reportAttributeAccessIssue]
+    main()
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "jobs":
+        do_jobs(*rest)
+    else:
+        sys.argv[1:] = rest[2:]
+        get_into_trouble(what, *rest[:2])

@@ -1,0 +1,203 @@
+"""Several processes under torchrun do what one does, and end together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import halve
+from halve.distributed import Ranks
+from halve.plan import Settings
+from halve.pruning import Execution, prune_model
+from halve.records import PruneRecord
+from tests.integration.test_better_solvers import tensors
+from tests.integration.test_resume import Stopped, digests, stop_at
+
+RANKS = 2
+OPTIONS: dict[str, Any] = {"samples": 17, "seq_len": 64, "device": "cpu"}
+JOBS: dict[str, dict[str, Any]] = {
+    "magnitude": {"solver": "magnitude"},
+    "wanda": {"solver": "wanda", "sparsity": "2:4"},
+    "sparsegpt": {"solver": "sparsegpt", "sparsity": "60%"},
+    "admm": {"solver": "admm"},
+    "auto": {"solver": "auto"},
+    "rounded": {"solver": "sparsegpt", "quantize": "int4", "group_size": 32},
+    "refined": {"solver": "auto", "refine": True, "samples": 64, "seq_len": 32},
+    "allocated": {
+        "solver": "sparsegpt",
+        "allocation": "error",
+        "samples": 33,
+        "sparsity": "63%",
+    },
+}
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a module with two processes, one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(RANKS), "-m", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(pico, text, tmp_path_factory):
+    """Return for each job what one process made, and what two did."""
+    root = tmp_path_factory.mktemp("ranks")
+    jobs, pairs = [], {}
+    model = pico("opt", dtype=torch.bfloat16)
+    for name, changes in JOBS.items():
+        options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | changes
+        pairs[name] = root / f"{name}-alone", root / f"{name}-together"
+        halve.prune(model, pairs[name][0], **options)
+        jobs.append([str(model), str(pairs[name][1]), options])
+    # Begun by one process, to be gone on with by two.
+    with pytest.raises(Stopped):
+        halve.prune(model, root / "begun", progress=stop_at(13), **jobs[4][2])
+    pairs["begun"] = pairs["auto"][0], root / "begun"
+    jobs.append([str(model), str(root / "begun"), jobs[4][2]])
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    done = torchrun("tests.integration.ranks_worker", "jobs", root / "jobs.json")
+    assert done.returncode == 0, done.stderr
+    return pairs
+
+
+def agreement(one: Path, other: Path) -> float:
+    """Return the share of weights of the blocks on whose pruning two folders agree."""
+    ours, theirs = tensors(one), tensors(other)
+    names = [m.tensor for m in halve.inspect(one).matrices]
+    same = [((ours[name] == 0) == (theirs[name] == 0)).flatten() for name in names]
+    return float(torch.cat(same).double().mean())
+
+
+@pytest.mark.parametrize("name", [*JOBS, "begun"])
+def test_two_ranks_prune_as_one_does(name, folders, text):
+    alone, together = folders[name]
+    # ADMM looks at how many weights moved: on matrices as small as these another order
+    # of summation leads it elsewhere, in one process as well.
+    strays = name in ("admm", "auto", "refined", "begun")
+    assert agreement(alone, together) >= (0.95 if strays else 0.999)
+    options: dict[str, Any] = {"data": str(text), "seq_len": 64, "segments": 20}
+    first, second = (
+        halve.perplexity(f, device="cpu", **options).perplexity for f in folders[name]
+    )
+    assert second == pytest.approx(first, rel=1e-3)
+
+
+def _near(one, other):
+    if one is None or other is None:
+        return one is other
+    return one == pytest.approx(other, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [*JOBS, "begun"])
+def test_two_ranks_measure_what_one_does(name, folders):
+    ours, theirs = (
+        PruneRecord.from_json((folder / "halve.json").read_text())
+        for folder in folders[name]
+    )
+    assert ours.identity == theirs.identity
+    # The first block alone: what comes after it is given other inputs.
+    mine, other = ours.blocks[0], theirs.blocks[0]
+    assert _near(mine.refined, other.refined)
+    for one, two in zip(mine.matrices, other.matrices, strict=True):
+        assert one.sparsity == pytest.approx(two.sparsity, abs=1e-3)
+        assert _near(one.error, two.error), one.tensor
+        assert _near(one.held_out, two.held_out), one.tensor
+
+
+def test_a_finished_folder_is_left_alone_by_any_number(folders, pico, text):
+    _, together = folders["sparsegpt"]
+    before = digests(together)
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | JOBS["sparsegpt"]
+    record = halve.prune(pico("opt", dtype=torch.bfloat16), together, **options)
+    assert record.sparsity == pytest.approx(0.6, abs=1e-3)
+    assert digests(together) == before
+
+
+def command(model, out, text):
+    """Return arguments of `halve prune`."""
+    options = ["--calibration", text, "--samples", 16, "--seq-len", 32]
+    options += ["--solver", "sparsegpt"]
+    return ["prune", model, "-o", out, *options, "--device", "cpu"]
+
+
+def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on(pico, text, tmp_path):
+    out = tmp_path / "out"
+    model = pico("llama", num_hidden_layers=3)
+    worker = ["tests.integration.ranks_worker", "dies", 1, "propagating"]
+    ended = torchrun(*worker, *command(model, out, text))
+    assert ended.returncode == 1
+    assert "it goes on where it stopped" in ended.stderr
+    assert "halve" not in _tracebacks(ended.stderr)
+    assert not out.exists()
+    options: dict[str, Any] = {"samples": 16, "seq_len": 32, "device": "cpu"}
+    options |= {"calibration": str(text), "solver": "sparsegpt"}
+    phases = []
+    halve.prune(model, out, progress=phases.append, **options)
+    assert phases[0].phase == "catching up"
+    assert halve.inspect(out).sparsity == 0.5
+
+
+def test_what_fails_on_one_rank_ends_all_with_its_message(pico, text, tmp_path):
+    worker = ["tests.integration.ranks_worker", "fails", 1, "propagating"]
+    model = pico("llama", num_hidden_layers=3)
+    ended = torchrun(*worker, *command(model, tmp_path / "out", text))
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if line.startswith("Error:")]
+    assert set(said) == {"Error: The rank had a bad day. Let it rest."}
+    assert len(said) == 2  # the one where it happened, and rank 0 in any case
+    assert "halve" not in _tracebacks(ended.stderr)
+
+
+def test_the_command_line_prunes_once_and_speaks_once(pico, text, tmp_path):
+    out = tmp_path / "out"
+    ended = torchrun("halve", *command(pico("llama"), out, text), "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == json.loads((out / "halve.json").read_text())
+
+
+def _tracebacks(text: str) -> str:
+    """Return lines of tracebacks that name files, torchrun's own ones apart."""
+    lines = [line for line in text.splitlines() if line.lstrip().startswith('File "')]
+    return "\n".join(line for line in lines if "torch/distributed" not in line)
+
+
+def test_fewer_windows_than_ranks_are_refused(pico, text, tmp_path):
+    settings = Settings(**OPTIONS | {"samples": 4, "calibration": str(text)})
+    execution = Execution(ranks=_Silent(size=4))
+    with pytest.raises(halve.HalveError, match="4 processes were to share 3 windows"):
+        prune_model(pico("llama"), tmp_path / "out", settings, execution)
+
+
+class _Silent(Ranks):
+    """Ranks of which no other is there."""
+
+    def share(self, make, source=0):
+        return make()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_all_work_is_dealt_out_evenly(size):
+    costs = [5.0, 1.0, 1.0, 3.0, 2.0]
+    owners = Ranks(size=size).deal(costs)
+    loads = [
+        sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank)
+        for rank in range(size)
+    ]
+    assert max(loads) == {1: 12, 2: 6, 3: 5}[size]
+    numbers = [n for rank in range(size) for n in Ranks(rank, size).own(7)]
+    assert sorted(numbers) == list(range(7))
