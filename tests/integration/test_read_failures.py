@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,12 @@ from halve.errors import CheckpointError, OutputError
 from tests.integration.test_resume import Stopped, digests, stop_at
 from tests.tables import save_pico
 
-OPTIONS = {"solver": "sparsegpt", "samples": 4, "seq_len": 16, "device": "cpu"}
+OPTIONS: dict[str, Any] = {
+    "solver": "sparsegpt",
+    "samples": 4,
+    "seq_len": 16,
+    "device": "cpu",
+}
 
 
 @pytest.fixture
@@ -32,8 +38,8 @@ def prune(model, text, tmp_path):
     """Return a function that prunes it to a name."""
 
     def run(name: str, **options) -> Path:
-        out = tmp_path / name
-        halve.prune(model, out, calibration=str(text), **OPTIONS, **options)
+        out, asked = tmp_path / name, OPTIONS | options
+        halve.prune(model, out, calibration=str(text), **asked)
         return out
 
     return run
@@ -58,6 +64,7 @@ def broken_reads(patch, count: int, error: OSError) -> list[int]:
 
 def test_every_read_may_fail(model, prune, tmp_path, monkeypatch):
     """The shard is named, in the input or in what was written, and nothing is lost."""
+    prune = partial(prune, solver="magnitude")
     expected = digests(prune("whole"))
     shards = {path.name for path in model.glob("*.safetensors")}
     named, count = set(), 0
@@ -78,7 +85,7 @@ def test_every_read_may_fail(model, prune, tmp_path, monkeypatch):
         assert not (tmp_path / f"out-{count}").exists()
         assert digests(prune(f"out-{count}")) == expected
     assert named == shards
-    assert count > 40
+    assert count > 20
 
 
 @pytest.mark.parametrize("where", ["model", "out.partial"])
@@ -173,7 +180,10 @@ def test_tensors_are_read_as_they_are_stored(tmp_path):
     generator = torch.Generator().manual_seed(0)
     octets = torch.randint(0, 2, (4 * 3 * 8,), generator=generator).to(torch.uint8)
     tensors = {
-        f"{dtype}-{shape}": octets[: _bytes(dtype, shape)].view(dtype).reshape(shape)
+        f"{dtype}-{shape}": octets[: _bytes(dtype, shape)]
+        .view(dtype)
+        .reshape(shape)
+        .clone()
         for dtype in reader._DTYPES.values()
         for shape in ((4, 3), (5,), (), (0,), (2, 0))
     }

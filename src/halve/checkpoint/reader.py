@@ -388,7 +388,7 @@ def _fill(tensor: Tensor, data: BufferedReader, place: int) -> None:
     A process that touches a mapped page which cannot be read, or is there no longer,
     dies of SIGBUS; here it meets an error.
     """
-    octets = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    octets = tensor.view(-1).view(torch.uint8).numpy().data
     data.seek(place)
     if data.readinto(octets) != tensor.nbytes:
         raise EOFError("it has become shorter")
