@@ -111,7 +111,6 @@ class Packed:
         mask, offsets, words = self.mask, self.offsets, _words(self.columns)
         fits = (
             0 < self.columns <= _CHUNK
-            and self.rows > 0
             and (mask.dtype, mask.dim()) == (torch.uint64, 2)
             and mask.shape[1] == words
             and offsets.dtype in {torch.uint32, torch.uint64}
