@@ -92,7 +92,7 @@ def main() -> None:
     if options.replay:
         attempt(target, options.replay.read_bytes())
         return
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.set_verbosity_error()
     print(f"{instrument()} functions are watched")
     inputs = corpus(options.name, target)
     flags: dict[str, object] = {

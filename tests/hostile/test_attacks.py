@@ -320,13 +320,6 @@ def wide():
 PACKED = {
     "an endless layout": lambda: packed_parts() | {LAYOUT: torch.arange(2**22) + 2**40},
     "one endless row": wide,
-    "no rows": lambda: (
-        {
-            name: part[:0] if name == MASK else part
-            for name, part in packed_parts(1).items()
-        }
-        | {LAYOUT: torch.tensor([0, 64, 0])}
-    ),
 }
 
 

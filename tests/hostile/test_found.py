@@ -3,6 +3,7 @@
 `tests/fuzz` has the readers. A new find is one row: the reader, and the input.
 """
 
+import base64
 import random
 
 import pytest
@@ -21,7 +22,25 @@ TWO_DTYPES = (
     b"h\x02((h\x03ctorch\nBFloat16Storage\nq\x0fX\x01\x00\x00\x000q\x10h\x06K\x04tq\x11Q"
     b"K\x00K\x04\x85q\x12K\x01\x85q\x13\x89h\n)Rq\x14tq\x15Rq\x16u."
 )
-FOUND = {"one storage, two dtypes": ("pickle", TWO_DTYPES)}
+# A footer that ends the process where pyarrow is asked for a column's place in it.
+HISTOGRAM = base64.b85decode(
+    "P(e~L761SL|NsC0|NsC0|NsC0|NsC0|NsC0|NsC0|NsC0|NsC0|NjIP<N*~jOce$d01^NIawGu&003cQ"
+    "0001D{s91n0RR*N0002PsTBql3>6Gq6$TXm6$TX$6$BLk5*#xCC<4Q&7y)4s;SmM^00sd910(<y1Qjq9"
+    "ZA=vg6#x<d02l-T00{v+0ssI200000762#+0{{R3000007zhCX00000000pY000060RjUg02KroJT(9q"
+    "26JO*Wo=;<1OOEbBmx)&bY*ySB>+qu0000L1SJ9(0d4>m1{oX~EG7UP6$}|Q00s~l7zA`>cytv476um7"
+    "0v4hHCRip295w(b0>h~o0bvml02wS51Qh@k0ss{N6%Z8y06Z4V0T~7vCIAKi001Tc92Eo^H2?+>85jX>"
+    "6#^Cp7T^IE-T@}`0Vb*e92f`#000000000O2mt^90000002Tl!2m=5B0000002l}X000000000H5dax1"
+    "6$BLk6#@Vi02L4w0suTI1{o#*1^@s67PJHw1||p=fCB&-92g8iQc_P>I&))aWo=;?>;W$?FE1}PXF)+h"
+    "K~X_LK|w)5K}$hFcR@mDK}JDAXF)?}K|w)5K|(@7K}|tHK|w=7K}kVDK|w-6K}kVDK|w-6K|w)5NkKtD"
+    "LQO$IK|w-6K|w)HdM__8I6*-{MMFhFK|w)6cR@ixK}A79K|w)5K|w)5ML|J9LUlnwK|w=7K}|tHXF)=D"
+    "K}kVDK|w)5K|w)PK|w)5K~X_MQ9(mNK}SJBV?jhgK|w)6K|w`9K|w)5K|w)LRZ&4fK|x4CK|w)5Q9(gL"
+    "K|w)5K|w-6K|w)CLTqJ7Q9(gLK|w-6K}A79Q9(gLK|KH%AaG%Fadl;MEn{$SEn#wUZ+9SeWpZ<AZ*Cwm"
+    "HZCwOF&Qiz000~S000#N002-yQZW"
+)
+FOUND = {
+    "one storage, two dtypes": ("pickle", TWO_DTYPES),
+    "a footer of pyarrow's": ("parquet", HISTOGRAM),
+}
 
 
 @pytest.mark.parametrize("name", TARGETS)

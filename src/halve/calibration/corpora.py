@@ -216,10 +216,10 @@ def _read_parquet(path: Path) -> tuple[str, ...]:
     from pyarrow import parquet  # noqa: PLC0415  (slow to import, seldom needed)
 
     most = max(_SMALL, _MOST_GROWTH * path.stat().st_size)
+    check_pages(path, "text", most)
     documents: list[str] = []
     # As a dictionary, since what is repeated a million times is then read once.
     with parquet.ParquetFile(path, read_dictionary=["text"], **_FOOTER_LIMITS) as file:
-        check_pages(path, file.metadata, "text", most)
         for batch in file.iter_batches(columns=["text"]):
             found = _texts_of(batch.column("text"))
             most -= sum(len(text) + _POINTER for text in found)

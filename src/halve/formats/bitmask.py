@@ -26,9 +26,10 @@ DTYPES = {
 _WORD = 64
 # Numbers of a layout that are looked at; three are right.
 MOST_LAYOUT = 1024
-# Weights handled at once, so that bits widened to bytes stay small; a row is handled at
-# once, so it may not be longer. The widest matrices have 2**16 columns.
+# Weights handled at once, so that bits widened to bytes stay small.
 _CHUNK = 2**24
+# A row is handled at once, so it may not be longer; the widest matrices have 2**16.
+_MOST_COLUMNS = 2**24
 _REMEDY = "Pack the model again from its dense checkpoint, or download the file again."
 
 
@@ -110,8 +111,7 @@ class Packed:
         """
         mask, offsets, words = self.mask, self.offsets, _words(self.columns)
         fits = (
-            0 < self.columns <= _CHUNK
-            and self.rows > 0
+            0 < self.columns <= _MOST_COLUMNS
             and (mask.dtype, mask.dim()) == (torch.uint64, 2)
             and mask.shape[1] == words
             and offsets.dtype in {torch.uint32, torch.uint64}
