@@ -365,7 +365,9 @@ def _read_shard(path: Path, names: list[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name in names:
             part = file.get_slice(name)
-            tensor = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()])
+            # On the CPU by name: transformers loads models on the meta device.
+            shape, dtype = part.get_shape(), _DTYPES[part.get_dtype()]
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
             _fill(tensor, data, begin + spans[name])
             found[name] = tensor
         return found
