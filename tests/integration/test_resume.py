@@ -62,7 +62,14 @@ STOPPED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("row", STOPPED)
+# They differ from others in one thing only, and take half a minute each.
+LONG = ("allocated, packed", "refined, dense targets")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, marks=pytest.mark.slow) if r in LONG else r for r in STOPPED],
+)
 def test_stopped_at_every_phase(row, pico, text, tmp_path):
     options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | STOPPED[row]
     phases = []
@@ -77,6 +84,7 @@ def test_stopped_at_every_phase(row, pico, text, tmp_path):
         assert digests(out) == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow  # test_write_failures.py lets every step on the disk fail
 def test_stopped_at_every_write(pico, text, tmp_path, monkeypatch, undisturbed):
     """Each rename that makes a file whole, the folder's own included, is a last one."""
     stops = 0
@@ -193,6 +201,7 @@ def test_the_record_matches_the_files(pico, text, tmp_path):
     assert inspected == recorded
 
 
+@pytest.mark.slow  # benchmarks/faults.py does it a hundred times
 @pytest.mark.parametrize("seconds", [6.0])
 def test_killed_outright(seconds, tmp_path):
     """SIGKILL, on the bundled model, through the command line."""

@@ -189,7 +189,7 @@ class Disk:
                 (path / name).write_bytes(self.data.get(inner, b""))
 
 
-@pytest.mark.parametrize("row", ["prune", "pack"])
+@pytest.mark.parametrize("row", ["prune", pytest.param("pack", marks=pytest.mark.slow)])
 def test_the_power_may_fail_after_every_step(row, verb, tmp_path, monkeypatch):
     run = verb(row)
     run(tmp_path / "whole")
