@@ -44,7 +44,7 @@ _TUNED = 3
 # the first and the best.
 _REFINING_COPIES = 6
 # What the libraries load and allocate once a run is under way (kernels of BLAS and
-# oneDNN, tokenizer, text), measured: benchmarks/promise.py.
+# oneDNN, tokenizer, text), measured: benchmarks/memory.py.
 _LIBRARIES = 130 * 2**20
 
 
@@ -243,13 +243,19 @@ class _Estimate:
         settings = self.plan.settings
         if not self.runs_text:
             return 0
-        # Up to the last inputs, and through the pruned block; the dense one as well,
-        # and again for each stage but the first.
-        passes = 2 + 2 * self.corrects + settings.refine * (_TUNED * settings.epochs)
+        # Up to the last inputs, and through the pruned block. Where targets are
+        # corrected, through the dense one as well, and a part for a second stage.
+        passes = 2 + 1.25 * self.corrects + settings.refine * _TUNED * settings.epochs
         forward = 2 * sum(matrix.elements for matrix in block.matrices)
-        sums = self.sums_grams + self.corrects * 2
-        squares = sum(n * c**2 for c, n in _groups(block).items())
-        return self.plan.tokens * (passes * forward + sums * squares)
+        sums = sum(n * self._summing(block, c) for c, n in _groups(block).items())
+        return int(self.plan.tokens * (passes * forward + sums))
+
+    def _summing(self, block: PlannedBlock, columns: int) -> float:
+        """Return the operations that sum one token's inputs of a group."""
+        gram = 1.25 * columns**2 * self.sums_grams  # 5/8 of a product
+        drift = _drift(block, columns)
+        products = 2 * drift if drift == columns**2 else 4 * drift
+        return gram + products * self.corrects
 
     def _solvers(self, block: PlannedBlock) -> int:
         """Return the operations that do not depend on the number of tokens."""
