@@ -1,5 +1,7 @@
 """What the dry run foretells, and what `--memory` makes of it."""
 
+import sys
+import tempfile
 from typing import Any
 
 import pytest
@@ -65,9 +67,22 @@ def test_a_limit_that_cannot_hold_is_refused_with_what_takes_most(pico, text, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_limit_changes_no_byte(pico, text, tmp_path):
-    options: dict[str, Any] = {"calibration": str(text), "samples": 8, "seq_len": 64}
-    halve.prune(pico("opt"), tmp_path / "free", **options)
-    halve.prune(pico("opt"), tmp_path / "tight", memory=2**34, **options)
+def test_a_limit_moves_hidden_states_and_changes_no_byte(
+    pico, text, tmp_path, monkeypatch
+):
+    # The package's function of that name hides the module.
+    monkeypatch.setattr(sys.modules["halve.pruning.costs"], "_resident", lambda: 0)
+    options: dict[str, Any] = {"samples": 8, "seq_len": 64}
+    least = costs(make_plan(pico("opt"), Settings(**options)), 0).peak
+    files: list[object] = []
+    make = tempfile.TemporaryFile
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", lambda **kw: files.append(kw) or make(**kw)
+    )
+    options["calibration"] = str(text)
+    halve.prune(pico("opt"), tmp_path / "free", memory=2 * least, **options)
+    assert not files
+    halve.prune(pico("opt"), tmp_path / "tight", memory=least + 99, **options)
+    assert files
     for file in sorted((tmp_path / "free").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "tight" / file.name).read_bytes()

@@ -5,6 +5,7 @@ live in memory, and its own parts; the largest phase is the peak.
 """
 
 import os
+import resource
 import statistics
 import time
 from collections import Counter
@@ -181,11 +182,12 @@ def _left(plan: Plan, memory: int) -> int:
     found = costs(plan, 0)
     if found.peak > memory:
         largest = found.largest
-        part = max(largest.parts, key=lambda name: largest.parts[name])
+        parts = {"the process itself": found.process} | largest.parts
+        part = max(parts, key=lambda name: parts[name])
         raise HalveError(
             f"At least {found.peak / 2**30:.2f} GiB of memory are needed, and "
             f"{memory / 2**30:.2f} GiB were given: while {largest.name}, "
-            f"{largest.parts[part] / 2**30:.2f} GiB go to {part}.",
+            f"{parts[part] / 2**30:.2f} GiB go to {part}.",
             "Give more (--memory), or choose a --solver that holds less: sparsegpt "
             "does, and wanda hardly anything.",
         )
@@ -194,8 +196,11 @@ def _left(plan: Plan, memory: int) -> int:
 
 def _resident() -> int:
     """Return the bytes of this process that are in memory now."""
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    status = Path("/proc/self/statm")
+    if status.is_file():
+        return int(status.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    # Where there is no /proc: the peak so far, which macOS tells in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass(frozen=True)

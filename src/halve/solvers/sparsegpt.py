@@ -147,9 +147,10 @@ def _invert_in_place(hessian: Tensor) -> Tensor | None:
     # then L^T, then L^-T, which are upper triangular.
     columns = hessian.numpy().T
     factorise, invert = get_lapack_funcs(("potrf", "trtri"), (columns,))
-    _, failed = factorise(columns, lower=0, clean=0, overwrite_a=1)
+    found, failed = factorise(columns, lower=0, clean=0, overwrite_a=1)
     if not failed:
-        _, failed = invert(columns, lower=0, overwrite_c=1)
+        found, failed = invert(columns, lower=0, overwrite_c=1)
+    assert found.ctypes.data == columns.ctypes.data, "LAPACK worked on a copy"
     sound = not failed and bool(hessian.diagonal().isfinite().all())
     if sound:
         hessian.tril_()
