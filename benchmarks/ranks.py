@@ -5,11 +5,10 @@ Prunes the bundled model, and a random one of the shape of OPT-1.3B cut to two b
 with one thread each. Prints on how many weights the masks agree, both perplexities, and
 each process's peak resident set (VmHWM).
 
-Solvers amplify the last bits of float32 sums: one pruned weight more or less changes
-what comes after it. So it also says on how many weights one process agrees with itself
-when it adds up in another order, by batches of half the size. Exits with 1 where masks
-agree on less than 99.9 % of the weights, where perplexities differ by more than 0.1 %,
-or where a process needs as much memory as one alone.
+Solvers amplify the last bits of their sums: one pruned weight more or less changes what
+comes after it. So masks agree only as long as sums do, to the bit. Exits with 1 where
+masks agree on less than 99.9 % of the weights, where perplexities differ by more than
+0.1 %, or where a process needs as much memory as one alone.
 
     python benchmarks/ranks.py [--ranks 2] [--solver auto] [--samples 32]
         [--seq-len 512] [--only bundled|opt-1.3b]
@@ -32,12 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 import halve
 from halve.cli import main as halve_main
-from halve.runtime.streamed import Stream
 
 BUNDLED = Path(halve.__file__).parent / "data/pycode-opt"
 AGREEMENT, DIFFERENCE = 0.999, 0.001
-# Tokens in a batch of one process.
-BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,8 @@ def save_model(folder: Path) -> None:
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
 
 
-def prune_and_tell(tokens: str, *arguments: str) -> None:
-    """Run `halve` by batches of so many tokens, and leave its peak in MiB in PEAKS."""
-    Stream.batches.__defaults__ = (int(tokens),)
+def prune_and_tell(*arguments: str) -> None:
+    """Run `halve`, and leave its peak in MiB in PEAKS."""
     sys.argv[1:] = arguments
     try:
         halve_main()
@@ -77,16 +72,13 @@ def prune_and_tell(tokens: str, *arguments: str) -> None:
         place.write_text(str(peak / 1024))
 
 
-def prune(
-    model: Path, out: Path, how: tuple[int, int], options: argparse.Namespace
-) -> Pruned:
-    """Prune a model with so many processes, by batches of so many tokens."""
-    ranks, tokens = how
+def prune(model: Path, out: Path, ranks: int, options: argparse.Namespace) -> Pruned:
+    """Prune a model with so many processes."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(ranks)]
-    command += [__file__, "--child", str(tokens)]
+    command += [__file__, "--child"]
     command += ["prune", str(model), "-o", str(out), "--quiet"]
     command += ["--solver", options.solver, "--calibration", "stdlib"]
     command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
@@ -119,21 +111,22 @@ def compare(name: str, model: Path, options: argparse.Namespace) -> bool:
     length = min(options.seq_len, 256 if model == BUNDLED else 2048)
     options = argparse.Namespace(**vars(options) | {"seq_len": length})
     with tempfile.TemporaryDirectory() as root:
-        ways = ((1, BATCH), (options.ranks, BATCH), (1, BATCH // 2))
-        runs = [prune(model, Path(root) / f"{way}", way, options) for way in ways]
-        share, yardstick = (agreement(runs[0].folder, r.folder) for r in runs[1:])
+        runs = [
+            prune(model, Path(root) / str(ranks), ranks, options)
+            for ranks in (1, options.ranks)
+        ]
+        share = agreement(*(run.folder for run in runs))
         first, second = (
             halve.perplexity(
                 run.folder, data="stdlib", seq_len=length, segments=16, device="cpu"
             ).perplexity
-            for run in runs[:2]
+            for run in runs
         )
     print(f"{name}, --solver {options.solver}, {options.samples} windows of {length}:")
-    for run in runs[:2]:
+    for run in runs:
         every = ", ".join(f"{peak:.0f}" for peak in run.peaks)
         print(f"  {len(run.peaks)} processes: {run.seconds:.0f} s, peaks {every} MiB")
-    print(f"  masks agree on {share:.4%} of the weights; in another order of")
-    print(f"  summation those of one process agree on {yardstick:.4%}")
+    print(f"  masks agree on {share:.4%} of the weights")
     print(f"  perplexity {first:.6g} and {second:.6g}: {second / first - 1:+.4%}")
     return (
         share >= AGREEMENT

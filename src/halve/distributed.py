@@ -90,12 +90,12 @@ class Ranks:
             )
         return f"cuda:{self.local}"
 
-    def own(self, count: int) -> range:
-        """Return which of so many things are this process's: every size-th one.
+    def own(self, count: int, together: int = 1) -> list[int]:
+        """Return which of so many things are this process's.
 
-        So what all processes have at one place of their lists was together before.
+        They are dealt out in turn, so many of them together.
         """
-        return range(self.rank, count, self.size)
+        return [i for i in range(count) if i // together % self.size == self.rank]
 
     def deal(self, costs: Sequence[float]) -> list[int]:
         """Return who does each piece of work, the same everywhere.

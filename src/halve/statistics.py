@@ -2,22 +2,26 @@
 
 Three kinds, from nothing to everything: `Nothing`, `ColumnNorms`, `Gram`. Each takes
 inputs [tokens, columns] in float32 and keeps no more than it must. `Drift` is what has
-become of the inputs since they were a dense model's.
+become of the inputs since they were a dense model's. All add up more precisely than
+float32 does (`sums`), so that it matters little how inputs are cut into batches and not
+at all who takes in which batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from halve.products import linear
+from halve.sums import Join, Sum, alone
 
-# Tiles of the triangle: few enough for large products, enough to save nearly half.
+# Tiles along a side: few enough for large products, enough to save nearly half.
 _TILES = 4
-# Rows of a tile at least: thinner products cost more than the triangle saves.
-_LEAST_TILE = 128
+# Rows and columns of a tile: smaller products cost more than the triangle saves; what
+# is done with larger ones leaves the cache.
+_LEAST_TILE, MOST_TILE = 128, 512
 
 
 class Statistic(ABC):
@@ -36,8 +40,13 @@ class Statistic(ABC):
         """Take in one batch of inputs, [tokens, columns]."""
 
     @abstractmethod
-    def sums(self) -> list[Tensor]:
-        """Return what is summed, to be added to in place by that of other inputs."""
+    def finish(self, join: Join = alone) -> None:
+        """Complete the sums; nothing can be added afterwards.
+
+        Args:
+            join: Adds to a tensor what other processes have in its place. All of them
+                must finish together.
+        """
 
     @abstractmethod
     def is_finite(self) -> bool:
@@ -57,9 +66,8 @@ class Nothing(Statistic):
     def add(self, inputs: Tensor) -> None:
         """Forget the inputs."""
 
-    def sums(self) -> list[Tensor]:
-        """Return none."""
-        return []
+    def finish(self, join: Join = alone) -> None:
+        """Do nothing."""
 
     def is_finite(self) -> bool:
         """Hold always: there is nothing that could be otherwise."""
@@ -67,93 +75,108 @@ class Nothing(Statistic):
 
 
 class ColumnNorms(Statistic):
-    """Sum of squares of each input feature.
-
-    Attributes:
-        squares: [columns], float32: the diagonal of X^T X.
-    """
+    """Sum of squares of each input feature: the diagonal of X^T X."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.squares = torch.zeros(columns, device=device)
+        self._sum = Sum.zeros(columns, device=device)
 
     @classmethod
     def of(cls, gram: Tensor) -> Self:
         """Take the diagonal."""
         norms = cls(len(gram), gram.device)
-        norms.squares += gram.diagonal()
+        norms._sum.high.copy_(gram.diagonal())
         return norms
+
+    @property
+    def squares(self) -> Tensor:
+        """The sums, [columns], float32."""
+        return self._sum.total()
 
     def add(self, inputs: Tensor) -> None:
         """Add the squares of [tokens, columns]."""
-        self.squares += inputs.square().sum(dim=0)
+        self._sum.add(inputs.square().sum(dim=0))
 
-    def sums(self) -> list[Tensor]:
-        """Return the squares."""
-        return [self.squares]
+    def finish(self, join: Join = alone) -> None:
+        """Take in the squares of other processes."""
+        self._sum.high.copy_(self._sum.total(join))
+        self._sum.low.zero_()
 
     def is_finite(self) -> bool:
         """Whether all sums are finite."""
-        return bool(self.squares.isfinite().all())
+        return bool(self._sum.high.isfinite().all())
 
 
 class Gram(Statistic):
     """X^T X of all inputs X [tokens, columns], in float32.
 
     It is symmetric, so only the upper triangle is computed, tile by tile: 5/8 of the
-    operations of the full product. Costs columns^2 floats.
+    operations of the full product. What float32 rounds off of a tile lies in the lower
+    triangle until the sum is finished. Costs columns^2 floats, and for tiles of the
+    diagonal, which have no place there, up to columns * min(columns / 4, 512) more.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self._upper = torch.zeros(columns, columns, device=device)
-        size = -(-columns // _TILES)
-        self._starts: range | None = range(0, columns, max(size, _LEAST_TILE))
+        size = max(-(-columns // _TILES), _LEAST_TILE)
+        size = min(size, MOST_TILE, max(columns, 1))
+        self._matrix = torch.zeros(columns, columns, device=device)
+        self._starts = range(0, columns, size)
+        self._low = torch.zeros(columns, size, device=device)
         self._is_own = True
 
     @classmethod
     def of(cls, gram: Tensor) -> Self:
         """Take it as it is; `matrix` gives it back."""
         statistic = cls(0, gram.device)
-        statistic._upper = gram
-        statistic._starts = None  # both triangles are there already
+        statistic._matrix = gram
         statistic._is_own = False
         return statistic
 
+    def _tiles(self) -> Iterator[tuple[slice, slice, Sum]]:
+        """Yield rows and columns of the upper triangle, and their sums."""
+        size = self._starts.step
+        slices = [slice(start, start + size) for start in self._starts]
+        for index, rows in enumerate(slices):
+            square = self._matrix[rows, rows]
+            yield rows, rows, Sum(square, self._low[rows, : len(square)])
+            for columns in slices[index + 1 :]:
+                lower = self._matrix[columns, rows]
+                yield rows, columns, Sum(self._matrix[rows, columns], lower.T)
+
     def add(self, inputs: Tensor) -> None:
         """Add X^T X of X = `inputs`, [tokens, columns]."""
-        assert self._starts is not None, "the matrix was completed"
-        for start in self._starts:
-            stop = start + self._starts.step
-            tile = self._upper[start:stop, start:]
-            tile.addmm_(inputs[:, start:stop].T, inputs[:, start:])
+        assert self._starts or not inputs.shape[1], "the sums are finished"
+        for rows, columns, tile in self._tiles():
+            tile.add(inputs[:, rows].T @ inputs[:, columns])
 
-    def sums(self) -> list[Tensor]:
-        """Return the matrix, of which the lower triangle need not be filled in yet."""
-        return [self._upper]
+    def finish(self, join: Join = alone) -> None:
+        """Fill in the lower triangle."""
+        for rows, columns, tile in self._tiles():
+            total = tile.total(join)
+            if rows == columns:
+                total = total.triu() + total.triu(1).T
+            self._matrix[rows, columns] = total
+            self._matrix[columns, rows] = total.T
+        self._starts = range(0)
+        self._low = torch.empty(0)
 
     def is_finite(self) -> bool:
         """Whether the diagonal is finite, and with it (Cauchy-Schwarz) all entries."""
-        return bool(self._upper.diagonal().isfinite().all())
+        return bool(self._matrix.diagonal().isfinite().all())
 
     def matrix(self) -> Tensor:
         """Return the full symmetric matrix, [columns, columns]: not to be written to.
 
-        It is completed in place, so nothing can be added afterwards.
+        The sums are finished, if they were not.
         """
-        matrix = self._upper
-        starts, self._starts = self._starts or range(0), None
-        for start in starts:
-            stop = start + starts.step
-            square = matrix[start:stop, start:stop]
-            square.copy_(square.triu() + square.triu(1).T)
-            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-        return matrix
+        self.finish()
+        return self._matrix
 
     def release(self) -> Tensor:
         """Return the full matrix, to be written to; a copy where it is shared.
 
         Nothing is left here afterwards.
         """
-        matrix, self._upper = self.matrix(), torch.empty(0)
+        matrix, self._matrix = self.matrix(), torch.empty(0)
         return matrix if self._is_own else matrix.clone()
 
 
@@ -161,7 +184,8 @@ class Drift:
     """W (X_dense - X)^T X of a group's matrices W: what new inputs X make them lose.
 
     The sum is kept without W where that is less work: where the group has more rows
-    than half its columns. Costs min(rows, columns) * columns floats.
+    than half its columns. Costs min(rows, columns) * columns floats, twice until the
+    sum is finished.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -174,22 +198,39 @@ class Drift:
         rows, columns = sum(map(len, weights)), weights[0].shape[1]
         self._joined = torch.cat(list(weights)) if 2 * rows < columns else None
         height = columns if self._joined is None else rows
-        self._sum = torch.zeros(height, columns, device=weights[0].device)
+        self._sum = Sum.zeros(height, columns, device=weights[0].device)
+        self._is_finished = False
+
+    def _strips(self) -> Iterator[tuple[slice, Sum]]:
+        """Yield some rows and their sums."""
+        for start in range(0, len(self._sum.high), MOST_TILE):
+            rows = slice(start, start + MOST_TILE)
+            yield rows, Sum(self._sum.high[rows], self._sum.low[rows])
 
     def add(self, inputs: Tensor, dense: Tensor) -> None:
         """Take in one batch of X and X_dense, each [tokens, columns]."""
         change = dense - inputs
         own = change.T if self._joined is None else linear(self._joined, change)
-        self._sum.addmm_(own, inputs)
+        for rows, strip in self._strips():
+            strip.add(own[rows] @ inputs)
 
-    def sums(self) -> list[Tensor]:
-        """Return what is summed, to be added to in place by that of other inputs."""
-        return [self._sum]
+    def finish(self, join: Join = alone) -> None:
+        """Complete the sum, as a statistic does."""
+        if self._is_finished:
+            return
+        for _, strip in self._strips():
+            strip.high.copy_(strip.total(join))
+        self._sum = Sum(self._sum.high, torch.empty(0))
+        self._is_finished = True
 
     def pulled(self, index: int) -> Tensor:
-        """Return W (X_dense - X)^T X of one of the matrices, [rows, columns]."""
-        weight = self._weights[index]
+        """Return W (X_dense - X)^T X of one of the matrices, [rows, columns].
+
+        The sum is finished, if it was not.
+        """
+        self.finish()
+        weight, total = self._weights[index], self._sum.high
         if self._joined is None:
-            return linear(weight, self._sum.T)
+            return linear(weight, total.T)
         first = sum(map(len, self._weights[:index]))
-        return self._sum[first : first + len(weight)]
+        return total[first : first + len(weight)]

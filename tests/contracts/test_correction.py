@@ -79,7 +79,7 @@ def test_solving_for_the_target_comes_nearer_to_the_dense_outputs(name, solver):
 def test_a_matrix_that_is_no_gram_matrix_is_refused():
     statistic, drift = Gram(8, torch.device("cpu")), Drift([torch.ones(4, 8)])
     statistic.add(torch.randn(32, 8))
-    statistic._upper.neg_()
+    statistic._matrix.neg_()
     with pytest.raises(NumericalError, match="not positive definite"):
         Correction.of(statistic, drift, 0.01)
 

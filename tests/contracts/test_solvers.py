@@ -221,7 +221,7 @@ def test_factorising_takes_no_second_matrix():
 def test_a_matrix_that_is_no_gram_matrix_is_refused(solver):
     statistic = Gram(8, torch.device("cpu"))
     statistic.add(torch.randn(32, 8))
-    statistic._upper.neg_()
+    statistic._matrix.neg_()
     with pytest.raises(NumericalError, match="not positive definite"):
         solver.solve(solver.prepare(statistic), torch.randn(4, 8), Unstructured(0.5))
 

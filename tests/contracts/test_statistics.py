@@ -1,10 +1,15 @@
 """Sums over inputs, and the products they are made of."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from halve.products import FastProducts, linear
-from halve.statistics import ColumnNorms, Gram
+from halve.statistics import ColumnNorms, Drift, Gram
+from halve.sums import Sum, alone
 
 CPU = torch.device("cpu")
 
@@ -34,6 +39,52 @@ def test_gram_in_float32_is_near_to_float64_where_inputs_hardly_differ():
     norms = exact.diagonal().sqrt()
     off = (gram.matrix().double() - exact).abs() / norms / norms[:, None]
     assert float(off.max()) < 1e-5
+
+
+@pytest.mark.parametrize("columns", [3, 200, 600])
+def test_who_takes_in_which_batch_does_not_show(columns):
+    """Sums of all batches, and of two processes that have every second one."""
+    generator = torch.Generator().manual_seed(columns)
+    scales = 10 ** torch.linspace(-3, 3, columns)
+    pairs = [
+        tuple(scales * torch.randn(2, 64, columns, generator=generator))
+        for _ in range(12)
+    ]
+    weights = [torch.randn(5, columns, generator=generator)]
+
+    def found(pairs, join=alone):
+        """Return the three sums, finished."""
+        gram, norms = Gram(columns, CPU), ColumnNorms(columns, CPU)
+        drift = Drift(weights)
+        for inputs, dense in pairs:
+            gram.add(inputs)
+            norms.add(inputs)
+            drift.add(inputs, dense)
+        for each in (gram, norms, drift):
+            each.finish(join)
+        return gram.matrix(), norms.squares, drift.pulled(0)
+
+    said: list[torch.Tensor] = []
+    found(pairs[1::2], lambda own: said.append(own.clone()))
+    left = iter(said)
+    together = found(pairs[::2], lambda own: own.add_(next(left)))
+    turned = found(pairs[::-1])
+    for one, two, three in zip(found(pairs), together, turned, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+@given(st.lists(st.floats(-1e9, 1e9, width=32), min_size=1, max_size=50))
+def test_a_sum_is_that_of_float64_rounded_once(terms):
+    own = Sum.zeros(2, device=CPU)
+    for term in terms:
+        own.add(torch.tensor([term, -term]))
+    exact = math.fsum(terms)
+    size = max(map(abs, terms), default=0.0)
+    expected = torch.tensor([exact, -exact], dtype=torch.float64)
+    off = (own.high.double() + own.low - expected).abs().max()
+    assert float(off) <= 2**-44 * len(terms) * size
+    assert torch.equal(own.total(), (own.high.double() + own.low).float())
 
 
 def test_a_released_matrix_is_a_copy_where_it_is_shared():

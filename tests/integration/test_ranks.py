@@ -15,11 +15,11 @@ from halve.distributed import Ranks
 from halve.plan import Settings
 from halve.pruning import Execution, prune_model
 from halve.records import PruneRecord
-from tests.integration.test_better_solvers import tensors
 from tests.integration.test_resume import Stopped, digests, stop_at
 
 RANKS = 2
-OPTIONS: dict[str, Any] = {"samples": 17, "seq_len": 64, "device": "cpu"}
+# Three batches of 16 windows, apart from those that are held out.
+OPTIONS: dict[str, Any] = {"samples": 50, "seq_len": 64, "device": "cpu"}
 JOBS: dict[str, dict[str, Any]] = {
     "magnitude": {"solver": "magnitude"},
     "wanda": {"solver": "wanda", "sparsity": "2:4"},
@@ -27,13 +27,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "admm": {"solver": "admm"},
     "auto": {"solver": "auto"},
     "rounded": {"solver": "sparsegpt", "quantize": "int4", "group_size": 32},
-    "refined": {"solver": "auto", "refine": True, "samples": 64, "seq_len": 32},
-    "allocated": {
-        "solver": "sparsegpt",
-        "allocation": "error",
-        "samples": 33,
-        "sparsity": "63%",
-    },
+    "refined": {"solver": "auto", "refine": True},
+    "allocated": {"solver": "sparsegpt", "allocation": "error", "sparsity": "63%"},
 }
 
 
@@ -75,32 +70,26 @@ def folders(pico, text, tmp_path_factory):
     return pairs
 
 
-def agreement(one: Path, other: Path) -> float:
-    """Return the share of weights of the blocks on whose pruning two folders agree."""
-    ours, theirs = tensors(one), tensors(other)
-    names = [m.tensor for m in halve.inspect(one).matrices]
-    same = [((ours[name] == 0) == (theirs[name] == 0)).flatten() for name in names]
-    return float(torch.cat(same).double().mean())
+@pytest.mark.parametrize("name", [*JOBS.keys() - {"refined"}, "begun"])
+def test_two_ranks_write_what_one_process_does(name, folders):
+    alone, together = map(digests, folders[name])
+    assert alone == together
 
 
-@pytest.mark.parametrize("name", [*JOBS, "begun"])
-def test_two_ranks_prune_as_one_does(name, folders, text):
-    alone, together = folders[name]
-    # ADMM looks at how many weights moved: on matrices as small as these another order
-    # of summation leads it elsewhere, in one process as well.
-    strays = name in ("admm", "auto", "refined", "begun")
-    assert agreement(alone, together) >= (0.95 if strays else 0.999)
+def test_two_ranks_refine_as_well_as_one_process_does(folders, text):
+    """Not alike: where one takes a step on two windows, each of two takes one."""
     options: dict[str, Any] = {"data": str(text), "seq_len": 64, "segments": 20}
     first, second = (
-        halve.perplexity(f, device="cpu", **options).perplexity for f in folders[name]
+        halve.perplexity(f, device="cpu", **options).perplexity
+        for f in folders["refined"]
     )
-    assert second == pytest.approx(first, rel=1e-3)
+    assert second == pytest.approx(first, rel=1e-2)
 
 
-def _near(one, other):
+def _near(one, other, rel=1e-5):
     if one is None or other is None:
         return one is other
-    return one == pytest.approx(other, rel=0.05)
+    return one == pytest.approx(other, rel=rel)
 
 
 @pytest.mark.parametrize("name", [*JOBS, "begun"])
@@ -110,9 +99,9 @@ def test_two_ranks_measure_what_one_does(name, folders):
         for folder in folders[name]
     )
     assert ours.identity == theirs.identity
-    # The first block alone: what comes after it is given other inputs.
+    # The first block alone: where that is refined, the next is given other inputs.
     mine, other = ours.blocks[0], theirs.blocks[0]
-    assert _near(mine.refined, other.refined)
+    assert _near(mine.refined, other.refined, rel=0.05)
     for one, two in zip(mine.matrices, other.matrices, strict=True):
         assert one.sparsity == pytest.approx(two.sparsity, abs=1e-3)
         assert _near(one.error, two.error), one.tensor

@@ -24,7 +24,7 @@ from halve.pruning.candidates import candidates
 from halve.pruning.evidence import HELD_TOKENS
 from halve.runtime.streamed import BATCH_TOKENS
 from halve.solvers import Solver, Work
-from halve.statistics import Gram, Nothing
+from halve.statistics import MOST_TILE, Gram, Nothing
 
 _FLOAT = 4
 # A product to measure a machine by, and how often.
@@ -35,6 +35,8 @@ _PRODUCTIVE = 0.4
 _OWN_GROUPS = 3
 # Of those, how many share a pass where targets are corrected (`groups.stages`).
 _IN_A_PASS = 2
+# Strips that a sum over inputs takes for a while: terms, and what rounds off of them.
+_STRIPS = 3
 # Activations of one token while a block runs, in widths of its own and inner states:
 # the stream before and after, a norm's output, queries, keys, values and their result;
 # the inner state before and after its function.
@@ -280,7 +282,7 @@ class _Estimate:
         for block in self.blocks:
             weights = self._weights(block)
             batch = self._batch(block) if self.runs_text else 0
-            sums = max(self._sums(block, c) for c in _groups(block))
+            sums = max(self._sums(block, c, running=True) for c in _groups(block))
             yield _phase("collecting", weights=weights, grams=sums, activations=batch)
             for rows, columns in {m.matrix.shape for m in block.matrices}:
                 yield self._solving(block, rows, columns)
@@ -302,26 +304,34 @@ class _Estimate:
         return _phase(
             "solving",
             weights=self._weights(block),
-            grams=self._sums(block, columns),
+            grams=self._sums(block, columns, running=False),
             factors=sum(work.state for work in works),
             matrices=max(work.peak for work in works) + solutions,
         )
 
-    def _sums(self, block: PlannedBlock, columns: int) -> int:
+    def _sums(self, block: PlannedBlock, columns: int, running: bool) -> int:
         """Return the sums over inputs that are kept once a group is reached.
 
         Where targets are corrected, those of its own pass; else those of all groups
         that are not solved yet, of which the widest come last.
+
+        Args:
+            block: Whose groups they are.
+            columns: Of the group.
+            running: Whether they are added to still, and so hold what was rounded off.
         """
         groups = _groups(block)
         if not self.sums_grams:
             return 0
+        strip = running * columns * min(columns, MOST_TILE)
         if not self.corrects:
-            return sum(n * c**2 for c, n in groups.items() if c >= columns)
+            own = sum(n * c**2 for c, n in groups.items() if c >= columns)
+            return own + _STRIPS * strip
         settings = self.plan.settings
         held = min(HELD_TOKENS, settings.held_out * (settings.seq_len or 0))
-        group = columns**2 + _drift(block, columns) + 2 * held * columns
-        return min(groups[columns], _IN_A_PASS) * group
+        drift = (1 + running) * _drift(block, columns)
+        group = columns**2 + strip + drift + 2 * held * columns
+        return min(groups[columns], _IN_A_PASS) * group + _STRIPS * strip
 
     def _outside(self) -> int:
         """Return the size of the largest tensor outside the blocks."""

@@ -97,16 +97,16 @@ class Evidence:
         if self.drift is not None and dense is not None:
             self.drift.add(inputs, dense)
 
-    def join(self, ranks: Ranks, wanted: bool) -> None:
-        """Take in what all ranks know, in place.
+    def finish(self, ranks: Ranks, wanted: bool) -> None:
+        """Take in what all ranks know, in place; no batch can be added afterwards.
 
         Args:
             ranks: All of them; each must do so.
             wanted: Whether this one needs the inputs kept apart; sums it gets anyhow.
         """
-        for known in (self.statistic, self.drift):
-            for part in known.sums() if known is not None else ():
-                ranks.add(part)
+        self.statistic.finish(ranks.add)
+        if self.drift is not None:
+            self.drift.finish(ranks.add)
         self.held.join(ranks, wanted)
 
 

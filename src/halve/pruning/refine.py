@@ -85,7 +85,7 @@ class _Tuning:
     ) -> None:
         self.site = site
         self.dtypes = dtypes
-        parts = list(site.stream.batches())
+        parts = list(site.stream.steps())
         self.held = [part for part in parts if site.stream.is_apart(part)]
         self.fitted = [part for part in parts if not site.stream.is_apart(part)]
         self.ranks = site.ranks

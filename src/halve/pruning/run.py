@@ -43,8 +43,8 @@ class Execution:
         memory: Bytes that a process may take, by which that is chosen.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase.
-        ranks: The processes that share the work. Their number changes sums in their
-            last bits, as their order does.
+        ranks: The processes that share the work. Their number changes the windows that
+            a step of refining sees, and nothing else.
     """
 
     activation_memory: int | None = None

@@ -34,20 +34,18 @@ def _cost(planned: PlannedMatrix) -> float:
 def bring_together(
     stage: list[Evidence], owners: Owners, ranks: Ranks
 ) -> list[Evidence]:
-    """Sum what all ranks know; return the groups in which this one solves a matrix.
+    """Finish what is known of a stage; return the groups of this rank's matrices.
 
     Args:
         stage: What this rank knows; emptied, so that what it has no use for is freed.
         owners: Who solves what.
         ranks: All of them.
     """
-    if ranks.size == 1:
-        return stage
     kept: list[Evidence] = []
     while stage:
         evidence = stage.pop(0)
         is_own = any(owners[m.tensor] == ranks.rank for m in evidence.group.matrices)
-        evidence.join(ranks, wanted=is_own)
+        evidence.finish(ranks, wanted=is_own)
         if is_own:
             kept.append(evidence)
     return kept

@@ -114,6 +114,10 @@ class StreamedModel:
         """Number of blocks."""
         return len(self.skeleton.blocks)
 
+    def batch(self, length: int) -> int:
+        """Return how many windows of a length run through it at once."""
+        return max(self.batch_tokens // length, 1)
+
     def block_name(self, index: int) -> str:
         """Return a block's name, such as `model.layers.3`."""
         return f"{self.skeleton.path}.{index}"
@@ -270,13 +274,14 @@ class Stream:
             CalibrationError: Windows longer than the model can take.
         """
         model.skeleton.check_length(windows.shape[1])
-        fitted = len(windows) - apart
-        held = [fitted + number for number in ranks.own(apart)]
-        numbers = [*ranks.own(fitted), *held]
+        fitted, batch = len(windows) - apart, model.batch(windows.shape[1])
+        held = [fitted + number for number in _own(apart, batch, ranks)]
+        numbers = [*_own(fitted, batch, ranks), *held]
         windows = windows[numbers]
         stream = cls(model, windows, len(held), ranks, numbers, apart)
+        steps = stream.steps() if ranks.size > 1 else ()  # of other sizes
         with model._surroundings(with_head=False), FastProducts():
-            for part in (_FIRST, *stream.batches()):
+            for part in (_FIRST, *stream.batches(), *steps):
                 ids = windows[part].to(model.device)
                 with _forward_of(model):
                     states, recording = record(model.skeleton, ids)
@@ -297,16 +302,20 @@ class Stream:
         twin.recordings = self.recordings
         return twin
 
-    def batches(self, tokens: int | None = None) -> Iterator[slice]:
+    def batches(self) -> Iterator[slice]:
         """Yield slices of samples, of equal size but for the last of each kind.
 
-        Args:
-            tokens: In the batches that all processes work on at one time; by default
-                what the model has for its blocks.
+        However many processes share the windows, their batches are the same.
         """
-        samples, length = self.windows.shape
-        tokens = tokens or self.model.batch_tokens
-        size = max(tokens // length // self.ranks.size, 1)
+        return self._slices(self.model.batch(self.windows.shape[1]))
+
+    def steps(self) -> Iterator[slice]:
+        """Yield smaller slices, where processes together take a batch at a time."""
+        batch = self.model.batch(self.windows.shape[1])
+        return self._slices(max(batch // self.ranks.size, 1))
+
+    def _slices(self, size: int) -> Iterator[slice]:
+        samples = len(self.windows)
         own = samples - self.apart
         for first, last in ((0, own), (own, samples)):
             for start in range(first, last, size):
@@ -381,7 +390,7 @@ class Stream:
         """
         size = self.model.skeleton.config.get_text_config().vocab_size
         with self.model._surroundings(with_head=True):
-            for part in self.batches(_logits_tokens(self.model, size)):
+            for part in self._slices(_logits_batch(self, size)):
                 yield part, self._logits(part)
 
     def _logits(self, part: slice) -> Tensor:
@@ -406,20 +415,28 @@ def logits_apart(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor
     model = first.model
     size = model.skeleton.config.get_text_config().vocab_size
     # Both at once, so half of the batch each.
-    tokens = max(_logits_tokens(model, size) // 2, 1)
+    batch = max(_logits_batch(first, size) // 2, 1)
     parts = (
-        [part for part in s.batches(tokens) if s.is_apart(part)]
-        for s in (first, second)
+        [part for part in s._slices(batch) if s.is_apart(part)] for s in (first, second)
     )
     with model._surroundings(with_head=True):
         for one, other in zip(*parts, strict=True):
             yield first._logits(one), second._logits(other)
 
 
-def _logits_tokens(model: StreamedModel, vocabulary: int) -> int:
-    """Return for how many tokens logits are computed at once."""
-    share = model.batch_tokens / BATCH_TOKENS
-    return max(int(_BATCH_LOGITS * share) // vocabulary, 1)
+def _logits_batch(stream: Stream, vocabulary: int) -> int:
+    """Return for how many windows logits are computed at once."""
+    share = stream.model.batch_tokens / BATCH_TOKENS
+    window = vocabulary * stream.windows.shape[1]
+    return max(int(_BATCH_LOGITS * share) // window, 1)
+
+
+def _own(count: int, batch: int, ranks: Ranks) -> list[int]:
+    """Return which of so many windows a process has: whole batches, if there are any.
+
+    Where there are fewer batches than processes, smaller pieces.
+    """
+    return ranks.own(count, max(min(batch, count // ranks.size), 1))
 
 
 def with_smaller_batches(
