@@ -1,22 +1,16 @@
 """What is kept of a run, as plain values that go to JSON and back. No torch here."""
 
 import datetime
-import hashlib
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from math import isfinite
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
+from halve.fields import from_dict, sealed
 from halve.strangers import parse_json
-
-Record = TypeVar("Record")
-_MOST_COUNT = 2**63
-
-_SEAL = ',\n  "seal": '
 
 
 def versions() -> dict[str, str]:
@@ -29,75 +23,10 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _sealed(fields: dict[str, Any]) -> str:
-    """Return JSON whose last member is the SHA-256 of all that stands before it.
-
-    So a record vouches for itself as it does for the other files.
-    """
-    body = json.dumps(fields, indent=2).removesuffix("\n}")
-    return body + _seal(body.encode())
-
-
-def _seal(body: bytes) -> str:
-    return f'{_SEAL}"{hashlib.sha256(body).hexdigest()}"\n}}\n'
-
-
-def is_sealed(record: bytes) -> bool:
-    """Whether a `halve.json` is, to the last byte, what was written."""
-    body, found, rest = record.rpartition(_SEAL.encode())
-    return found + rest == _seal(body).encode()
-
-
 def _unsealed(text: str) -> dict[str, Any]:
     fields = dict(parse_json(text))
     fields.pop("seal", None)
     return fields
-
-
-def from_dict(kind: type[Record], fields: object) -> Record:
-    """Read what `dataclasses.asdict` made of a record, and JSON of that.
-
-    Raises:
-        ValueError: A field is missing, unknown, or not of the type that it is noted
-            with. Whole numbers are counts, so they are not negative.
-    """
-    return _read(kind, fields)
-
-
-def _read(kind: Any, value: Any) -> Any:  # noqa: ANN401
-    """Return a JSON value as what a field is noted with."""
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if kind is Any or (value is None and type(None) in inner):
-        return value
-    if origin is UnionType:  # of one kind and None
-        return _read(inner[0], value)
-    if is_dataclass(kind) and isinstance(value, dict):
-        return _read_fields(kind, value)
-    if origin is tuple and isinstance(value, list | tuple):
-        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        return tuple(_read(k, v) for k, v in zip(kinds, value, strict=True))
-    if origin is dict and isinstance(value, dict):
-        return {name: _read(inner[1], v) for name, v in value.items()}
-    if _is_plain(kind, value):
-        return value
-    raise ValueError(f"{str(value)[:80]} where {kind} was expected")
-
-
-def _read_fields(kind: Any, fields: dict[str, Any]) -> Any:  # noqa: ANN401
-    hints = get_type_hints(kind)
-    try:
-        return kind(**{name: _read(hints[name], v) for name, v in fields.items()})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"these are no fields of {kind.__name__}") from error
-
-
-def _is_plain(kind: Any, value: object) -> bool:  # noqa: ANN401
-    """Whether a value is a text, a truth, a count, or a number where one is noted."""
-    if kind is float and type(value) is int:
-        return abs(value) < _MOST_COUNT
-    if isinstance(value, int) and kind is int:
-        return not isinstance(value, bool) and 0 <= value < _MOST_COUNT
-    return isinstance(value, kind)
 
 
 @dataclass(frozen=True)
@@ -290,7 +219,7 @@ class PruneRecord:
 
     def to_json(self) -> str:
         """Return the text of `halve.json`."""
-        return _sealed(asdict(self))
+        return sealed(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "PruneRecord":
@@ -375,7 +304,7 @@ class PackRecord:
 
     def to_json(self) -> str:
         """Return the text of `halve.json`."""
-        return _sealed(asdict(self))
+        return sealed(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "PackRecord":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from halve.errors import OutputError
-from halve.records import from_dict
+from halve.fields import from_dict
 from halve.strangers import parse_json, read_bytes, shortened
 
 RECORD = "halve.json"

@@ -37,7 +37,7 @@ from halve.checkpoint.output import (
 )
 from halve.checkpoint.reader import Checkpoint
 from halve.errors import CheckpointError, OutputError
-from halve.records import from_dict
+from halve.fields import from_dict
 from halve.strangers import is_inside, parse_json, read_bytes
 
 _LEDGER = "ledger.jsonl"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halve.checkpoint import RECORD, Checkpoint, locate, sha256
 from halve.errors import CheckpointError, GridError, PatternError
+from halve.fields import is_sealed
 from halve.grids import Grid
 from halve.measure.inspection import matrices_of
 from halve.patterns import NM, parse_pattern
@@ -23,7 +24,6 @@ from halve.records import (
     PackRecord,
     PruneRecord,
     Verification,
-    is_sealed,
     parse_record,
 )
 
