@@ -1,5 +1,7 @@
 """What the dry run foretells, and what `--memory` makes of it."""
 
+import platform
+import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -9,7 +11,8 @@ import pytest
 import halve
 from halve.errors import HalveError
 from halve.plan import Settings, make_plan
-from halve.pruning import activation_budget, costs
+from halve.pruning import activation_budget, estimate_costs
+from halve.pruning import costs as costs_module
 from tests.tables import FAMILIES, SOLVERS
 
 SIZES: dict[str, Any] = {"samples": 64, "seq_len": 128}
@@ -17,7 +20,7 @@ SIZES: dict[str, Any] = {"samples": 64, "seq_len": 128}
 
 @pytest.mark.parametrize("row", FAMILIES)
 def test_every_family_has_a_forecast(row, pico):
-    found = costs(make_plan(pico(row), Settings(**SIZES)))
+    found = estimate_costs(make_plan(pico(row), Settings(**SIZES)))
     assert found.largest.bytes > 0
     assert found.peak == found.process + found.resident + found.largest.bytes
     assert found.operations > 0
@@ -33,7 +36,7 @@ def test_more_work_takes_more(solver, pico):
         SIZES | {"refine": True, "epochs": 9},
     ]
     few, many, refined, longer = (
-        costs(make_plan(model, Settings(solver=solver, **options)), 2**40)
+        estimate_costs(make_plan(model, Settings(solver=solver, **options)), 2**40)
         for options in rows
     )
     assert few.resident <= many.resident <= refined.resident
@@ -43,14 +46,14 @@ def test_more_work_takes_more(solver, pico):
 
 def test_a_limit_decides_where_hidden_states_live(pico):
     plan = make_plan(pico("llama"), Settings(**SIZES))
-    least = costs(plan, 0)
+    least = estimate_costs(plan, 0)
     assert least.resident == 0
     assert least.mapped > 0
     assert least.disk == least.output + least.mapped
     roomy = activation_budget(plan, least.peak + 2**30, None)
-    assert costs(plan, roomy).mapped == 0
+    assert estimate_costs(plan, roomy).mapped == 0
     tight = activation_budget(plan, least.peak + 2**26, None)
-    assert costs(plan, min(tight, 2**10)).mapped == least.mapped
+    assert estimate_costs(plan, min(tight, 2**10)).mapped == least.mapped
     assert activation_budget(plan, least.peak + 2**30, 5) == 5
 
 
@@ -70,10 +73,9 @@ def test_a_limit_that_cannot_hold_is_refused_with_what_takes_most(pico, text, tm
 def test_a_limit_moves_hidden_states_and_changes_no_byte(
     pico, text, tmp_path, monkeypatch
 ):
-    # The package's function of that name hides the module.
-    monkeypatch.setattr(sys.modules["halve.pruning.costs"], "_resident", lambda: 0)
+    monkeypatch.setattr(costs_module, "_resident", lambda: 0)
     options: dict[str, Any] = {"samples": 8, "seq_len": 64}
-    least = costs(make_plan(pico("opt"), Settings(**options)), 0).peak
+    least = estimate_costs(make_plan(pico("opt"), Settings(**options)), 0).peak
     files: list[object] = []
     make = tempfile.TemporaryFile
     monkeypatch.setattr(
@@ -86,3 +88,30 @@ def test_a_limit_moves_hidden_states_and_changes_no_byte(
     assert files
     for file in sorted((tmp_path / "free").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "tight" / file.name).read_bytes()
+
+
+_HOLES = """
+from pathlib import Path
+import os
+import torch
+from halve.pruning.trim import trim
+
+def resident():
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+torch.ones(2**22)  # freed, it raises glibc's threshold for what it keeps
+many = [torch.ones(2**20) for _ in range(32)]
+last = torch.ones(2**20)
+del many
+before = resident()
+trim()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps memory")
+def test_what_was_freed_is_handed_back():
+    command = [sys.executable, "-c", _HOLES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100 * 2**20

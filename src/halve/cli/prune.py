@@ -134,7 +134,12 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     """
     from halve.checkpoint import locate
     from halve.plan import Settings, make_plan
-    from halve.pruning import Execution, activation_budget, costs, seconds
+    from halve.pruning import (
+        Execution,
+        activation_budget,
+        estimate_costs,
+        estimate_seconds,
+    )
     from halve.runtime.streamed import choose_device
 
     settings = Settings(
@@ -161,8 +166,8 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     if dry_run:
         plan = make_plan(locate(model), settings, trust_remote_code)
         budget = activation_budget(plan, memory, activation_memory)
-        found = costs(plan, budget)
-        time = seconds(found, choose_device(settings.device))
+        found = estimate_costs(plan, budget)
+        time = estimate_seconds(found, choose_device(settings.device))
         _print_plan(plan, found, time, as_json)
         return
     execution = Execution(activation_memory, memory, trust_remote_code)

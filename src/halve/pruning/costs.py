@@ -121,7 +121,7 @@ class Costs:
         return self.output + self.mapped
 
 
-def costs(plan: Plan, budget: int | None = None) -> Costs:
+def estimate_costs(plan: Plan, budget: int | None = None) -> Costs:
     """Work out what a plan will take.
 
     Args:
@@ -141,7 +141,7 @@ def costs(plan: Plan, budget: int | None = None) -> Costs:
     )
 
 
-def seconds(costs: Costs, device: torch.device) -> float:
+def estimate_seconds(costs: Costs, device: torch.device) -> float:
     """Return about how long a run will take, by this machine's speed in products.
 
     Costs a tenth of a second. What is no product (attention, copies, files) is allowed
@@ -181,7 +181,7 @@ def activation_budget(
 
 def _left(plan: Plan, memory: int) -> int:
     """Return how many bytes of a limit are left for activations."""
-    found = costs(plan, 0)
+    found = estimate_costs(plan, 0)
     if found.peak > memory:
         largest = found.largest
         parts = {"the process itself": found.process} | largest.parts
@@ -207,7 +207,7 @@ def _resident() -> int:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """The arithmetic behind `costs`; numbers, not bytes, but for phases."""
+    """The arithmetic behind `estimate_costs`; numbers, not bytes, but for phases."""
 
     plan: Plan
     solvers: list[Solver]
