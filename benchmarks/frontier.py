@@ -2,7 +2,8 @@
 
 For each budget of bits a weight, mask and scales included, every pair of sparsity and
 grid that takes so many is tried, by the same solver with the same refining: dense
-rounding of that size among them. A budget is what dense rounding takes with groups of
+rounding of that size among them, to the nearest level and by one sweep, which is GPTQ
+(Frantar et al., 2023), as well. A budget is what dense rounding takes with groups of
 128; for 2.4 bits there is no dense grid, so that of 2 bits gets smaller groups. The
 last row of each lets `--target-bits` choose for every matrix by held-out error. Prints
 what was found, whichever way it falls.
@@ -46,17 +47,10 @@ def budget(task: argparse.Namespace, bits: float) -> None:
     """Print all rows of one budget."""
     grid, group = BUDGETS[bits]
     print(f"{bits} bits a weight", flush=True)
-    run(
-        task,
-        f"{grid}, nearest",
-        sparsity=0,
-        quantize=grid,
-        group_size=group,
-        solver="magnitude",
-    )
-    run(
-        task, f"{grid}", sparsity=0, quantize=grid, group_size=group, refine=task.refine
-    )
+    dense = {"sparsity": 0, "quantize": grid, "group_size": group}
+    run(task, f"{grid}, nearest", **dense, solver="magnitude")
+    run(task, f"{grid}, one sweep (GPTQ)", **dense, solver="sparsegpt")
+    run(task, f"{grid}", **dense, refine=task.refine)
     for sparsity, thin in fitting(bits, 128, True):
         if sparsity:
             options = {"sparsity": sparsity, "quantize": str(thin)}

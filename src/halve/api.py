@@ -6,7 +6,6 @@ from pathlib import Path
 from halve.evaluation import Judging, judge
 from halve.measure import inspect_model, verify_output
 from halve.packing import Rewriting, rewrite_model
-from halve.plan import Settings
 from halve.pruning import Execution, prune_model
 from halve.records import (
     Inspection,
@@ -16,6 +15,7 @@ from halve.records import (
     PruneRecord,
     Verification,
 )
+from halve.settings import Settings
 
 
 def prune(  # noqa: PLR0913  (the options of the command line, one for one)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import halve
-from halve.plan import Settings, make_plan
+from halve.plan import make_plan
+from halve.settings import Settings
 from tests.hostile import spoilers as by
 
 few = settings(

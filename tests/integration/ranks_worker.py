@@ -9,9 +9,9 @@ from pathlib import Path
 from halve.cli import main
 from halve.distributed import join
 from halve.errors import NumericalError
-from halve.plan import Settings
 from halve.pruning import Execution, prune_model
 from halve.pruning.run import _Clock
+from halve.settings import Settings
 
 
 def do_jobs(path: str) -> None:

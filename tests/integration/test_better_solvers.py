@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 
 import halve
 from halve.patterns import parse_pattern
-from halve.plan import PlannedBlock, Settings, make_plan
+from halve.plan import PlannedBlock, make_plan
 from halve.pruning.evidence import collect
 from halve.pruning.groups import stages
 from halve.pruning.reference import Reference
 from halve.pruning.refine import _Tuning
 from halve.pruning.site import Paths, Site
 from halve.runtime.streamed import Stream, StreamedModel
+from halve.settings import Settings
 from halve.statistics import Gram
 from tests.integration.test_resume import digests
 

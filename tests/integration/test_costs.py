@@ -10,9 +10,10 @@ import pytest
 
 import halve
 from halve.errors import HalveError
-from halve.plan import Settings, make_plan
+from halve.plan import make_plan
 from halve.pruning import activation_budget, estimate_costs
 from halve.pruning import costs as costs_module
+from halve.settings import Settings
 from tests.tables import FAMILIES, SOLVERS
 
 SIZES: dict[str, Any] = {"samples": 64, "seq_len": 128}

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import halve
-from halve.plan import Settings, make_plan
+from halve.plan import make_plan
 from halve.runtime.streamed import Stream, StreamedModel
+from halve.settings import Settings
 from tests.tables import FAMILIES, MIXTURES, SOLVERS
 
 

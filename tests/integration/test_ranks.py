@@ -12,9 +12,9 @@ import torch
 
 import halve
 from halve.distributed import Ranks
-from halve.plan import Settings
 from halve.pruning import Execution, prune_model
 from halve.records import PruneRecord
+from halve.settings import Settings
 from tests.integration.test_resume import Stopped, digests, stop_at
 
 RANKS = 2

@@ -7,9 +7,10 @@ import typer
 from halve.cli import options
 
 if TYPE_CHECKING:
-    from halve.plan import Plan, Settings
+    from halve.plan import Plan
     from halve.pruning import Costs, Execution
     from halve.records import Progress, PruneRecord
+    from halve.settings import Settings
 
 EXAMPLES = """
 **Examples**
@@ -133,7 +134,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     work.
     """
     from halve.checkpoint import locate
-    from halve.plan import Settings, make_plan
+    from halve.plan import make_plan
     from halve.pruning import (
         Execution,
         activation_budget,
@@ -141,6 +142,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         estimate_seconds,
     )
     from halve.runtime.streamed import choose_device
+    from halve.settings import Settings
 
     settings = Settings(
         sparsity=sparsity,

@@ -4,8 +4,8 @@ import torch
 
 from halve.grids import Grid
 from halve.patterns import Pattern
-from halve.plan import Settings
 from halve.pruning.choice import Candidate
+from halve.settings import Settings
 from halve.solvers import (
     ADMM,
     SOLVERS,

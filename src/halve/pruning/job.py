@@ -25,7 +25,7 @@ from halve.checkpoint import (
 from halve.distributed import Ranks
 from halve.errors import RanksError
 from halve.formats import quantization_config
-from halve.plan import Plan, Settings, make_plan
+from halve.plan import Plan, make_plan
 from halve.pruning.candidates import candidates
 from halve.pruning.run import Execution, Run
 from halve.pruning.scribe import Scribe, open_scribe
@@ -43,6 +43,7 @@ from halve.runtime.streamed import (
     choose_device,
     with_smaller_batches,
 )
+from halve.settings import Settings
 from halve.statistics import Nothing
 
 # What the ledger calls the size of batches, where it is not the usual one.
