@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from halve.checkpoint import Checkpoint, TensorInfo
+from halve.checkpoint import Checkpoint, TensorInfo, is_bare
 from halve.errors import HalveError
 from halve.formats import packed_bytes
 from halve.models import (
@@ -19,6 +19,7 @@ from halve.models import (
     Skeleton,
     Stored,
     build_skeleton,
+    expected_tensors,
     match_names,
     prunable_matrices,
 )
@@ -81,6 +82,11 @@ class Layout:
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the input's files hold any; else all is as its config has it."""
+        return len(self.sources) > 1
+
+    @property
     def output_bytes(self) -> int:
         """Bytes of the output's tensors, when dense."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -116,8 +122,19 @@ class Plan:
         return settings | {"sources": self.layout.sources}
 
 
-def make_plan(model: Path, settings: Settings, trust_remote_code: bool = False) -> Plan:
+def make_plan(
+    model: Path,
+    settings: Settings,
+    trust_remote_code: bool = False,
+    needs_weights: bool = True,
+) -> Plan:
     """Work out a run.
+
+    Args:
+        model: Folder of the checkpoint.
+        settings: What the user chose.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        needs_weights: False to go by the config alone where the folder has none.
 
     Raises:
         HalveError: Whatever can be known to go wrong before a tensor is read: a bad
@@ -126,7 +143,9 @@ def make_plan(model: Path, settings: Settings, trust_remote_code: bool = False) 
     """
     settings.check()
     skeleton = build_skeleton(model, trust_remote_code)
-    layout = lay_out(model, skeleton)
+    by_config = not needs_weights and is_bare(model)
+    checkpoint = _expected(model, skeleton) if by_config else Checkpoint.open(model)
+    layout = lay_out(checkpoint, skeleton)
     _check_pattern(layout.blocks, settings)
     if settings.packed:
         _check_packing(layout, settings)
@@ -139,18 +158,24 @@ def make_plan(model: Path, settings: Settings, trust_remote_code: bool = False) 
     )
 
 
-def lay_out(model: Path, skeleton: Skeleton) -> Layout:
+def _expected(model: Path, skeleton: Skeleton) -> Checkpoint:
+    """Return the checkpoint that a config belongs to; it lies in no file."""
+    stored = expected_tensors(skeleton, skeleton.dtype)
+    infos = [TensorInfo(s.name, "", s.shape, s.dtype or skeleton.dtype) for s in stored]
+    return Checkpoint(model, {info.name: info for info in infos})
+
+
+def lay_out(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
     """Work out the files of an output: which tensors they hold, which matrices.
 
     Args:
-        model: Folder of the checkpoint.
+        checkpoint: The input.
         skeleton: Of its config.
 
     Raises:
-        CheckpointError: A damaged header, or tensors that contradict the config.
+        CheckpointError: Tensors that contradict the config.
         UnsupportedModelError: There is nothing to prune.
     """
-    checkpoint = Checkpoint.open(model)
     infos = checkpoint.tensors.values()
     names = match_names(skeleton, [Stored(i.name, i.shape, i.dtype) for i in infos])
     owners = _owners(skeleton, names)
@@ -160,7 +185,7 @@ def lay_out(model: Path, skeleton: Skeleton) -> Layout:
         blocks=blocks,
         shards=shards,
         left_dense=_left_dense(checkpoint, owners, blocks),
-        sources=_sources(model, checkpoint),
+        sources=_sources(checkpoint),
         tensors=checkpoint.tensors,
     )
 
@@ -263,7 +288,8 @@ def _left_dense(
     )
 
 
-def _sources(model: Path, checkpoint: Checkpoint) -> dict[str, str]:
+def _sources(checkpoint: Checkpoint) -> dict[str, str]:
+    model = checkpoint.folder
     config = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
     found = {"config.json": config}
     for shard in checkpoint.shards:

@@ -1,12 +1,14 @@
 """What the dry run foretells, and what `--memory` makes of it."""
 
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 from typing import Any
 
 import pytest
+import torch
 
 import halve
 from halve.errors import HalveError
@@ -14,7 +16,7 @@ from halve.plan import make_plan
 from halve.pruning import activation_budget, estimate_costs
 from halve.pruning import costs as costs_module
 from halve.settings import Settings
-from tests.tables import FAMILIES, SOLVERS
+from tests.tables import FAMILIES, MIXTURES, SOLVERS
 
 SIZES: dict[str, Any] = {"samples": 64, "seq_len": 128}
 
@@ -116,3 +118,29 @@ def test_what_was_freed_is_handed_back():
     command = [sys.executable, "-c", _HOLES]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 100 * 2**20
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_a_config_alone_foretells_what_its_checkpoint_does(row, pico, tmp_path):
+    whole, bare = pico(row, dtype=torch.bfloat16), tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(whole / "config.json", bare)
+    with pytest.raises(HalveError, match="no weights"):
+        make_plan(bare, Settings(**SIZES))
+    first, second = (
+        make_plan(folder, Settings(**SIZES), needs_weights=False)
+        for folder in (whole, bare)
+    )
+    assert first.layout.has_weights
+    assert not second.layout.has_weights
+    assert first.layout.output_bytes == second.layout.output_bytes
+    found = [estimate_costs(plan, 2**40) for plan in (first, second)]
+    assert found[0].phases == found[1].phases
+    assert found[0].operations == found[1].operations
+
+
+@pytest.mark.parametrize("row", MIXTURES)
+def test_a_config_of_experts_is_refused_as_their_checkpoint_is(row, pico, tmp_path):
+    shutil.copy(pico(row) / "config.json", tmp_path)
+    with pytest.raises(HalveError, match="not supported yet"):
+        make_plan(tmp_path, Settings(**SIZES), needs_weights=False)

@@ -9,7 +9,7 @@ from halve.checkpoint.output import (
     read_record,
     recall,
 )
-from halve.checkpoint.reader import Checkpoint, TensorInfo
+from halve.checkpoint.reader import Checkpoint, TensorInfo, is_bare
 from halve.checkpoint.source import locate
 from halve.checkpoint.workspace import Workspace, open_workspace
 
@@ -19,6 +19,7 @@ __all__ = [
     "TensorInfo",
     "Workspace",
     "check_space",
+    "is_bare",
     "is_finished",
     "locate",
     "open_workspace",

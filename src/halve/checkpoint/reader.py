@@ -127,8 +127,8 @@ class Checkpoint:
 
     @property
     def shards(self) -> list[str]:
-        """File names, each once."""
-        return list(dict.fromkeys(info.shard for info in self.stored))
+        """File names, each once; none for what lies in no file."""
+        return list(dict.fromkeys(i.shard for i in self.stored if i.shard))
 
     @property
     def stored(self) -> list[TensorInfo]:
@@ -221,6 +221,21 @@ def _dense_view(
     packed = join(info.name, stand_ins | known)
     packed.check_shapes(info.name)
     return replace(info, shape=packed.shape, parts=parts)
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether a folder has no weights, of which an index may tell all the same.
+
+    Raises:
+        CheckpointError: A damaged index, or one that leads out of the folder.
+    """
+    for index, single in _FORMATS:
+        names = [single]
+        if (folder / index).is_file():
+            names += _shards_of_index(folder, index)
+        if any((folder / name).exists() for name in names):
+            return False
+    return True
 
 
 def _indexed_shards(folder: Path) -> dict[str, set[str] | None]:

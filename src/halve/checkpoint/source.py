@@ -13,11 +13,12 @@ _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOT
 _PATIENCE = 20
 
 
-def locate(model: str | Path) -> Path:
+def locate(model: str | Path, weights: bool = True) -> Path:
     """Return the folder of a model, downloaded first where it is a hub name.
 
     Args:
         model: A folder, or `owner/name` (or `name`) on the hub.
+        weights: Whether they are downloaded; the rest always is.
 
     Raises:
         SourceError: There is no such folder or repository, or no way to the hub.
@@ -34,7 +35,7 @@ def locate(model: str | Path) -> Path:
         raise SourceError(
             f"There is no folder {folder}.", "Check the path of the model."
         )
-    return _download(str(model))
+    return _download(str(model), weights)
 
 
 def _path_of(model: str | Path) -> Path:
@@ -52,13 +53,14 @@ def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _download(name: str) -> Path:
+def _download(name: str, weights: bool) -> Path:
     try:
         # One request, not repeated: without a network the user knows at once.
         found = HfApi().model_info(name, timeout=_PATIENCE).siblings or ()
         safe = any(file.rfilename.endswith(".safetensors") for file in found)
-        weights = ["*.safetensors"] if safe else ["pytorch_model*.bin"]
-        return Path(snapshot_download(name, allow_patterns=_SIDE_FILES + weights))
+        large = ["*.safetensors"] if safe else ["pytorch_model*.bin"]
+        wanted = _SIDE_FILES + large * weights
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise SourceError(
             f"{name} is neither a folder here nor a model on the hub.",

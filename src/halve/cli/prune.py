@@ -166,7 +166,8 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         allocation=allocation,
     )
     if dry_run:
-        plan = make_plan(locate(model), settings, trust_remote_code)
+        folder = locate(model, weights=False)
+        plan = make_plan(folder, settings, trust_remote_code, needs_weights=False)
         budget = activation_budget(plan, memory, activation_memory)
         found = estimate_costs(plan, budget)
         time = estimate_seconds(found, choose_device(settings.device))
@@ -250,6 +251,8 @@ def _print_plan(plan: "Plan", costs: "Costs", seconds: float, as_json: bool) -> 
     if as_json:
         print(json.dumps(figures | {"identity": plan.identity()}, indent=2))
         return
+    if not plan.layout.has_weights:
+        print(f"{plan.model} holds no weights: this is what its config.json says.")
     print(f"{figures['blocks']} blocks with {figures['matrices']} matrices to prune:")
     for planned in plan.layout.blocks[0].matrices:
         rows, columns = planned.matrix.shape

@@ -1,7 +1,7 @@
 """Any causal language model of transformers, with no forward code of our own."""
 
 from halve.models.matrices import Matrix, prunable_matrices
-from halve.models.names import Stored, match_names, renamer
+from halve.models.names import Stored, expected_tensors, match_names, renamer
 from halve.models.replay import Call, Recording, finish, record
 from halve.models.skeleton import (
     Skeleton,
@@ -17,6 +17,7 @@ __all__ = [
     "Skeleton",
     "Stored",
     "build_skeleton",
+    "expected_tensors",
     "finish",
     "load_config",
     "longest_sequence",

@@ -57,6 +57,32 @@ def match_names(skeleton: Skeleton, stored: Iterable[Stored]) -> dict[str, str]:
     return found | _tied(skeleton.model, found)
 
 
+def expected_tensors(skeleton: Skeleton, dtype: torch.dtype) -> list[Stored]:
+    """Return the tensors that a checkpoint of a config would hold.
+
+    Args:
+        skeleton: Of the config.
+        dtype: Of all that is no whole number.
+
+    Returns:
+        They have the model's own names; hub checkpoints may leave out a prefix.
+
+    Raises:
+        UnsupportedModelError: They are merged with others on loading, as experts are.
+    """
+    own: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, value in skeleton.model.state_dict(keep_vars=True).items():
+        own.setdefault(id(value), (name, value))  # tied ones are stored once
+    for converter in _converters(skeleton.model):
+        for name, _ in own.values():
+            if any(pattern in name for pattern in converter.target_patterns):
+                raise _merged(skeleton.model, name)
+    return [
+        Stored(name, tuple(v.shape), dtype if v.is_floating_point() else v.dtype)
+        for name, v in own.values()
+    ]
+
+
 def _check_fits(tensor: Stored, wanted: torch.Tensor) -> None:
     expected = tuple(wanted.shape)
     if tensor.shape != expected:
@@ -120,7 +146,7 @@ def renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    converters = _converters(model)
     wanted = model.state_dict()
 
     def rename(name: str) -> str:
@@ -128,11 +154,21 @@ def renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
             name, renamings, converters, model.base_model_prefix, wanted
         )
         if merged_by is not None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} merges the tensor {name} with others on "
-                "loading, as mixtures of experts do, and those are not supported yet.",
-                "Name a model without experts; support for them is planned.",
-            )
+            raise _merged(model, name)
         return target
 
     return rename
+
+
+def _converters(model: Any) -> list[WeightConverter]:  # noqa: ANN401
+    """Return what makes one parameter of several tensors on loading."""
+    conversions = get_model_conversion_mapping(model)
+    return [c for c in conversions if isinstance(c, WeightConverter)]
+
+
+def _merged(model: nn.Module, name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} merges the tensor {name} with others on loading, as "
+        "mixtures of experts do, and those are not supported yet.",
+        "Name a model without experts; support for them is planned.",
+    )

@@ -44,12 +44,14 @@ class Skeleton:
         model: The model, in evaluation mode, parameters on the meta device.
         blocks: Its decoder blocks.
         path: The name of `blocks` within the model, such as `model.layers`.
+        dtype: Of stored weights, as the config has it; float32 where it says nothing.
     """
 
     config: Any
     model: Any
     blocks: nn.ModuleList
     path: str
+    dtype: torch.dtype
 
     @property
     def longest_sequence(self) -> int | None:
@@ -106,6 +108,8 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:
 
 def _built(folder: Path, config: Any, trust_remote_code: bool) -> Skeleton:  # noqa: ANN401
     _check_causal(folder, config)
+    said = config.dtype  # which building overwrites
+    dtype = said if isinstance(said, torch.dtype) else torch.float32
 
     def build() -> Any:  # noqa: ANN401
         return AutoModelForCausalLM.from_config(
@@ -120,7 +124,7 @@ def _built(folder: Path, config: Any, trust_remote_code: bool) -> Skeleton:  # n
     model.eval().requires_grad_(False)
     path, blocks = _find_blocks(folder, model)
     _share_equal_buffers(blocks)
-    skeleton = Skeleton(config, model, blocks, path)
+    skeleton = Skeleton(config, model, blocks, path, dtype)
     if not isinstance(skeleton.vocabulary, int):
         raise TypeError(f"its vocab_size is {skeleton.vocabulary}")
     return skeleton

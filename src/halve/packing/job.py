@@ -71,7 +71,8 @@ def rewrite_model(
     out = output_path(out, source)
     if rewriting.kind == "unpack":
         _check_packed(source)
-    layout = lay_out(source, build_skeleton(source, rewriting.trust_remote_code))
+    skeleton = build_skeleton(source, rewriting.trust_remote_code)
+    layout = lay_out(Checkpoint.open(source), skeleton)
     identity = {
         "verb": rewriting.kind,
         "format": quantization_config()["version"],

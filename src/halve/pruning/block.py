@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import NumericalError
+from halve.finite import is_finite
 from halve.plan import PlannedBlock, PlannedMatrix
 from halve.pruning.budget import Patterns
 from halve.pruning.choice import Candidate, Choice, Contest
@@ -18,6 +19,7 @@ from halve.pruning.reference import Reference
 from halve.pruning.refine import Refined, Refining, refine
 from halve.pruning.shares import Owners, bring_together, deal_out, share_choice
 from halve.pruning.site import Paths, Site, weight_path
+from halve.pruning.trim import trim
 from halve.runtime.streamed import StreamedModel
 from halve.solvers.correction import Correction
 from halve.statistics import Gram, Nothing, Statistic
@@ -143,6 +145,7 @@ def _solve_stage(
     own: dict[str, Choice] = {}
     while stage:  # what a group's solutions needed is gone when the next is begun
         own |= _solve_group(site, model, stage.pop(0), task, owners)
+        trim()
     choices: dict[str, Choice] = {}
     for planned in matrices:
         dtype, owner = _dtype(model, planned), owners[planned.tensor]
@@ -193,7 +196,7 @@ def _put(
     own, solution = planned.matrix.as_rows, choice.solution
     solution.weight.copy_(solution.weight.to(dtype))
     rounded = own(solution.weight).contiguous()
-    if not rounded.isfinite().all():
+    if not is_finite(rounded):
         raise NumericalError(
             f"The solution for {planned.tensor} is not finite in {dtype}.",
             "Raise --damping, or calibrate on other text.",

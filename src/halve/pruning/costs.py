@@ -48,7 +48,7 @@ _TUNED = 3
 _REFINING_COPIES = 6
 # What the libraries load and allocate once a run is under way (kernels of BLAS and
 # oneDNN, tokenizer, text), measured: benchmarks/memory.py.
-_LIBRARIES = 130 * 2**20
+_LIBRARIES = 80 * 2**20
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class _Estimate:
         # As stored, and as it is computed with.
         yield _phase("embedding", embeddings=2 * self._outside())
         for block in self.blocks:
-            weights = self._weights(block)
+            weights, masks = self._weights(block), self._masks(block)
             batch = self._batch(block) if self.runs_text else 0
             sums = max(self._sums(block, c, running=True) for c in _groups(block))
             yield _phase("collecting", weights=weights, grams=sums, activations=batch)
@@ -289,11 +289,11 @@ class _Estimate:
             if self.plan.settings.refine:
                 yield _phase(
                     "refining",
-                    weights=weights,
+                    weights=weights + masks,
                     copies=_REFINING_COPIES * weights,
                     activations=_TUNED * batch,
                 )
-            yield _phase("writing", files=2 * weights)
+            yield _phase("writing", weights=weights + masks, files=self._stored(block))
 
     def _solving(self, block: PlannedBlock, rows: int, columns: int) -> Phase:
         """Return what is in memory while matrices of one shape are solved."""
@@ -303,7 +303,7 @@ class _Estimate:
         solutions = (len(self.solvers) + self.corrects) * rows * columns
         return _phase(
             "solving",
-            weights=self._weights(block),
+            weights=self._weights(block) + self._masks(block),
             grams=self._sums(block, columns, running=False),
             factors=sum(work.state for work in works),
             matrices=max(work.peak for work in works) + solutions,
@@ -349,6 +349,16 @@ class _Estimate:
 
     def _weights(self, block: PlannedBlock) -> int:
         return self._size(self.plan.layout.shards[block.shard])
+
+    def _stored(self, block: PlannedBlock) -> int:
+        """Return what a block takes as it is stored, and as it is read back."""
+        names = self.plan.layout.shards[block.shard]
+        tensors = self.plan.layout.tensors
+        return 2 * sum(tensors[name].nbytes for name in names) // _FLOAT
+
+    def _masks(self, block: PlannedBlock) -> int:
+        """Return what the masks of a block take; a byte for each weight."""
+        return sum(matrix.elements for matrix in block.matrices) // _FLOAT
 
     def _size(self, names: Iterable[str]) -> int:
         return sum(prod(self.plan.layout.tensors[name].shape) for name in names)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from halve.distributed import Ranks
 from halve.errors import NumericalError
+from halve.finite import is_finite
 from halve.products import linear
 from halve.pruning.groups import Group
 from halve.pruning.reference import Reference
@@ -175,7 +176,7 @@ class _Batch:
 def _is_finite(known: Tensor | Statistic) -> bool:
     if isinstance(known, Statistic):
         return known.is_finite()
-    return bool(known.isfinite().all())
+    return is_finite(known)
 
 
 def _report(name: str, inputs: Tensor, numbers: Sequence[int]) -> None:

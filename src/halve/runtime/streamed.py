@@ -26,6 +26,7 @@ from halve.errors import (
     NumericalError,
     UnsupportedModelError,
 )
+from halve.finite import is_finite
 from halve.models import (
     Recording,
     Skeleton,
@@ -172,6 +173,7 @@ class StreamedModel:
                 if source in stored:
                     values[source] = self._usable(source, stored.pop(source))
                 empty[name] = self._swap(name, values[source])
+            values.clear()  # so that a weight is freed once another takes its place
             self._move_buffers()
             yield
         finally:
@@ -187,7 +189,7 @@ class StreamedModel:
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Raise NumericalError where a tensor of the checkpoint is not all numbers."""
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise NumericalError(
                 f"Tensor {name} of {self.checkpoint.folder} holds NaN or infinity.",
                 "Repair or download the checkpoint again; it cannot be computed with.",
@@ -371,7 +373,7 @@ class Stream:
             self.hidden[part] = states.cpu()
 
     def _check_finite(self, states: Tensor, index: int, part: slice) -> None:
-        if states.sum().isfinite() or states.isfinite().all():
+        if is_finite(states):
             return
         bad = (~states.isfinite()).flatten(1).any(dim=1).nonzero()[0].item()
         raise NumericalError(

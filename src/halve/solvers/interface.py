@@ -56,7 +56,8 @@ class Work:
     Attributes:
         state: Numbers in memory, beside the statistic and the dense matrix, from
             `prepare` to the last `solve`.
-        peak: Numbers on top of that, at most, while it prepares or solves.
+        peak: Numbers on top of that and of one solution, at most, while it prepares or
+            solves.
         once: Multiplications and additions of `prepare`.
         each: Those of one `solve`.
     """

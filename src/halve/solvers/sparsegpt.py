@@ -60,21 +60,22 @@ class Prepared:
         X^T X is no more: U is in its place. ||D U^-1||^2 is the error of D with what
         damping adds to it.
         """
-        lost, kept = (self._energy(m) for m in (weight - solution, weight))
+        lost = kept = 0.0
+        # Some rows at a time, so that it takes no third matrix.
+        for dense, own in zip(weight.split(_ROWS), solution.split(_ROWS), strict=True):
+            lost += self._energy(dense - own)
+            kept += self._energy(dense)
         if kept <= 0:
             return 0.0 if lost <= 0 else float("inf")
         return max(lost, 0.0) / kept
 
-    def _energy(self, matrix: Tensor) -> float:
+    def _energy(self, rows: Tensor) -> float:
+        alive = rows.masked_fill(self.dead, 0)
+        image = torch.linalg.solve_triangular(
+            self.factor, alive, upper=True, left=False
+        )
         added = damping_of(self.diagonal, self.damping)
-        total = 0.0
-        for rows in matrix.split(_ROWS):  # so that it takes no third matrix
-            alive = rows.masked_fill(self.dead, 0)
-            image = torch.linalg.solve_triangular(
-                self.factor, alive, upper=True, left=False
-            )
-            total += float(vector_norm(image) ** 2 - added * vector_norm(alive) ** 2)
-        return total
+        return float(vector_norm(image) ** 2 - added * vector_norm(alive) ** 2)
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,15 @@ class SparseGPT(Solver[Gram, Prepared]):
             levels = fit_levels(self.grid, weight, state.diagonal)
         sweep(remaining, state.factor, adaptive(pattern, self.block_size, levels))
         solution = remaining.T.contiguous()
+        del remaining  # as large as the matrix
         error = state.error(weight, solution)
         return Solution(solution, Outcome(error, state.damping), levels)
 
     def work(self, rows: int, columns: int) -> Work:
-        """A copy that is swept, and the solution; the factor takes H's own place."""
+        """A copy that is swept; the factor takes H's own place."""
         size = rows * columns
         # Half a product while it sweeps, and as much twice for the error.
-        return Work(0, 3 * size, columns**3 * 4 // 3, 3 * size * columns)
+        return Work(0, size, columns**3 * 4 // 3, 3 * size * columns)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:
