@@ -204,8 +204,7 @@ def _put(
     path, levels = weight_path(planned), solution.levels
     site.exchange(path, rounded)
     # Where none is pruned, a weight that was rounded to 0 may come back.
-    pruned = (rounded == 0) & (choice.candidate.pattern.sparsity > 0)
-    site.kept[path] = ~pruned
+    site.solved[path] = choice.candidate.pattern.sparsity > 0
     if levels is not None:
         site.levels[path] = lambda values: own(levels.round(own(values))).contiguous()
     return replace(choice, solution=replace(solution, weight=own(rounded)))

@@ -280,7 +280,7 @@ class _Estimate:
         # As stored, and as it is computed with.
         yield _phase("embedding", embeddings=2 * self._outside())
         for block in self.blocks:
-            weights, masks = self._weights(block), self._masks(block)
+            weights = self._weights(block)
             batch = self._batch(block) if self.runs_text else 0
             sums = max(self._sums(block, c, running=True) for c in _groups(block))
             yield _phase("collecting", weights=weights, grams=sums, activations=batch)
@@ -289,11 +289,12 @@ class _Estimate:
             if self.plan.settings.refine:
                 yield _phase(
                     "refining",
-                    weights=weights + masks,
+                    weights=weights,
+                    masks=self._masks(block),
                     copies=_REFINING_COPIES * weights,
                     activations=_TUNED * batch,
                 )
-            yield _phase("writing", weights=weights + masks, files=self._stored(block))
+            yield _phase("writing", weights=weights, files=self._stored(block))
 
     def _solving(self, block: PlannedBlock, rows: int, columns: int) -> Phase:
         """Return what is in memory while matrices of one shape are solved."""
@@ -303,7 +304,7 @@ class _Estimate:
         solutions = (len(self.solvers) + self.corrects) * rows * columns
         return _phase(
             "solving",
-            weights=self._weights(block) + self._masks(block),
+            weights=self._weights(block),
             grams=self._sums(block, columns, running=False),
             factors=sum(work.state for work in works),
             matrices=max(work.peak for work in works) + solutions,

@@ -96,7 +96,11 @@ class _Tuning:
         self.first = {path: p.data for path, p in self.parameters.items()}
         self.values = {path: value.clone() for path, value in self.first.items()}
         self.best: dict[str, Tensor] = {}
-        self.kept = {p: site.kept[p] for p in self.first if p in site.kept}
+        self.kept = {
+            path: (self.first[path] != 0) | (not stay)
+            for path, stay in site.solved.items()
+            if path in self.first
+        }
         self.optimiser = torch.optim.Adam(
             [
                 {"params": [self.parameters[path]], "lr": _RATE * size}

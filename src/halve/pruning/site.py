@@ -38,7 +38,7 @@ class Site:
         planned: What it is.
         paths: What enters it; None where there is no text.
         changed: Parameters that were exchanged.
-        kept: Matrices that were pruned -> True where weights are kept, as stored.
+        solved: Matrices that were pruned -> whether their zeros are to stay zeros.
         levels: Matrices that were rounded -> what to.
     """
 
@@ -46,7 +46,7 @@ class Site:
     planned: PlannedBlock
     paths: Paths | None
     changed: set[str] = field(default_factory=set)
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    solved: dict[str, bool] = field(default_factory=dict)
     levels: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @property
