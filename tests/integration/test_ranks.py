@@ -17,6 +17,7 @@ from halve.records import PruneRecord
 from halve.settings import Settings
 from tests.integration.test_resume import Stopped, digests, stop_at
 
+pytestmark = pytest.mark.xdist_group("ranks")  # what two processes do is done once
 RANKS = 2
 # Three batches of 16 windows, apart from those that are held out.
 OPTIONS: dict[str, Any] = {"samples": 50, "seq_len": 64, "device": "cpu"}
