@@ -7,7 +7,7 @@ U^T U = H^-1. The sweep itself is in `sweep.py`; with a grid it rounds in the sa
 what it does not prune (the paper, section 3.5).
 
 Two things are done otherwise than in the published code, with the same result. U comes
-from one factorisation and one triangular inverse (see `_inverse_factor`) instead of
+from one factorisation and one triangular inverse (see `factors.py`) instead of
 two factorisations and a full inverse: half the operations. And within a block the
 update is carried in small chunks, so that most of it is a matrix product.
 
@@ -20,19 +20,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from halve.grids import Grid, fit_levels
 from halve.patterns import Pattern
+from halve.solvers.factors import inverse_factor
 from halve.solvers.hessian import damping_of, factorise
 from halve.solvers.interface import Outcome, Solution, Solver, Work
 from halve.solvers.sweep import adaptive, sweep
 from halve.statistics import Gram
 
-# Numbers that are reversed at once, and rows whose error is summed at once.
-_PIECE, _ROWS = 2**20, 256
+# Rows whose error is summed at once.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ class SparseGPT(Solver[Gram, Prepared]):
     def prepare(self, statistic: Gram) -> Prepared:
         """Factorise the inverse Hessian.
 
-        Costs 2/3 columns^3 operations; on the CPU in the memory of the Gram matrix.
+        Costs 2/3 columns^3 operations, in the memory of the Gram matrix.
 
         Raises:
             NumericalError: Not positive definite with any damping up to 1.
         """
         gram = statistic.release()
         diagonal = gram.diagonal().clone()
-        factor, damping = factorise(gram, self.damping, _inverse_factor)
+        factor, damping = factorise(gram, self.damping, inverse_factor)
         return Prepared(factor, diagonal, damping)
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
@@ -127,58 +127,3 @@ class SparseGPT(Solver[Gram, Prepared]):
         size = rows * columns
         # Half a product while it sweeps, and as much twice for the error.
         return Work(0, size, columns**3 * 4 // 3, 3 * size * columns)
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    """Return upper triangular U with U^T U = H^-1, None where H is not positive.
-
-    With J the reversal of rows and columns, J H J = L L^T gives H = M M^T for the
-    upper triangular M = J L J, hence H^-1 = (M^-1)^T M^-1 and U = M^-1 = J L^-1 J.
-    On the CPU all of that happens in the memory of H. What lies above its diagonal is
-    only cleared once all has succeeded.
-    """
-    if hessian.device.type == "cpu":
-        return _invert_in_place(hessian)
-    inverse = _inverse_of_cholesky(hessian.flip(0, 1))
-    return None if inverse is None else inverse.flip(0, 1)
-
-
-def _invert_in_place(hessian: Tensor) -> Tensor | None:
-    _reverse(hessian)
-    # LAPACK works on columns in one piece, and so on the transpose: the matrix itself,
-    # then L^T, then L^-T, which are upper triangular.
-    columns = hessian.numpy().T
-    factorise, invert = get_lapack_funcs(("potrf", "trtri"), (columns,))
-    found, failed = factorise(columns, lower=0, clean=0, overwrite_a=1)
-    if not failed:
-        found, failed = invert(columns, lower=0, overwrite_c=1)
-    assert found.ctypes.data == columns.ctypes.data, "LAPACK worked on a copy"
-    sound = not failed and bool(hessian.diagonal().isfinite().all())
-    if sound:
-        hessian.tril_()
-    _reverse(hessian)
-    return hessian if sound else None
-
-
-def _reverse(matrix: Tensor) -> None:
-    """Reverse the rows and the columns of a matrix, in place: its numbers, backwards.
-
-    Piece by piece, so that no second matrix is needed.
-    """
-    numbers = matrix.view(-1)
-    size = len(numbers)
-    for start in range(0, size // 2, _PIECE):
-        stop = min(start + _PIECE, size // 2)
-        front, back = numbers[start:stop], numbers[size - stop : size - start]
-        kept = front.flip(0)
-        front.copy_(back.flip(0))
-        back.copy_(kept)
-
-
-def _inverse_of_cholesky(matrix: Tensor) -> Tensor | None:
-    """Return L^-1 of a symmetric matrix L L^T; None on failure."""
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if failed or not lower.diagonal().isfinite().all():
-        return None
-    identity = torch.eye(len(lower), device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False)
