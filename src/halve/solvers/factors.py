@@ -28,7 +28,7 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
             none, only what is below its diagonal is left as it was.
 
     Cost:
-        2/3 columns^3 operations, and past 8192 columns some strips of 8192 x 1024.
+        2/3 columns^3 operations, and the memory that `scratch` tells.
     """
     if matrix.device.type != "cpu":
         inverse = _inverse_of_cholesky(matrix.flip(0, 1))
@@ -40,6 +40,11 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
         matrix.tril_()
     _reverse(matrix)
     return matrix if sound else None
+
+
+def scratch(columns: int) -> int:
+    """Return how many numbers are in memory beside a matrix on the CPU, at most."""
+    return _SQUARE**2 + 3 * _SQUARE * _STRIP if columns > _SQUARE else 0
 
 
 def _cut(first: int, last: int, size: int) -> list[slice]:
@@ -58,10 +63,9 @@ def _factorise(matrix: Tensor) -> bool:
         if not _by_lapack(square, "potrf", clean=0, overwrite_a=1):
             return False
         _put_lower(matrix[own, own], square)
-        upper = square.tril().T if own.stop < size else square
         for rows in _cut(own.stop, size, _STRIP):
             below = matrix[rows, own]
-            below.copy_(solve_triangular(upper, below, upper=True, left=False))
+            below.copy_(solve_triangular(square.T, below, upper=True, left=False))
         for rows in _cut(own.stop, size, _STRIP):
             left = matrix[rows, own].contiguous()
             for columns in _cut(own.stop, rows.stop, _STRIP):
@@ -79,7 +83,8 @@ def _invert(matrix: Tensor) -> None:
         found = _by_lapack(square, "trtri", overwrite_c=1)
         assert found, "a Cholesky factor has an inverse"
         _put_lower(matrix[own, own], square)
-        right = square.tril().T if own.stop < size else square
+        if own.stop < size:  # so it is a copy
+            square.tril_()
         # From below: a strip is a sum over those above it, which are L's still.
         for rows in reversed(_cut(own.stop, size, _STRIP)):
             product = torch.zeros(rows.stop - rows.start, len(square))
@@ -87,13 +92,16 @@ def _invert(matrix: Tensor) -> None:
                 tile = matrix[rows, columns]
                 tile = tile.tril() if rows == columns else tile
                 product += linear(tile, matrix[columns, own].T)
-            matrix[rows, own] = linear(product, right).neg_()
+            matrix[rows, own] = linear(product, square.T).neg_()
 
 
 def _put_lower(place: Tensor, square: Tensor) -> None:
     """Copy a square's lower triangle, unless it lies in that very place."""
-    if place.data_ptr() != square.data_ptr():
-        place.copy_(place.triu(1) + square.tril())
+    if place.data_ptr() == square.data_ptr():
+        return
+    for rows in _cut(0, len(square), _STRIP):
+        place[rows, : rows.start] = square[rows, : rows.start]
+        place[rows, rows] = place[rows, rows].triu(1) + square[rows, rows].tril()
 
 
 def _by_lapack(square: Tensor, name: str, **options: Any) -> bool:  # noqa: ANN401

@@ -25,7 +25,7 @@ from torch.linalg import vector_norm
 
 from halve.grids import Grid, fit_levels
 from halve.patterns import Pattern
-from halve.solvers.factors import inverse_factor
+from halve.solvers.factors import inverse_factor, scratch
 from halve.solvers.hessian import damping_of, factorise
 from halve.solvers.interface import Outcome, Solution, Solver, Work
 from halve.solvers.sweep import adaptive, sweep
@@ -125,5 +125,7 @@ class SparseGPT(Solver[Gram, Prepared]):
     def work(self, rows: int, columns: int) -> Work:
         """A copy that is swept; the factor takes H's own place."""
         size = rows * columns
+        # There is no solution yet while it factorises.
+        peak = max(size, scratch(columns) - size)
         # Half a product while it sweeps, and as much twice for the error.
-        return Work(0, size, columns**3 * 4 // 3, 3 * size * columns)
+        return Work(0, peak, columns**3 * 4 // 3, 3 * size * columns)
