@@ -34,9 +34,8 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
         inverse = _inverse_of_cholesky(matrix.flip(0, 1))
         return None if inverse is None else inverse.flip(0, 1)
     _reverse(matrix)
-    sound = _factorise(matrix)
+    sound = _factorise(matrix) and _invert(matrix)
     if sound:
-        _invert(matrix)
         matrix.tril_()
     _reverse(matrix)
     return matrix if sound else None
@@ -75,13 +74,17 @@ def _factorise(matrix: Tensor) -> bool:
     return True
 
 
-def _invert(matrix: Tensor) -> None:
-    """Replace L, on and below the diagonal, by its inverse; what is above is lost."""
+def _invert(matrix: Tensor) -> bool:
+    """Replace L, on and below the diagonal, by its inverse; what is above stays.
+
+    Returns:
+        False where that overflows.
+    """
     size = len(matrix)
     for own in reversed(_cut(0, size, _SQUARE)):
         square = matrix[own, own].contiguous()
-        found = _by_lapack(square, "trtri", overwrite_c=1)
-        assert found, "a Cholesky factor has an inverse"
+        if not _by_lapack(square, "trtri", overwrite_c=1):
+            return False
         _put_lower(matrix[own, own], square)
         if own.stop < size:  # so it is a copy
             square.tril_()
@@ -93,6 +96,7 @@ def _invert(matrix: Tensor) -> None:
                 tile = tile.tril() if rows == columns else tile
                 product += linear(tile, matrix[columns, own].T)
             matrix[rows, own] = linear(product, square.T).neg_()
+    return True
 
 
 def _put_lower(place: Tensor, square: Tensor) -> None:

@@ -99,7 +99,7 @@ class SparseGPT(Solver[Gram, Prepared]):
     def prepare(self, statistic: Gram) -> Prepared:
         """Factorise the inverse Hessian.
 
-        Costs 2/3 columns^3 operations, in the memory of the Gram matrix.
+        Costs 2/3 columns^3 operations; on the CPU in the memory of the Gram matrix.
 
         Raises:
             NumericalError: Not positive definite with any damping up to 1.
