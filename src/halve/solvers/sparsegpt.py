@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
+from torch.linalg import solve_triangular, vector_norm
 
 from halve.grids import Grid, fit_levels
 from halve.patterns import Pattern
@@ -54,28 +54,33 @@ class Prepared:
         """[columns], True for inputs that are always zero."""
         return self.diagonal == 0
 
-    def error(self, weight: Tensor, solution: Tensor) -> float:
+    def relative(self, lost: float, weight: Tensor, solution: Tensor) -> float:
         """Return ||X (W - Z)^T||^2 / ||X W^T||^2, as `hessian.relative_error` does.
 
-        X^T X is no more: U is in its place. ||D U^-1||^2 is the error of D with what
-        damping adds to it.
+        Args:
+            lost: trace (W - Z) H (W - Z)^T: the error with what damping adds to it.
+            weight: W, [rows, columns].
+            solution: Z, [rows, columns].
         """
-        lost = kept = 0.0
+        added = damping_of(self.diagonal, self.damping)
+        kept = 0.0
         # Some rows at a time, so that it takes no third matrix.
         for dense, own in zip(weight.split(_ROWS), solution.split(_ROWS), strict=True):
-            lost += self._energy(dense - own)
-            kept += self._energy(dense)
+            lost -= added * self._square(dense - own)
+            # X^T X is no more: U is in its place.
+            image = solve_triangular(
+                self.factor, self._alive(dense), upper=True, left=False
+            )
+            kept += float(vector_norm(image) ** 2) - added * self._square(dense)
         if kept <= 0:
             return 0.0 if lost <= 0 else float("inf")
         return max(lost, 0.0) / kept
 
-    def _energy(self, rows: Tensor) -> float:
-        alive = rows.masked_fill(self.dead, 0)
-        image = torch.linalg.solve_triangular(
-            self.factor, alive, upper=True, left=False
-        )
-        added = damping_of(self.diagonal, self.damping)
-        return float(vector_norm(image) ** 2 - added * vector_norm(alive) ** 2)
+    def _alive(self, rows: Tensor) -> Tensor:
+        return rows.masked_fill(self.dead, 0)
+
+    def _square(self, rows: Tensor) -> float:
+        return float(vector_norm(self._alive(rows)) ** 2)
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,11 @@ class SparseGPT(Solver[Gram, Prepared]):
         levels = None
         if self.grid is not None:
             levels = fit_levels(self.grid, weight, state.diagonal)
-        sweep(remaining, state.factor, adaptive(pattern, self.block_size, levels))
+        rule = adaptive(pattern, self.block_size, levels)
+        lost = sweep(remaining, state.factor, rule)
         solution = remaining.T.contiguous()
         del remaining  # as large as the matrix
-        error = state.error(weight, solution)
+        error = state.relative(lost, weight, solution)
         return Solution(solution, Outcome(error, state.damping), levels)
 
     def work(self, rows: int, columns: int) -> Work:
@@ -127,5 +133,5 @@ class SparseGPT(Solver[Gram, Prepared]):
         size = rows * columns
         # There is no solution yet while it factorises.
         peak = max(size, scratch(columns) - size)
-        # Half a product while it sweeps, and as much twice for the error.
-        return Work(0, peak, columns**3 * 4 // 3, 3 * size * columns)
+        # Half a product while it sweeps, and as much for the error.
+        return Work(0, peak, columns**3 * 4 // 3, 2 * size * columns)

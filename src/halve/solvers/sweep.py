@@ -65,21 +65,28 @@ def held(pruned: Tensor, size: int, levels: Levels | None = None) -> Rule:
     return Rule(lambda first, s: pruned[first : first + len(s)], size, size, levels)
 
 
-def sweep(remaining: Tensor, factor: Tensor, rule: Rule) -> None:
+def sweep(remaining: Tensor, factor: Tensor, rule: Rule) -> float:
     """Settle all columns, in place; rows * columns^2 operations.
 
     Args:
-        remaining: [columns, rows]: a column of the matrix lies in one piece.
+        remaining: W^T, [columns, rows]: a column of the matrix lies in one piece.
         factor: U, [columns, columns], upper triangular with U^T U = H^-1.
         rule: How.
+
+    Returns:
+        trace (W - Z) H (W - Z)^T for the solution Z. Where E are the errors of all
+        columns, W - Z = E U, so that this is ||E||^2.
     """
     columns = len(remaining)
+    lost = remaining.new_zeros((), dtype=torch.float64)
     for start in range(0, columns, rule.size):
         stop = min(start + rule.size, columns)
         block, own = remaining[start:stop], factor[start:stop, start:stop]
         errors = _sweep_block(block, own, rule, start)
+        lost += torch.linalg.vector_norm(errors).double().square()
         # Added in place: the product alone would be as large as the matrix.
         remaining[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return float(lost)
 
 
 def _sweep_block(block: Tensor, factor: Tensor, rule: Rule, first: int) -> Tensor:
