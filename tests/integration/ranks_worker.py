@@ -4,9 +4,10 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
-from halve.cli import main
+from halve.cli import app, main
 from halve.distributed import join
 from halve.errors import NumericalError
 from halve.pruning import Execution, prune_model
@@ -24,9 +25,11 @@ def do_jobs(path: str) -> None:
 def get_into_trouble(kind: str, rank: str, phase: str) -> None:
     """Let one rank die or fail when it comes to a phase of the second block.
 
-    By "propagating" all ranks have finished the first block, and only that one.
+    By "propagating" all ranks have finished the first block, and only that one. The
+    one that fails is slow to say so: the others have ended by then, and torchrun has
+    told it to stop.
     """
-    real = _Clock.report
+    real, printable = _Clock.report, app._printable
 
     def report(self, block, now):
         if os.environ["RANK"] == rank and block == 1 and now == phase:
@@ -35,7 +38,13 @@ def get_into_trouble(kind: str, rank: str, phase: str) -> None:
             raise NumericalError("The rank had a bad day.", "Let it rest.")
         real(self, block, now)
 
+    def dawdle(message):
+        if os.environ["RANK"] == rank:
+            time.sleep(2)
+        return printable(message)
+
     _Clock.report = report  # pyright: ignore[reportAttributeAccessIssue]
+    app._printable = dawdle
     main()
 
 

@@ -66,14 +66,27 @@ def main() -> None:
     SIGTERM.
     """
     from halve.cli.interruption import Interrupted, how_to_go_on, interruptible
-    from halve.errors import HalveError, HalveWarning, ToldError
 
     # What the libraries have to say while loading is Halve's to say or not.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        with interruptible(), warnings.catch_warnings():
+        # Errors are told within: torchrun stops a process whose fellow has ended, and
+        # one that fails as well is deaf to that until it has said why.
+        with interruptible():
+            _run()
+    except Interrupted as interrupted:
+        print(how_to_go_on(interrupted), file=sys.stderr)
+        sys.exit(interrupted.exit_code)
+
+
+def _run() -> None:
+    """Run a subcommand; say what went wrong."""
+    from halve.errors import HalveError, HalveWarning, ToldError
+
+    try:
+        with warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("default", HalveWarning)
@@ -84,6 +97,3 @@ def main() -> None:
     except HalveError as error:
         print(f"Error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except Interrupted as interrupted:
-        print(how_to_go_on(interrupted), file=sys.stderr)
-        sys.exit(interrupted.exit_code)
