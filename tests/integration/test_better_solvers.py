@@ -42,7 +42,9 @@ def matrices(record):
 def test_refining_never_raises_the_held_out_error_and_keeps_masks(
     row, pattern, pico, text, tmp_path
 ):
+    # With a third of the windows some processors found nothing to refine in some model.
     options: dict[str, Any] = OPTIONS | {"calibration": str(text), "sparsity": pattern}
+    options |= {"samples": 48}
     plain = halve.prune(pico(row), tmp_path / "plain", refine=False, **options)
     refined = halve.prune(
         pico(row), tmp_path / "refined", refine=True, epochs=12, **options
