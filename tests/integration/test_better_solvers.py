@@ -14,7 +14,8 @@ from halve.pruning.groups import stages
 from halve.pruning.reference import Reference
 from halve.pruning.refine import _Tuning
 from halve.pruning.site import Paths, Site
-from halve.runtime.streamed import Stream, StreamedModel
+from halve.runtime.stream import Stream
+from halve.runtime.streamed import StreamedModel
 from halve.settings import Settings
 from halve.statistics import Gram
 from tests.integration.test_resume import digests

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import halve
 from halve.plan import make_plan
-from halve.runtime.streamed import Stream, StreamedModel
+from halve.runtime.stream import Stream
+from halve.runtime.streamed import StreamedModel
 from halve.settings import Settings
 from tests.tables import FAMILIES, MIXTURES, SOLVERS
 

@@ -9,7 +9,8 @@ import torch
 
 import halve
 from halve.errors import HalveError, HalveWarning
-from halve.runtime.streamed import Stream, StreamedModel
+from halve.runtime.stream import Stream
+from halve.runtime.streamed import StreamedModel
 from tests.integration.test_resume import STOPPED, Stopped, digests, stop_at
 
 OPTIONS = {"samples": 8, "seq_len": 32, "device": "cpu"}

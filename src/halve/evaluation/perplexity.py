@@ -25,7 +25,9 @@ from halve.calibration import (
 from halve.checkpoint import locate
 from halve.errors import CalibrationError, NumericalError
 from halve.records import ComparisonRecord, PerplexityRecord
-from halve.runtime.streamed import Stream, StreamedModel, with_smaller_batches
+from halve.runtime.halving import with_smaller_batches
+from halve.runtime.stream import Stream
+from halve.runtime.streamed import StreamedModel
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halve.errors import UnsupportedModelError
 from halve.plan import PlannedBlock, PlannedMatrix
-from halve.runtime.streamed import Stream
+from halve.runtime.stream import Stream
 
 Hook = Callable[[str, Tensor], object]
 

@@ -38,11 +38,8 @@ from halve.records import (
     versions,
 )
 from halve.runtime.generation import sample_windows
-from halve.runtime.streamed import (
-    StreamedModel,
-    choose_device,
-    with_smaller_batches,
-)
+from halve.runtime.halving import with_smaller_batches
+from halve.runtime.streamed import StreamedModel, choose_device
 from halve.settings import Settings
 from halve.statistics import Nothing
 

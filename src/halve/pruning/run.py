@@ -30,7 +30,8 @@ from halve.records import (
     MatrixRecord,
     Progress,
 )
-from halve.runtime.streamed import Stream, StreamedModel
+from halve.runtime.stream import Stream
+from halve.runtime.streamed import StreamedModel
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from halve.distributed import ALONE, Ranks
 from halve.plan import PlannedBlock, PlannedMatrix
 from halve.pruning.groups import Group, find_groups, hooks
-from halve.runtime.streamed import Stream
+from halve.runtime.stream import Stream
 
 
 @dataclass(frozen=True)

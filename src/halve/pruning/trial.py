@@ -25,7 +25,8 @@ from halve.pruning.budget import Patterns, exact_patterns
 from halve.pruning.choice import Candidate
 from halve.pruning.site import Paths
 from halve.records import AllocationRecord, TrialRecord
-from halve.runtime.streamed import Stream, StreamedModel, logits_apart
+from halve.runtime.stream import Stream, logits_apart
+from halve.runtime.streamed import StreamedModel
 from halve.solvers import SparseGPT
 
 # What is tried, in this order, in shares of what the model keeps: a block keeps so much

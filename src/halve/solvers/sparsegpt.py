@@ -19,7 +19,6 @@ grid are searched, and not those of minimum and maximum.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.linalg import solve_triangular, vector_norm
 

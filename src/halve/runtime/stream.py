@@ -1,0 +1,243 @@
+"""The hidden states of a set of windows, carried through a model block by block."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from halve.calibration import allocate_hidden
+from halve.distributed import ALONE, Ranks
+from halve.errors import NumericalError
+from halve.finite import is_finite
+from halve.models import Recording, finish, record
+from halve.products import FastProducts
+from halve.runtime.streamed import BATCH_TOKENS, StreamedModel
+
+# The one sample on which the inputs of a block's modules are watched.
+_FIRST = slice(0, 1)
+# Logits of one batch, in numbers: 256 MiB of float32.
+_BATCH_LOGITS = 2**26
+
+
+@dataclass
+class Stream:
+    """The hidden states of windows on their way through a model.
+
+    Where several processes share windows, each has a stream of its own ones.
+
+    Attributes:
+        model: What they go through.
+        windows: Token numbers, [samples, length].
+        apart: How many windows, the last ones, are kept apart from the others: no batch
+            holds both kinds.
+        ranks: Who has the other windows.
+        numbers: Which of all windows these are.
+        all_apart: How many windows all processes keep apart.
+        hidden: States between two blocks, [samples, length, width], overwritten by
+            each block.
+        recordings: How blocks are called: for each size of batch where all batches are
+            called alike, else for each batch (by its first sample).
+    """
+
+    model: StreamedModel
+    windows: Tensor
+    apart: int = 0
+    ranks: Ranks = ALONE
+    numbers: Sequence[int] = ()
+    all_apart: int = 0
+    hidden: Tensor = field(init=False)
+    recordings: dict[tuple[int, int | None], Recording] = field(
+        init=False, default_factory=dict
+    )
+
+    @classmethod
+    @torch.no_grad()
+    def start(
+        cls,
+        model: StreamedModel,
+        windows: Tensor,
+        budget: int,
+        folder: Path | None = None,
+        apart: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> "Stream":
+        """Run the model up to its first block.
+
+        Args:
+            model: The model.
+            windows: [samples, length], int64: those of all processes.
+            budget: Bytes of hidden states that may live in memory.
+            folder: Where a mapped file lies past that.
+            apart: How many of the windows, the last ones, are kept apart.
+            ranks: Who shares them. Each process must be left one that is not apart, or
+                one in all where all are.
+
+        Raises:
+            CalibrationError: Windows longer than the model can take.
+        """
+        model.skeleton.check_length(windows.shape[1])
+        fitted, batch = len(windows) - apart, model.batch(windows.shape[1])
+        held = [fitted + number for number in _own(apart, batch, ranks)]
+        numbers = [*_own(fitted, batch, ranks), *held]
+        windows = windows[numbers]
+        stream = cls(model, windows, len(held), ranks, numbers, apart)
+        steps = stream.steps() if ranks.size > 1 else ()  # of other sizes
+        with model.surroundings(with_head=False), FastProducts():
+            for part in (_FIRST, *stream.batches(), *steps):
+                ids = windows[part].to(model.device)
+                with model.running():
+                    states, recording = record(model.skeleton, ids)
+                if part is _FIRST:
+                    samples, length = windows.shape
+                    shape = (samples, length, states.shape[-1])
+                    stream.hidden = allocate_hidden(shape, budget, folder)
+                stream.hidden[part] = states.cpu()
+                stream._note(part, recording)
+        return stream
+
+    def fork(self, budget: int, folder: Path | None = None) -> "Stream":
+        """Return a second stream at the same place, to go its own way from there."""
+        twin = replace(self)
+        samples, length, width = self.hidden.shape
+        twin.hidden = allocate_hidden((samples, length, width), budget, folder)
+        twin.hidden.copy_(self.hidden)
+        twin.recordings = self.recordings
+        return twin
+
+    def batches(self) -> Iterator[slice]:
+        """Yield slices of samples, of equal size but for the last of each kind.
+
+        However many processes share the windows, their batches are the same.
+        """
+        return self._slices(self.model.batch(self.windows.shape[1]))
+
+    def steps(self) -> Iterator[slice]:
+        """Yield smaller slices, where processes together take a batch at a time."""
+        batch = self.model.batch(self.windows.shape[1])
+        return self._slices(max(batch // self.ranks.size, 1))
+
+    def _slices(self, size: int) -> Iterator[slice]:
+        samples = len(self.windows)
+        own = samples - self.apart
+        for first, last in ((0, own), (own, samples)):
+            for start in range(first, last, size):
+                yield slice(start, min(start + size, last))
+
+    def is_apart(self, part: slice) -> bool:
+        """Whether a batch is of the windows kept apart."""
+        return part.start >= len(self.windows) - self.apart
+
+    def _note(self, part: slice, recording: Recording) -> None:
+        """Keep a recording once where batches of its size are all called alike."""
+        size = part.stop - part.start
+        shared = self.recordings.setdefault((size, None), recording)
+        if shared is not recording and not shared.same_as(recording):
+            self.recordings[size, part.start] = recording
+
+    def _recording(self, part: slice) -> Recording:
+        size = part.stop - part.start
+        own = self.recordings.get((size, part.start))
+        return own or self.recordings[size, None]
+
+    @torch.no_grad()
+    def run_first(self, block: nn.Module, index: int) -> Tensor:
+        """Return what a block makes of the first sample alone."""
+        return self.run(block, index, _FIRST)
+
+    def run(self, block: nn.Module, index: int, part: slice) -> Tensor:
+        """Return what a block makes of one batch of hidden states, on the device.
+
+        Differentiable where gradients are enabled.
+        """
+        call = self._recording(part).calls[index]
+        with FastProducts(), self.model.running():
+            return call.replay(block, self.hidden[part].to(self.model.device))
+
+    @torch.no_grad()
+    def advance(
+        self,
+        block: nn.Module,
+        index: int,
+        watch: Callable[[slice, Tensor], None] | None = None,
+    ) -> None:
+        """Replace the hidden states by what a block makes of them.
+
+        Raises:
+            NumericalError: They are no longer finite; names block and sample.
+        """
+        for part in self.batches():
+            states = self.run(block, index, part)
+            self._check_finite(states, index, part)
+            if watch:
+                watch(part, states)
+            self.hidden[part] = states.cpu()
+
+    def _check_finite(self, states: Tensor, index: int, part: slice) -> None:
+        if is_finite(states):
+            return
+        bad = (~states.isfinite()).flatten(1).any(dim=1).nonzero()[0].item()
+        raise NumericalError(
+            f"Block {self.model.block_name(index)} gives NaN or infinity for sample "
+            f"{self.numbers[part.start + int(bad)]}.",
+            "Check the checkpoint and the text; a model that overflows in float32 "
+            "cannot be pruned or judged.",
+        )
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[tuple[slice, Tensor]]:
+        """Run everything after the last block; yield logits, batch after batch.
+
+        Yields:
+            Samples, and their logits [batch, length, vocabulary] on the device.
+        """
+        size = self.model.skeleton.config.get_text_config().vocab_size
+        with self.model.surroundings(with_head=True):
+            for part in self._slices(_logits_batch(self, size)):
+                yield part, self._logits(part)
+
+    def _logits(self, part: slice) -> Tensor:
+        ids = self.windows[part].to(self.model.device)
+        hidden = self.hidden[part].to(self.model.device)
+        recording = next(iter(self.recordings.values()))
+        with FastProducts():
+            return finish(self.model.skeleton, ids, hidden, recording)
+
+
+@torch.no_grad()
+def logits_apart(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run what comes after the last block for the windows that two streams keep apart.
+
+    Args:
+        first: A stream behind the last block.
+        second: Another of the same model, with as many windows apart.
+
+    Yields:
+        The logits of both, [batch, length, vocabulary] on the device.
+    """
+    model = first.model
+    size = model.skeleton.config.get_text_config().vocab_size
+    # Both at once, so half of the batch each.
+    batch = max(_logits_batch(first, size) // 2, 1)
+    parts = (
+        [part for part in s._slices(batch) if s.is_apart(part)] for s in (first, second)
+    )
+    with model.surroundings(with_head=True):
+        for one, other in zip(*parts, strict=True):
+            yield first._logits(one), second._logits(other)
+
+
+def _logits_batch(stream: Stream, vocabulary: int) -> int:
+    """Return for how many windows logits are computed at once."""
+    share = stream.model.batch_tokens / BATCH_TOKENS
+    window = vocabulary * stream.windows.shape[1]
+    return max(int(_BATCH_LOGITS * share) // window, 1)
+
+
+def _own(count: int, batch: int, ranks: Ranks) -> list[int]:
+    """Return which of so many windows a process has: whole batches, if there are any.
+
+    Where there are fewer batches than processes, smaller pieces.
+    """
+    return ranks.own(count, max(min(batch, count // ranks.size), 1))
