@@ -62,6 +62,8 @@ class Layout:
         left_dense: Tensors of two dimensions or more in the blocks, not pruned.
         sources: File of the input -> what must not change under a run.
         tensors: Headers of the checkpoint.
+        unread: Tensors outside the blocks with which nothing is computed while a model
+            is pruned: an output head, and an embedding in which rows are looked up.
     """
 
     blocks: tuple[PlannedBlock, ...]
@@ -69,6 +71,7 @@ class Layout:
     left_dense: tuple[str, ...]
     sources: dict[str, str]
     tensors: dict[str, TensorInfo]
+    unread: frozenset[str]
 
     @property
     def prunable(self) -> int:
@@ -187,7 +190,15 @@ def lay_out(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
         left_dense=_left_dense(checkpoint, owners, blocks),
         sources=_sources(checkpoint),
         tensors=checkpoint.tensors,
+        unread=_unread(skeleton, names),
     )
+
+
+def _unread(skeleton: Skeleton, names: dict[str, str]) -> frozenset[str]:
+    head = skeleton.model.get_output_embeddings()
+    spared = skeleton.names_of(skeleton.table) | skeleton.names_of(head)
+    used = {tensor for name, tensor in names.items() if name not in spared}
+    return frozenset(names[name] for name in spared if name in names) - used
 
 
 def _with_length(settings: Settings, skeleton: Skeleton) -> Settings:

@@ -23,10 +23,11 @@ def _tensors(folder):
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("row", FAMILIES)
-def test_streamed_logits_equal_the_whole_models(row, pico):
-    """Block by block, the model computes what transformers computes."""
-    folder = pico(row)
+def test_streamed_logits_equal_the_whole_models(row, dtype, pico):
+    """Block by block, the model computes what transformers computes in float32."""
+    folder = pico(row, dtype=dtype)
     ids = torch.randint(3, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
     model = StreamedModel.open(folder, "cpu")
     stream = Stream.start(model, ids, budget=2**30)
@@ -34,10 +35,25 @@ def test_streamed_logits_equal_the_whole_models(row, pico):
         with model.block(index) as block:
             stream.advance(block, index)
     ours = torch.cat([logits for _, logits in stream.logits()])
-    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         theirs = whole(ids, use_cache=False).logits
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", ["opt", "llama"])  # a tied head, and one of its own
+def test_an_embedding_is_not_widened_to_look_rows_up(row, pico):
+    model = StreamedModel.open(pico(row, dtype=torch.bfloat16), "cpu")
+    table, tied = model.skeleton.table, model.skeleton.config.tie_word_embeddings
+    assert table is not None
+    with model.surroundings(with_head=False):
+        assert table.weight.dtype == torch.bfloat16
+    with model.surroundings(with_head=True):
+        head = model.skeleton.model.get_output_embeddings()
+        assert head.weight.dtype == torch.float32
+        assert table.weight.dtype == (torch.float32 if tied else torch.bfloat16)
+    unread = make_plan(model.checkpoint.folder, Settings()).layout.unread
+    assert len(unread) == (1 if tied else 2)
 
 
 WAYS: dict[str, dict[str, Any]] = {

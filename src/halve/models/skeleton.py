@@ -64,6 +64,22 @@ class Skeleton:
         return self.config.get_text_config().vocab_size
 
     @property
+    def table(self) -> nn.Embedding | None:
+        """The input embedding, where rows are looked up in it and no more is done.
+
+        None where it is of a class of its own, which may scale what it finds.
+        """
+        found = self.model.get_input_embeddings()
+        return found if type(found) is nn.Embedding else None
+
+    def names_of(self, module: nn.Module | None) -> set[str]:
+        """Return the names of a module's parameters, wherever it is in the model."""
+        named = self.model.named_modules(remove_duplicate=False)
+        paths = [path for path, found in named if found is module]
+        own = [name for name, _ in module.named_parameters()] if module else []
+        return {f"{path}.{name}" for path in paths for name in own}
+
+    @property
     def default_length(self) -> int:
         """The paper's sequence length, or the model's own if that is shorter."""
         return min(_PAPER_LENGTH, self.longest_sequence or _PAPER_LENGTH)

@@ -277,8 +277,7 @@ class _Estimate:
 
     def phases(self) -> Iterator[Phase]:
         """Yield what is in memory, block after block."""
-        # As stored, and as it is computed with.
-        yield _phase("embedding", embeddings=2 * self._outside())
+        yield _phase("embedding", embeddings=self._outside())
         for block in self.blocks:
             weights = self._weights(block)
             batch = self._batch(block) if self.runs_text else 0
@@ -335,14 +334,17 @@ class _Estimate:
         return min(groups[columns], _IN_A_PASS) * group + _STRIPS * strip
 
     def _outside(self) -> int:
-        """Return the size of the largest tensor outside the blocks."""
+        """Return what the largest tensor outside the blocks takes.
+
+        As it is stored, and beside that as it is computed with, if it is.
+        """
+        layout = self.plan.layout
         own = {block.shard for block in self.blocks}
-        shards = self.plan.layout.shards
+        names = (n for f, ns in layout.shards.items() if f not in own for n in ns)
         return max(
             (
-                self._size([n])
-                for f, names in shards.items()
-                if f not in own
+                layout.tensors[n].nbytes // _FLOAT
+                + (n not in layout.unread) * self._size([n])
                 for n in names
             ),
             default=0,

@@ -5,11 +5,10 @@ whatever the dtype of the checkpoint.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +30,6 @@ from halve.models import (
 _DEVICES = ("cpu", "cuda")
 # Enough tokens to keep the cores busy, few enough for the widest activations.
 BATCH_TOKENS = 1024
-# The one sample on which the inputs of a block's modules are watched.
-_FIRST = slice(0, 1)
-# Logits of one batch, in numbers: 256 MiB of float32.
-_BATCH_LOGITS = 2**26
-
-Result = TypeVar("Result")
 
 
 def choose_device(name: str) -> torch.device:
@@ -135,24 +128,43 @@ class StreamedModel:
 
     @contextmanager
     def surroundings(self, with_head: bool) -> Iterator[None]:
-        """Fill everything outside the blocks, for a while; the head only if asked."""
+        """Fill everything outside the blocks, for a while; the head only if asked.
+
+        An embedding in which rows are looked up and no more stays as it is stored: it
+        may be the largest tensor of all, and only the rows are computed with.
+        """
         blocks = self.skeleton.path + "."
-        head = {} if with_head else self._untied_head()
-        with self._filled(
-            n for n in self.tensors if not n.startswith(blocks) and n not in head
+        head = self.skeleton.names_of(self.skeleton.model.get_output_embeddings())
+        left = set() if with_head else self._untied(head)
+        table = self.skeleton.table
+        looked_up = self._sources(self.skeleton.names_of(table))
+        with (
+            self._filled(
+                (n for n in self.tensors if not n.startswith(blocks) and n not in left),
+                looked_up - self._sources(head) if with_head else looked_up,
+            ),
+            _widening(table),
         ):
             yield
 
-    def _untied_head(self) -> set[str]:
+    def _sources(self, names: Iterable[str]) -> set[str]:
+        return {self.tensors[name] for name in names if name in self.tensors}
+
+    def _untied(self, head: set[str]) -> set[str]:
         """Return what the output head shares with nothing else."""
-        head = self.skeleton.model.get_output_embeddings()
-        paths = [n for n, m in self.skeleton.model.named_modules() if m is head]
-        own = {n for n in self.tensors if paths and n.startswith(paths[0] + ".")}
-        shared = {tensor for name, tensor in self.tensors.items() if name not in own}
-        return {name for name in own if self.tensors[name] not in shared}
+        shared = self._sources(name for name in self.tensors if name not in head)
+        return {n for n in head if self.tensors.get(n) not in shared}
 
     @contextmanager
-    def _filled(self, names: Iterable[str]) -> Iterator[None]:
+    def _filled(
+        self, names: Iterable[str], as_stored: Set[str] = frozenset()
+    ) -> Iterator[None]:
+        """Fill parameters and buffers for a while.
+
+        Args:
+            names: Which.
+            as_stored: Tensors of the checkpoint that are not widened.
+        """
         wanted = list(names)
         stored = self.checkpoint.read(dict.fromkeys(self.tensors[n] for n in wanted))
         values: dict[str, Tensor] = {}
@@ -161,7 +173,8 @@ class StreamedModel:
             for name in wanted:
                 source = self.tensors[name]
                 if source in stored:
-                    values[source] = self._usable(source, stored.pop(source))
+                    widen = source not in as_stored
+                    values[source] = self._usable(source, stored.pop(source), widen)
                 empty[name] = self._swap(name, values[source])
             values.clear()  # so that a weight is freed once another takes its place
             self._move_buffers()
@@ -170,10 +183,10 @@ class StreamedModel:
             for name, placeholder in empty.items():
                 self._swap(name, placeholder)
 
-    def _usable(self, name: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.to(self.device)
-        usable = tensor.to(self.device, torch.float32)
+    def _usable(self, name: str, tensor: Tensor, widen: bool) -> Tensor:
+        usable = tensor.to(self.device)
+        if widen and usable.is_floating_point():
+            usable = usable.float()
         self.check_finite(name, usable)
         return usable
 
@@ -222,3 +235,16 @@ class StreamedModel:
                 f"{self.checkpoint.folder} says ({type(e).__name__}: {reason}).",
                 "Check config.json; if plain transformers runs it, open an issue.",
             ) from e
+
+
+@contextmanager
+def _widening(table: nn.Embedding | None) -> Iterator[None]:
+    """Let what is looked up in an embedding be float32, whatever it is stored in."""
+    if table is None:
+        yield
+        return
+    hook = table.register_forward_hook(lambda module, ids, rows: rows.float())
+    try:
+        yield
+    finally:
+        hook.remove()
