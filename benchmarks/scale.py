@@ -137,7 +137,11 @@ def report(phases: list[tuple], options: argparse.Namespace) -> None:
         print(f"  {name:12} {seconds:8.1f} s  peak {most:6.2f} GiB")
         if name != "starting":
             whole += seconds * depth * (grown if name in BY_TOKENS else 1)
-    print(f"the whole model on 128 windows of 2048 tokens: {whole / 3600:.1f} h")
+    hidden = PAPER_TOKENS * CONFIGS[options.config][1] * 4 / 2**30
+    print(
+        f"the whole model on 128 windows of 2048 tokens: {whole / 3600:.1f} h; memory as "
+        f"here, and {hidden:.0f} GiB of hidden states, which may lie in a mapped file"
+    )
 
 
 def main() -> int:
