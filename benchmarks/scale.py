@@ -139,8 +139,8 @@ def report(phases: list[tuple], options: argparse.Namespace) -> None:
             whole += seconds * depth * (grown if name in BY_TOKENS else 1)
     hidden = PAPER_TOKENS * CONFIGS[options.config][1] * 4 / 2**30
     print(
-        f"the whole model on 128 windows of 2048 tokens: {whole / 3600:.1f} h; memory as "
-        f"here, and {hidden:.0f} GiB of hidden states, which may lie in a mapped file"
+        f"the whole model on 128 windows of 2048 tokens: {whole / 3600:.1f} h, memory "
+        f"as here, and {hidden:.0f} GiB of hidden states that may lie in a mapped file"
     )
 
 
