@@ -18,6 +18,17 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 VERBS = ("prune", "pack", "unpack")
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """Let signals do what they do in a shell's foreground, wherever tests run."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def command(pico, tmp_path):
     """Return a function that gives a verb's command line, its output folder apart."""

@@ -47,7 +47,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, found in own.items():
+        for number, found in before.items():
             signal.signal(number, found or signal.SIG_DFL)
 
 
