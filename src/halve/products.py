@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+# What may wait as it is stored, to be widened without loss for each product.
+NARROW = (torch.float16, torch.bfloat16)
+
 _torch_linear = functional.linear
 
 
@@ -23,6 +26,11 @@ def _onednn_takes(*operands: Tensor) -> bool:
         x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
         for x in operands
     )
+
+
+def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    wider = torch.promote_types(first.dtype, second.dtype)
+    return first.to(wider), second.to(wider)
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,8 +42,10 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         bias: [rows].
 
     Returns:
-        [..., rows], of the dtype of the inputs.
+        [..., rows]. Where an operand has fewer bits than the other, it is widened for
+        the product alone.
     """
+    inputs, weight = _alike(inputs, weight)
     if not _onednn_takes(inputs, weight):
         return _torch_linear(inputs, weight, bias)
     if torch.is_grad_enabled() and any(
@@ -77,6 +87,7 @@ class _Differentiable(torch.autograd.Function):
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor:  # noqa: ANN401
     """Take over the call by which transformers' Conv1D multiplies."""
+    left, right = _alike(left, right)
     if scales or bias.dim() != 1 or not _onednn_takes(left, right):
         return torch.addmm(bias, left, right, **scales)
     return linear(left, right.T, bias)

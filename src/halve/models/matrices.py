@@ -16,11 +16,13 @@ class Matrix:
         path: The module's name within its block, such as `self_attn.q_proj`.
         shape: [rows, columns].
         transposed: Whether it is stored as [columns, rows], as GPT-2's Conv1D does.
+        plain: Whether its module is as `is_plain` says.
     """
 
     path: str
     shape: tuple[int, int]
     transposed: bool
+    plain: bool
 
     def as_rows(self, stored: Tensor) -> Tensor:
         """Turn between the stored layout and [rows, columns]; a view, its own inverse.
@@ -55,13 +57,21 @@ def prunable_matrices(block: nn.Module, name: str) -> list[Matrix]:
     return found
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module multiplies by its matrix as torch or transformers do it.
+
+    A class of its own may ask for the matrix's dtype, or multiply otherwise.
+    """
+    return type(module) in (nn.Linear, Conv1D)
+
+
 def _matrix(path: str, module: nn.Module) -> Matrix:
     weight = module.weight
     assert isinstance(weight, Tensor)
     transposed = isinstance(module, Conv1D)
     first, second = weight.shape
     shape = (second, first) if transposed else (first, second)
-    return Matrix(path, shape, transposed)
+    return Matrix(path, shape, transposed, is_plain(module))
 
 
 def _refuse_experts(block: nn.Module, name: str) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from halve.errors import NumericalError
 from halve.finite import is_finite
+from halve.patterns import Pattern
 from halve.plan import PlannedBlock, PlannedMatrix
 from halve.pruning.budget import Patterns
 from halve.pruning.choice import Candidate, Choice, Contest
@@ -168,13 +170,24 @@ def _solve_group(
         raise NumericalError(f"{name}: {error.problem}", error.remedy) from error
     choices: dict[str, Choice] = {}
     for index, planned in enumerate(evidence.group.matrices):
-        if owners[planned.tensor] != site.ranks.rank:
-            continue
-        dense = site.weight(planned).contiguous()
-        target = correction.target(index, dense) if correction else dense
-        choice = contest.solve(dense, target, task.patterns.get(planned.tensor))
-        choices[planned.tensor] = _put(site, model, planned, choice)
+        if owners[planned.tensor] == site.ranks.rank:
+            target = partial(correction.target, index) if correction else None
+            pattern = task.patterns.get(planned.tensor)
+            choice = _solve(site.weight(planned), target, contest, pattern)
+            choices[planned.tensor] = _put(site, model, planned, choice)
+            del choice  # in float32, while the next one is looked for
     return choices
+
+
+def _solve(
+    stored: Tensor,
+    target: Callable[[Tensor], Tensor] | None,
+    contest: Contest,
+    pattern: Pattern | None,
+) -> Choice:
+    """Prune one matrix, given as it lies in the block."""
+    dense = stored.float().contiguous()
+    return contest.solve(dense, target(dense) if target else dense, pattern)
 
 
 def _correction(evidence: Evidence, task: Task) -> Correction | None:
@@ -194,8 +207,9 @@ def _put(
     """
     dtype = _dtype(model, planned)
     own, solution = planned.matrix.as_rows, choice.solution
-    solution.weight.copy_(solution.weight.to(dtype))
-    rounded = own(solution.weight).contiguous()
+    # In one piece at once, since copies of such a matrix are dear.
+    rounded = own(solution.weight).to(dtype, memory_format=torch.contiguous_format)
+    rounded = rounded.contiguous()  # where it had that dtype
     if not is_finite(rounded):
         raise NumericalError(
             f"The solution for {planned.tensor} is not finite in {dtype}.",
@@ -207,7 +221,7 @@ def _put(
     site.solved[path] = choice.candidate.pattern.sparsity > 0
     if levels is not None:
         site.levels[path] = lambda values: own(levels.round(own(values))).contiguous()
-    return replace(choice, solution=replace(solution, weight=own(rounded)))
+    return replace(choice, solution=replace(solution, weight=site.weight(planned)))
 
 
 def _dtype(model: StreamedModel, planned: PlannedMatrix) -> torch.dtype:
@@ -234,4 +248,4 @@ def install(site: Site, model: StreamedModel, stored: dict[str, Tensor]) -> None
     for path, parameter in site.block.named_parameters():
         tensor = model.tensors[f"{site.planned.name}.{path}"]
         if tensor in stored:  # what other blocks share lies in the shard of the first
-            site.exchange(path, stored[tensor].to(parameter.device, torch.float32))
+            site.exchange(path, stored[tensor].to(parameter.device))

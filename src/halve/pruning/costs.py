@@ -18,8 +18,8 @@ import torch
 
 from halve.calibration import default_budget
 from halve.errors import HalveError
-from halve.plan import Plan, PlannedBlock
-from halve.products import linear
+from halve.plan import Plan, PlannedBlock, PlannedMatrix
+from halve.products import NARROW, linear
 from halve.pruning.candidates import candidates
 from halve.pruning.evidence import HELD_TOKENS
 from halve.runtime.streamed import BATCH_TOKENS
@@ -282,31 +282,43 @@ class _Estimate:
             weights = self._weights(block)
             batch = self._batch(block) if self.runs_text else 0
             sums = max(self._sums(block, c, running=True) for c in _groups(block))
-            yield _phase("collecting", weights=weights, grams=sums, activations=batch)
-            for rows, columns in {m.matrix.shape for m in block.matrices}:
-                yield self._solving(block, rows, columns)
+            yield _phase(
+                "collecting",
+                weights=weights,
+                widened=max(map(self._widened, block.matrices)),
+                grams=sums,
+                activations=batch,
+            )
+            for matrix in {m.matrix.shape: m for m in block.matrices}.values():
+                yield self._solving(block, matrix)
             if self.plan.settings.refine:
                 yield _phase(
                     "refining",
                     weights=weights,
                     masks=self._masks(block),
-                    copies=_REFINING_COPIES * weights,
+                    copies=_REFINING_COPIES * self._size(self._names(block)),
                     activations=_TUNED * batch,
                 )
             yield _phase("writing", weights=weights, files=self._stored(block))
 
-    def _solving(self, block: PlannedBlock, rows: int, columns: int) -> Phase:
-        """Return what is in memory while matrices of one shape are solved."""
+    def _solving(self, block: PlannedBlock, matrix: PlannedMatrix) -> Phase:
+        """Return what is in memory while a matrix is solved."""
+        rows, columns = matrix.matrix.shape
         works = [solver.work(rows, columns) for solver in self.solvers]
         if self.corrects:  # a factor stays, which is made from a copy
             works.append(Work(columns**2, columns**2))
         solutions = (len(self.solvers) + self.corrects) * rows * columns
+        widened = self._widened(matrix)
+        # A solution may be copied once more, into the usual order of its numbers; where
+        # it is rounded to 16 bits there is less then, as nothing is widened any more.
+        copied = 0 if widened else rows * columns
         return _phase(
             "solving",
             weights=self._weights(block),
+            widened=widened,
             grams=self._sums(block, columns, running=False),
             factors=sum(work.state for work in works),
-            matrices=max(work.peak for work in works) + solutions,
+            matrices=max(copied, *(work.peak for work in works)) + solutions,
         )
 
     def _sums(self, block: PlannedBlock, columns: int, running: bool) -> int:
@@ -350,14 +362,23 @@ class _Estimate:
             default=0,
         )
 
+    def _names(self, block: PlannedBlock) -> tuple[str, ...]:
+        return self.plan.layout.shards[block.shard]
+
     def _weights(self, block: PlannedBlock) -> int:
-        return self._size(self.plan.layout.shards[block.shard])
+        """Return what a block's weights take as they lie in memory."""
+        narrow = sum(map(self._widened, block.matrices))
+        return self._size(self._names(block)) - narrow // 2
+
+    def _widened(self, planned: PlannedMatrix) -> int:
+        """Return what a matrix takes in float32 beside itself; 0 if it is so."""
+        narrow = self.plan.layout.tensors[planned.tensor].dtype in NARROW
+        return (narrow and planned.matrix.plain) * planned.elements
 
     def _stored(self, block: PlannedBlock) -> int:
         """Return what a block takes as it is stored, and as it is read back."""
-        names = self.plan.layout.shards[block.shard]
         tensors = self.plan.layout.tensors
-        return 2 * sum(tensors[name].nbytes for name in names) // _FLOAT
+        return 2 * sum(tensors[name].nbytes for name in self._names(block)) // _FLOAT
 
     def _masks(self, block: PlannedBlock) -> int:
         """Return what the masks of a block take; a byte for each weight."""

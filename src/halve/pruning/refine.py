@@ -94,7 +94,10 @@ class _Tuning:
         self.generator = torch.Generator().manual_seed(refining.seed)
         self.parameters = {path: site.block.get_parameter(path) for path in dtypes}
         self.first = {path: p.data for path, p in self.parameters.items()}
-        self.values = {path: value.clone() for path, value in self.first.items()}
+        self.values = {
+            path: value.to(torch.float32, copy=True)
+            for path, value in self.first.items()
+        }
         self.best: dict[str, Tensor] = {}
         self.kept = {
             path: (self.first[path] != 0) | (not stay)

@@ -34,7 +34,7 @@ class Site:
     """A block whose weights are exchanged one after the other.
 
     Attributes:
-        block: The module, with weights in float32.
+        block: The module, as `StreamedModel.block` lends it.
         planned: What it is.
         paths: What enters it; None where there is no text.
         changed: Parameters that were exchanged.
@@ -82,13 +82,14 @@ class Site:
         return find_groups(self.stream, self.block, self.planned)
 
     def weight(self, planned: PlannedMatrix) -> Tensor:
-        """Return a matrix as it is, [rows, columns]."""
+        """Return a matrix as it is, [rows, columns], in the dtype that it has here."""
         stored = self.block.get_parameter(weight_path(planned))
         return planned.matrix.as_rows(stored.data)
 
     def exchange(self, path: str, value: Tensor) -> None:
-        """Put a value, in float32, in the place of a parameter."""
-        self.block.get_parameter(path).data = value
+        """Put a value, rounded to what is stored, in the place of a parameter."""
+        parameter = self.block.get_parameter(path)
+        parameter.data = value.to(parameter.dtype)
         self.changed.add(path)
 
     @torch.no_grad()

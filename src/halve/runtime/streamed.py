@@ -24,8 +24,10 @@ from halve.models import (
     Skeleton,
     Stored,
     build_skeleton,
+    is_plain,
     match_names,
 )
+from halve.products import NARROW
 
 _DEVICES = ("cpu", "cuda")
 # Enough tokens to keep the cores busy, few enough for the widest activations.
@@ -121,10 +123,16 @@ class StreamedModel:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Lend a block with its weights, on the device, in float32."""
-        prefix = self.block_name(index) + "."
-        with self._filled(n for n in self.tensors if n.startswith(prefix)):
-            yield self.skeleton.blocks[index]
+        """Lend a block with its weights, on the device.
+
+        In float32, but for matrices of 16 bits in plain linear layers: they stay so,
+        and `products.linear` widens each one when it multiplies.
+        """
+        prefix, block = self.block_name(index) + ".", self.skeleton.blocks[index]
+        layers = [path for path, module in block.named_modules() if is_plain(module)]
+        narrow = self._sources(f"{prefix}{path}.weight" for path in layers)
+        with self._filled((n for n in self.tensors if n.startswith(prefix)), narrow):
+            yield block
 
     @contextmanager
     def surroundings(self, with_head: bool) -> Iterator[None]:
@@ -163,7 +171,7 @@ class StreamedModel:
 
         Args:
             names: Which.
-            as_stored: Tensors of the checkpoint that are not widened.
+            as_stored: Tensors of the checkpoint that are not widened if of 16 bits.
         """
         wanted = list(names)
         stored = self.checkpoint.read(dict.fromkeys(self.tensors[n] for n in wanted))
@@ -185,7 +193,7 @@ class StreamedModel:
 
     def _usable(self, name: str, tensor: Tensor, widen: bool) -> Tensor:
         usable = tensor.to(self.device)
-        if widen and usable.is_floating_point():
+        if usable.is_floating_point() and (widen or usable.dtype not in NARROW):
             usable = usable.float()
         self.check_finite(name, usable)
         return usable
