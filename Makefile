@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/halve demo
 
 test: $(READY)
-	$(BIN)/pytest -n auto --dist loadgroup -m "not slow"
+	$(BIN)/pytest -n auto -m "not slow"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -17,7 +17,6 @@ from halve.records import PruneRecord
 from halve.settings import Settings
 from tests.integration.test_resume import Stopped, digests, stop_at
 
-pytestmark = pytest.mark.xdist_group("ranks")  # what two processes do is done once
 RANKS = 2
 # Three batches of 16 windows, apart from those that are held out.
 OPTIONS: dict[str, Any] = {"samples": 50, "seq_len": 64, "device": "cpu"}
@@ -49,10 +48,8 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def folders(pico, text, tmp_path_factory):
+def _folders(pico, text, root):
     """Return for each job what one process made, and what two did."""
-    root = tmp_path_factory.mktemp("ranks")
     jobs, pairs = [], {}
     model = pico("opt", dtype=torch.bfloat16)
     for name, changes in JOBS.items():
@@ -71,33 +68,23 @@ def folders(pico, text, tmp_path_factory):
     return pairs
 
 
-@pytest.mark.parametrize("name", [*(job for job in JOBS if job != "refined"), "begun"])
-def test_two_ranks_write_what_one_process_does(name, folders):
-    alone, together = map(digests, folders[name])
-    assert alone == together
+def test_two_ranks_do_what_one_process_does(pico, text, tmp_path):
+    """One test of many laws, since starting processes takes longest of all."""
+    folders = _folders(pico, text, tmp_path)
+    for name, (alone, together) in folders.items():
+        _check_records(alone, together)
+        if name != "refined":
+            assert digests(alone) == digests(together), name
+    alone, together = folders["refined"]
+    _check_refined(alone, together, text)
+    _check_finished(folders["sparsegpt"][1], pico, text)
 
 
-def test_two_ranks_refine_as_well_as_one_process_does(folders, text):
-    """Not alike: where one takes a step on two windows, each of two takes one."""
-    options: dict[str, Any] = {"data": str(text), "seq_len": 64, "segments": 20}
-    first, second = (
-        halve.perplexity(f, device="cpu", **options).perplexity
-        for f in folders["refined"]
-    )
-    assert second == pytest.approx(first, rel=1e-2)
-
-
-def _near(one, other, rel=1e-5):
-    if one is None or other is None:
-        return one is other
-    return one == pytest.approx(other, rel=rel)
-
-
-@pytest.mark.parametrize("name", [*JOBS, "begun"])
-def test_two_ranks_measure_what_one_does(name, folders):
+def _check_records(alone, together):
+    """Two processes measure what one does."""
     ours, theirs = (
         PruneRecord.from_json((folder / "halve.json").read_text())
-        for folder in folders[name]
+        for folder in (alone, together)
     )
     assert ours.identity == theirs.identity
     # The first block alone: where that is refined, the next is given other inputs.
@@ -109,8 +96,24 @@ def test_two_ranks_measure_what_one_does(name, folders):
         assert _near(one.held_out, two.held_out), one.tensor
 
 
-def test_a_finished_folder_is_left_alone_by_any_number(folders, pico, text):
-    _, together = folders["sparsegpt"]
+def _near(one, other, rel=1e-5):
+    if one is None or other is None:
+        return one is other
+    return one == pytest.approx(other, rel=rel)
+
+
+def _check_refined(alone, together, text):
+    """Not alike: where one takes a step on two windows, each of two takes one."""
+    options: dict[str, Any] = {"data": str(text), "seq_len": 64, "segments": 20}
+    first, second = (
+        halve.perplexity(f, device="cpu", **options).perplexity
+        for f in (alone, together)
+    )
+    assert second == pytest.approx(first, rel=1e-2)
+
+
+def _check_finished(together, pico, text):
+    """A finished folder is left alone by any number of processes."""
     before = digests(together)
     options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | JOBS["sparsegpt"]
     record = halve.prune(pico("opt", dtype=torch.bfloat16), together, **options)
