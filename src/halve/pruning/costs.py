@@ -308,17 +308,13 @@ class _Estimate:
         if self.corrects:  # a factor stays, which is made from a copy
             works.append(Work(columns**2, columns**2))
         solutions = (len(self.solvers) + self.corrects) * rows * columns
-        widened = self._widened(matrix)
-        # A solution may be copied once more, into the usual order of its numbers; where
-        # it is rounded to 16 bits there is less then, as nothing is widened any more.
-        copied = 0 if widened else rows * columns
         return _phase(
             "solving",
             weights=self._weights(block),
-            widened=widened,
+            widened=self._widened(matrix),
             grams=self._sums(block, columns, running=False),
             factors=sum(work.state for work in works),
-            matrices=max(copied, *(work.peak for work in works)) + solutions,
+            matrices=max(work.peak for work in works) + solutions,
         )
 
     def _sums(self, block: PlannedBlock, columns: int, running: bool) -> int:

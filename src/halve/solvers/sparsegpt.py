@@ -122,14 +122,15 @@ class SparseGPT(Solver[Gram, Prepared]):
             levels = fit_levels(self.grid, weight, state.diagonal)
         rule = adaptive(pattern, self.block_size, levels)
         lost = sweep(remaining, state.factor, rule)
-        solution = remaining.T  # a copy in the usual order would be a third matrix
+        solution = remaining.T.contiguous()
+        del remaining  # as large as the matrix
         error = state.relative(lost, weight, solution)
         return Solution(solution, Outcome(error, state.damping), levels)
 
     def work(self, rows: int, columns: int) -> Work:
-        """What is swept becomes the solution; the factor takes H's own place."""
+        """A copy that is swept; the factor takes H's own place."""
         size = rows * columns
         # There is no solution yet while it factorises.
-        peak = max(0, scratch(columns) - size)
+        peak = max(size, scratch(columns) - size)
         # Half a product while it sweeps, and as much for the error.
         return Work(0, peak, columns**3 * 4 // 3, 2 * size * columns)
