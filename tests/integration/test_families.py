@@ -56,6 +56,16 @@ def test_an_embedding_is_not_widened_to_look_rows_up(row, pico):
     assert len(unread) == (1 if tied else 2)
 
 
+def test_matrices_of_16_bits_are_not_widened_in_a_block(pico):
+    model = StreamedModel.open(pico("llama", dtype=torch.bfloat16), "cpu")
+    with model.block(0) as block:
+        for name, parameter in block.named_parameters():
+            narrow = parameter.dim() > 1  # the others are norms
+            assert parameter.dtype == (torch.bfloat16 if narrow else torch.float32), (
+                name
+            )
+
+
 WAYS: dict[str, dict[str, Any]] = {
     name: {"solver": name} for name in SOLVERS if name != "sparsegpt"
 }
