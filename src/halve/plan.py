@@ -105,6 +105,7 @@ class Plan:
         layout: What will lie where.
         width: Of the hidden states.
         vocabulary: Tokens that the model knows.
+        scored_heads: As of `Skeleton`.
     """
 
     model: Path
@@ -112,6 +113,7 @@ class Plan:
     layout: Layout
     width: int
     vocabulary: int
+    scored_heads: int
 
     @property
     def tokens(self) -> int:
@@ -158,6 +160,7 @@ def make_plan(
         layout=layout,
         width=skeleton.config.get_text_config().hidden_size,
         vocabulary=skeleton.vocabulary,
+        scored_heads=skeleton.scored_heads,
     )
 
 

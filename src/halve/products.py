@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-# What may wait as it is stored, to be widened without loss for each product.
+# What may wait as it is stored, to be widened without loss for each product, and how
+# many numbers of it are widened at once.
 NARROW = (torch.float16, torch.bfloat16)
+WIDENED = 2**26
 
 _torch_linear = functional.linear
 
@@ -43,8 +45,11 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     Returns:
         [..., rows]. Where an operand has fewer bits than the other, it is widened for
-        the product alone.
+        the product alone; a large matrix some rows at a time.
     """
+    is_large = weight.dtype in NARROW and weight.numel() > WIDENED
+    if is_large and not torch.is_grad_enabled():  # which would keep the whole of it
+        return _by_strips(inputs, weight, bias)
     inputs, weight = _alike(inputs, weight)
     if not _onednn_takes(inputs, weight):
         return _torch_linear(inputs, weight, bias)
@@ -56,6 +61,19 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.ops.mkldnn._linear_pointwise(
         inputs.contiguous(), weight.contiguous(), bias, "none", [], ""
     )
+
+
+def _by_strips(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Do as `linear` does with a matrix too large to be widened at once."""
+    rows, columns = weight.shape
+    wider = torch.promote_types(inputs.dtype, weight.dtype)
+    outputs = inputs.new_empty(*inputs.shape[:-1], rows, dtype=wider)
+    height = max(WIDENED // columns, 1)
+    for start in range(0, rows, height):
+        own = slice(start, start + height)
+        part = None if bias is None else bias[own]
+        outputs[..., own] = linear(inputs, weight[own].to(wider), part)
+    return outputs
 
 
 class _Differentiable(torch.autograd.Function):
@@ -87,9 +105,8 @@ class _Differentiable(torch.autograd.Function):
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor:  # noqa: ANN401
     """Take over the call by which transformers' Conv1D multiplies."""
-    left, right = _alike(left, right)
-    if scales or bias.dim() != 1 or not _onednn_takes(left, right):
-        return torch.addmm(bias, left, right, **scales)
+    if scales or bias.dim() != 1:
+        return torch.addmm(bias, *_alike(left, right), **scales)
     return linear(left, right.T, bias)
 
 

@@ -63,6 +63,20 @@ def test_the_dense_weight_is_left_alone(solver, text):
 
 
 @over_solvers
+@over_patterns
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fewer_bits_and_another_order_change_nothing(solver, text, dtype):
+    problem = correlated()
+    stored = problem.weight.T.contiguous().to(dtype).T
+    found = Problem(stored, problem.inputs).solve(solver, text)
+    expected = Problem(stored.float().contiguous(), problem.inputs).solve(solver, text)
+    assert found.weight.dtype == torch.float32
+    assert torch.equal(found.weight, expected.weight)
+    errors = [solution.outcome.error or 0.0 for solution in (found, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
+@over_solvers
 @pytest.mark.parametrize("text", ["2:4", "4:8"])
 def test_permuted_rows_give_permuted_solutions(solver, text):
     problem = correlated()
@@ -233,6 +247,6 @@ def test_masks_replay(solver, text):
     problem = correlated(16, 64, seed=1)
     mask = problem.solve(solver, text).weight == 0
     weights = 2 ** torch.arange(4)
-    digits = (mask.view(-1, 4) * weights).sum(dim=1)
+    digits = (mask.reshape(-1, 4) * weights).sum(dim=1)
     found = "".join(f"{int(digit):x}" for digit in digits)
     assert found == json.loads(GOLDEN.read_text())[f"{solver} {text}"]

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.pytorch_utils import Conv1D
 
+from halve import products
 from halve.products import FastProducts, linear
 from halve.statistics import ColumnNorms, Drift, Gram
 from halve.sums import Sum, alone
@@ -127,6 +129,32 @@ def test_linear_is_torchs_linear(shape, strided):
     bias = torch.randn(rows)
     expected = torch.nn.functional.linear(inputs, weight, bias)
     assert torch.allclose(linear(inputs, weight, bias), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_large_matrices_are_widened_in_strips(dtype, strided, monkeypatch):
+    weight, bias = torch.randn(33, 130).to(dtype), torch.randn(33)
+    if strided:
+        weight = weight.T.contiguous().T
+    inputs, layer = torch.randn(2, 5, 130), torch.nn.Linear(130, 33)
+    layer.weight.data, layer.bias.data = weight, bias
+    turned = Conv1D(33, 130)
+    turned.weight.data, turned.bias.data = weight.T, bias
+    expected = torch.nn.functional.linear(inputs, weight.float(), bias)
+    widened: list[int] = []
+    plain = products._onednn_takes
+
+    def watched(*operands):
+        widened.append(operands[1].numel())
+        return plain(*operands)
+
+    monkeypatch.setattr(products, "WIDENED", 1000)
+    monkeypatch.setattr(products, "_onednn_takes", watched)
+    with torch.no_grad(), FastProducts():
+        for multiply in (layer, turned, lambda x: linear(x, weight, bias)):
+            assert torch.allclose(multiply(inputs), expected, atol=1e-5)
+    assert max(widened) <= 1000
 
 
 def test_models_run_the_same_within_fast_products():

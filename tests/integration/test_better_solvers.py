@@ -11,7 +11,7 @@ from halve.patterns import parse_pattern
 from halve.plan import PlannedBlock, make_plan
 from halve.pruning.evidence import collect
 from halve.pruning.groups import stages
-from halve.pruning.reference import Reference
+from halve.pruning.reference import record_dense
 from halve.pruning.refine import _Tuning
 from halve.pruning.site import Paths, Site
 from halve.runtime.stream import Stream
@@ -113,7 +113,7 @@ def test_evidence_sums_the_windows_that_are_fitted_to(pico):
     with torch.no_grad(), model.block(0) as block:
         site = Site(block, planned, Paths(stream, stream.fork(2**30)))
         groups = site.groups()
-        reference = Reference.record(site, groups, 2**30, None)
+        reference = record_dense(site, groups, 2**30, None)
         path = "self_attn.v_proj.weight"
         site.exchange(path, block.get_parameter(path) * 0.5)
         after = [g for g in groups if g.leader == "self_attn.o_proj"]
@@ -209,7 +209,7 @@ def test_the_reference_is_what_the_dense_model_is_given(row, pico):
     with torch.no_grad(), model.block(0) as block:
         site = Site(block, planned, Paths(dense.fork(2**30), dense))
         groups = site.groups()
-        reference = Reference.record(site, groups, 2**30, None)
+        reference = record_dense(site, groups, 2**30, None)
         for part in site.stream.batches():
             site.each_input(
                 part, groups, lambda path, x: expected.setdefault(path, []).append(x)

@@ -13,8 +13,10 @@ import torch
 import halve
 from halve.errors import HalveError
 from halve.plan import make_plan
-from halve.pruning import activation_budget, estimate_costs
+from halve.pruning import Room, estimate_costs, make_room
+from halve.pruning import block as block_module
 from halve.pruning import costs as costs_module
+from halve.pruning import run as run_module
 from halve.settings import Settings
 from tests.tables import FAMILIES, MIXTURES, SOLVERS
 
@@ -53,11 +55,11 @@ def test_a_limit_decides_where_hidden_states_live(pico):
     assert least.resident == 0
     assert least.mapped > 0
     assert least.disk == least.output + least.mapped
-    roomy = activation_budget(plan, least.peak + 2**30, None)
-    assert estimate_costs(plan, roomy).mapped == 0
-    tight = activation_budget(plan, least.peak + 2**26, None)
-    assert estimate_costs(plan, min(tight, 2**10)).mapped == least.mapped
-    assert activation_budget(plan, least.peak + 2**30, 5) == 5
+    roomy = make_room(plan, least.peak + 2**30, None)
+    assert estimate_costs(plan, roomy.activations).mapped == 0
+    tight = make_room(plan, least.peak + 2**26, None)
+    assert estimate_costs(plan, min(tight.activations, 2**10)).mapped == least.mapped
+    assert make_room(plan, least.peak + 2**30, 5) == Room(5)
 
 
 def test_a_limit_that_cannot_hold_is_refused_with_what_takes_most(pico, text, tmp_path):
@@ -91,6 +93,56 @@ def test_a_limit_moves_hidden_states_and_changes_no_byte(
     assert files
     for file in sorted((tmp_path / "free").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "tight" / file.name).read_bytes()
+
+
+WIDE = {"opt": {"ffn_dim": 1024}, "llama": {"intermediate_size": 1024}}
+
+
+def test_a_tight_limit_sets_the_widest_inputs_aside(pico, monkeypatch):
+    monkeypatch.setattr(costs_module, "_resident", lambda: 0)
+    plan = make_plan(pico("opt", **WIDE["opt"]), Settings(**SIZES, solver="sparsegpt"))
+    together, apart = (estimate_costs(plan, 0, aside) for aside in (False, True))
+    assert apart.mapped == together.mapped + 4 * plan.tokens * 1024
+    assert apart.peak < together.peak
+    assert make_room(plan, apart.peak, None) == Room(0, aside=True)
+    assert make_room(plan, together.peak, None) == Room(0)
+    with pytest.raises(HalveError, match="of memory are needed"):
+        make_room(plan, apart.peak - 1, None)
+
+
+@pytest.mark.parametrize("row", WIDE)
+@pytest.mark.parametrize("options", [
+    {"solver": "sparsegpt"},
+    {"solver": "auto", "sequential": False},
+    {"solver": "sparsegpt", "refine": True, "epochs": 1},
+    {"solver": "sparsegpt", "allocation": "error"},
+], ids=str)  # fmt: skip
+def test_inputs_set_aside_change_no_byte(
+    row, options, pico, text, tmp_path, monkeypatch
+):
+    model, summed = pico(row, **WIDE[row]), []
+    sizes: dict[str, Any] = {"samples": 8, "seq_len": 64, "calibration": str(text)}
+    sum_up = block_module.sum_up
+
+    def watched(site, group, *rest):
+        summed.append(group.leader)
+        return sum_up(site, group, *rest)
+
+    monkeypatch.setattr(block_module, "sum_up", watched)
+    halve.prune(model, tmp_path / "together", **sizes, **options)
+    assert not summed
+    monkeypatch.setattr(run_module, "make_room", lambda *_: Room(2**30, aside=True))
+    halve.prune(model, tmp_path / "apart", **sizes, **options)
+    assert set(summed) == {"fc2" if row == "opt" else "mlp.down_proj"}
+    for file in sorted((tmp_path / "together").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "apart" / file.name).read_bytes()
+
+
+def test_scores_of_attention_count_where_they_lie_in_memory(pico):
+    plans = [make_plan(pico(row), Settings(**SIZES)) for row in ("bloom", "opt")]
+    bloom, opt = (plan.scored_heads for plan in plans)
+    assert bloom == 4
+    assert opt == 0
 
 
 _HOLES = """

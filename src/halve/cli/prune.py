@@ -137,9 +137,9 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     from halve.plan import make_plan
     from halve.pruning import (
         Execution,
-        activation_budget,
         estimate_costs,
         estimate_seconds,
+        make_room,
     )
     from halve.runtime.streamed import choose_device
     from halve.settings import Settings
@@ -168,8 +168,8 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     if dry_run:
         folder = locate(model, weights=False)
         plan = make_plan(folder, settings, trust_remote_code, needs_weights=False)
-        budget = activation_budget(plan, memory, activation_memory)
-        found = estimate_costs(plan, budget)
+        room = make_room(plan, memory, activation_memory)
+        found = estimate_costs(plan, room.activations, room.aside)
         time = estimate_seconds(found, choose_device(settings.device))
         _print_plan(plan, found, time, as_json)
         return

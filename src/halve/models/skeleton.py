@@ -64,6 +64,16 @@ class Skeleton:
         return self.config.get_text_config().vocab_size
 
     @property
+    def scored_heads(self) -> int:
+        """Attention heads whose scores, [length, length], are in memory all at once.
+
+        0 where attention is fused and goes through them piece by piece.
+        """
+        fused = getattr(self.config, "_attn_implementation", "eager") != "eager"
+        heads = getattr(self.config.get_text_config(), "num_attention_heads", 0)
+        return 0 if fused or not isinstance(heads, int) else heads
+
+    @property
     def table(self) -> nn.Embedding | None:
         """The input embedding, where rows are looked up in it and no more is done.
 

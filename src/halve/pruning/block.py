@@ -15,9 +15,10 @@ from halve.patterns import Pattern
 from halve.plan import PlannedBlock, PlannedMatrix
 from halve.pruning.budget import Patterns
 from halve.pruning.choice import Candidate, Choice, Contest
-from halve.pruning.evidence import Evidence, collect
+from halve.pruning.evidence import Evidence, collect, sum_up
 from halve.pruning.groups import Group, stages
-from halve.pruning.reference import Reference
+from halve.pruning.kept import Kept
+from halve.pruning.reference import record_dense
 from halve.pruning.refine import Refined, Refining, refine
 from halve.pruning.shares import Owners, bring_together, deal_out, share_choice
 from halve.pruning.site import Paths, Site, weight_path
@@ -40,6 +41,7 @@ class Task:
         folder: Where a mapped file lies past that.
         report: Told of each phase.
         patterns: What single matrices shall obey, in place of the candidates' own.
+        aside: As of `Room`.
     """
 
     candidates: tuple[Candidate, ...]
@@ -49,6 +51,7 @@ class Task:
     folder: Path | None
     report: Callable[[str], None]
     patterns: Patterns = field(default_factory=dict)
+    aside: bool = False
 
     @property
     def statistic(self) -> type[Statistic]:
@@ -120,21 +123,41 @@ def _observe(site: Site, task: Task) -> Iterator[list[Evidence]]:
             yield [Evidence(Group((matrix,)), nothing, None)]
         return
     groups = site.groups()
-    reference = _reference(site, groups, task)
-    for stage in [groups] if reference is None else stages(groups, site.width):
+    dense = _dense_inputs(site, groups, task)
+    if dense is None:
+        yield from _all_at_once(site, groups, task)
+        return
+    for stage in stages(groups, site.width):
         task.report("collecting")
-        found = collect(site, stage, task.statistic, reference)
+        found = collect(site, stage, task.statistic, dense)
         task.report("solving")
         yield found
 
 
-def _reference(site: Site, groups: list[Group], task: Task) -> Reference | None:
+def _all_at_once(
+    site: Site, groups: list[Group], task: Task
+) -> Iterator[list[Evidence]]:
+    """Yield all groups; by themselves those whose inputs are summed later."""
+    wide = [g for g in groups if g.columns > site.width] if task.aside else []
+    aside = Kept.room(site.stream, site.planned.name, wide, 0, task.folder)
+    task.report("collecting")
+    found = collect(site, groups, task.statistic, aside=aside)
+    task.report("solving")
+    yield found
+    for group in wide:
+        task.report("summing")
+        found = [sum_up(site, group, task.statistic, aside)]
+        task.report("solving")
+        yield found
+
+
+def _dense_inputs(site: Site, groups: list[Group], task: Task) -> Kept | None:
     """Carry the dense stream on, if there is one; keep what corrections need."""
     if not site.has_dense:
         return None
     wanted = groups if task.correction is not None else []
-    reference = Reference.record(site, wanted, task.budget, task.folder)
-    return reference if wanted else None
+    kept = record_dense(site, wanted, task.budget, task.folder)
+    return kept if wanted else None
 
 
 def _solve_stage(
@@ -186,8 +209,7 @@ def _solve(
     pattern: Pattern | None,
 ) -> Choice:
     """Prune one matrix, given as it lies in the block."""
-    dense = stored.float().contiguous()
-    return contest.solve(dense, target(dense) if target else dense, pattern)
+    return contest.solve(stored, target(stored) if target else stored, pattern)
 
 
 def _correction(evidence: Evidence, task: Task) -> Correction | None:
@@ -205,8 +227,9 @@ def _put(
     Returns:
         The choice, whose weights are those in the block: there is no second copy.
     """
-    dtype = _dtype(model, planned)
+    dtype, path = _dtype(model, planned), weight_path(planned)
     own, solution = planned.matrix.as_rows, choice.solution
+    site.release(path)  # before there is another: matrices are dear
     # In one piece at once, since copies of such a matrix are dear.
     rounded = own(solution.weight).to(dtype, memory_format=torch.contiguous_format)
     rounded = rounded.contiguous()  # where it had that dtype
@@ -215,11 +238,10 @@ def _put(
             f"The solution for {planned.tensor} is not finite in {dtype}.",
             "Raise --damping, or calibrate on other text.",
         )
-    path, levels = weight_path(planned), solution.levels
     site.exchange(path, rounded)
     # Where none is pruned, a weight that was rounded to 0 may come back.
     site.solved[path] = choice.candidate.pattern.sparsity > 0
-    if levels is not None:
+    if (levels := solution.levels) is not None:
         site.levels[path] = lambda values: own(levels.round(own(values))).contiguous()
     return replace(choice, solution=replace(solution, weight=site.weight(planned)))
 

@@ -82,7 +82,7 @@ class Contest:
         """Prune one matrix in every way and take the best.
 
         Args:
-            weight: The dense matrix, [rows, columns].
+            weight: The dense matrix, [rows, columns], as it is stored.
             target: What the solvers are given in its place.
             pattern: What solutions shall obey, in place of the candidates' own.
 

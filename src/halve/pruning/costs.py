@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 from halve.calibration import default_budget
-from halve.errors import HalveError
 from halve.plan import Plan, PlannedBlock, PlannedMatrix
-from halve.products import NARROW, linear
+from halve.products import NARROW, WIDENED, linear
 from halve.pruning.candidates import candidates
 from halve.pruning.evidence import HELD_TOKENS
 from halve.runtime.streamed import BATCH_TOKENS
@@ -39,7 +38,7 @@ _IN_A_PASS = 2
 _STRIPS = 3
 # Activations of one token while a block runs, in widths of its own and inner states:
 # the stream before and after, a norm's output, queries, keys, values and their result;
-# the inner state before and after its function.
+# the inner state before and after its function, or an attention's scores.
 _OWN_STATES, _INNER_STATES = 8, 3
 # With what is kept for a backward pass, and gradients.
 _TUNED = 3
@@ -78,6 +77,7 @@ class Costs:
         activations: Bytes of each set of hidden states and of kept dense inputs, and
             into how many parts the budget is cut before one part is that set's.
         budget: Bytes of them that may live in memory.
+        aside: Bytes of inputs in mapped files that are summed later.
         phases: What else is in memory, in turn.
         output: Bytes of the output.
         operations: Multiplications and additions of the whole run.
@@ -86,6 +86,7 @@ class Costs:
     process: int
     activations: tuple[tuple[int, int], ...]
     budget: int
+    aside: int
     phases: tuple[Phase, ...]
     output: int
     operations: int
@@ -98,7 +99,7 @@ class Costs:
     @property
     def mapped(self) -> int:
         """Bytes of activations in mapped files."""
-        return sum(n for n, _ in self.activations) - self.resident
+        return sum(n for n, _ in self.activations) - self.resident + self.aside
 
     @property
     def largest(self) -> Phase:
@@ -121,20 +122,22 @@ class Costs:
         return self.output + self.mapped
 
 
-def estimate_costs(plan: Plan, budget: int | None = None) -> Costs:
+def estimate_costs(plan: Plan, budget: int | None = None, aside: bool = False) -> Costs:
     """Work out what a plan will take.
 
     Args:
         plan: The run.
         budget: Bytes of activations that may live in memory; None for a quarter of the
             machine's.
+        aside: As in `Room`.
     """
     ways = candidates(plan.settings, plan.layout.dtype)
-    estimate = _Estimate(plan, [way.solver for way in ways])
+    estimate = _Estimate(plan, [way.solver for way in ways], aside)
     return Costs(
         process=_resident() + _LIBRARIES,
         activations=tuple(estimate.activations()),
         budget=default_budget() if budget is None else budget,
+        aside=estimate.set_aside(),
         phases=tuple(estimate.phases()),
         output=plan.layout.output_bytes,
         operations=estimate.operations(),
@@ -157,45 +160,6 @@ def estimate_seconds(costs: Costs, device: torch.device) -> float:
     return costs.operations / speed / _PRODUCTIVE
 
 
-def activation_budget(
-    plan: Plan, memory: int | None, activations: int | None, processes: int = 1
-) -> int:
-    """Return how many bytes of activations may live in memory.
-
-    Args:
-        plan: The run.
-        memory: Bytes that the whole process may take; None where that is not limited.
-        activations: Bytes that were given; None for what the rest leaves, or for a
-            quarter of the machine's where nothing is limited.
-        processes: That share this machine.
-
-    Raises:
-        HalveError: The rest alone takes more than may be taken.
-    """
-    own = default_budget() // processes if activations is None else activations
-    if memory is None:
-        return own
-    left = _left(plan, memory)
-    return left if activations is None else min(left, activations)
-
-
-def _left(plan: Plan, memory: int) -> int:
-    """Return how many bytes of a limit are left for activations."""
-    found = estimate_costs(plan, 0)
-    if found.peak > memory:
-        largest = found.largest
-        parts = {"the process itself": found.process} | largest.parts
-        part = max(parts, key=lambda name: parts[name])
-        raise HalveError(
-            f"At least {found.peak / 2**30:.2f} GiB of memory are needed, and "
-            f"{memory / 2**30:.2f} GiB were given: while {largest.name}, "
-            f"{parts[part] / 2**30:.2f} GiB go to {part}.",
-            "Give more (--memory), or choose a --solver that holds less: sparsegpt "
-            "does, and wanda hardly anything.",
-        )
-    return memory - found.peak
-
-
 def _resident() -> int:
     """Return the bytes of this process that are in memory now."""
     status = Path("/proc/self/statm")
@@ -211,6 +175,7 @@ class _Estimate:
 
     plan: Plan
     solvers: list[Solver]
+    aside: bool
 
     @property
     def corrects(self) -> bool:
@@ -236,6 +201,11 @@ class _Estimate:
             groups = max(map(_groups, self.blocks), key=lambda g: sum(g.elements()))
             for columns in groups.elements():
                 yield token * columns, settings.shares * groups.total()
+
+    def set_aside(self) -> int:
+        """Return the bytes of inputs that are set aside in one block."""
+        token = max(sum(self._wide(_groups(block))) for block in self.blocks)
+        return _FLOAT * self.plan.tokens * token
 
     @property
     def blocks(self) -> tuple[PlannedBlock, ...]:
@@ -281,14 +251,20 @@ class _Estimate:
         for block in self.blocks:
             weights = self._weights(block)
             batch = self._batch(block) if self.runs_text else 0
-            sums = max(self._sums(block, c, running=True) for c in _groups(block))
             yield _phase(
                 "collecting",
                 weights=weights,
-                widened=max(map(self._widened, block.matrices)),
-                grams=sums,
+                widened=min(WIDENED, max(map(self._widened, block.matrices))),
+                grams=self._first_sums(block),
                 activations=batch,
             )
+            for columns in sorted(self._wide(_groups(block))):
+                yield _phase(
+                    "summing",
+                    weights=weights,
+                    grams=self._sums(block, columns, running=True),
+                    activations=self._batch_tokens * columns,
+                )
             for matrix in {m.matrix.shape: m for m in block.matrices}.values():
                 yield self._solving(block, matrix)
             if self.plan.settings.refine:
@@ -311,17 +287,30 @@ class _Estimate:
         return _phase(
             "solving",
             weights=self._weights(block),
-            widened=self._widened(matrix),
+            widened=self._beside(matrix),
             grams=self._sums(block, columns, running=False),
             factors=sum(work.state for work in works),
             matrices=max(work.peak for work in works) + solutions,
         )
 
+    def _wide(self, groups: Counter[int]) -> list[int]:
+        """Return the columns of groups whose inputs are set aside."""
+        if not self.aside or self.corrects or not self.sums_grams:
+            return []
+        return [columns for columns in groups.elements() if columns > self.plan.width]
+
+    def _first_sums(self, block: PlannedBlock) -> int:
+        """Return the sums over inputs while a block runs."""
+        groups = _groups(block)
+        now = groups - Counter(self._wide(groups))
+        return max((self._sums(block, c, running=True) for c in now), default=0)
+
     def _sums(self, block: PlannedBlock, columns: int, running: bool) -> int:
         """Return the sums over inputs that are kept once a group is reached.
 
         Where targets are corrected, those of its own pass; else those of all groups
-        that are not solved yet, of which the widest come last.
+        that are not solved yet, of which the widest come last. One whose inputs are
+        set aside has no other beside it.
 
         Args:
             block: Whose groups they are.
@@ -333,8 +322,10 @@ class _Estimate:
             return 0
         strip = running * columns * min(columns, MOST_TILE)
         if not self.corrects:
-            own = sum(n * c**2 for c, n in groups.items() if c >= columns)
-            return own + _STRIPS * strip
+            wide = self._wide(groups)
+            rest = (c for c in (groups - Counter(wide)).elements() if c >= columns)
+            together = [columns] if columns in wide else rest
+            return sum(c**2 for c in together) + _STRIPS * strip
         settings = self.plan.settings
         held = min(HELD_TOKENS, settings.held_out * (settings.seq_len or 0))
         drift = (1 + running) * _drift(block, columns)
@@ -371,6 +362,12 @@ class _Estimate:
         narrow = self.plan.layout.tensors[planned.tensor].dtype in NARROW
         return (narrow and planned.matrix.plain) * planned.elements
 
+    def _beside(self, planned: PlannedMatrix) -> int:
+        """Return what a matrix takes in float32 beside itself while it is solved."""
+        # A corrected target is a matrix of its own, and in float32.
+        widens = not self.corrects and any(solver.widens for solver in self.solvers)
+        return widens * self._widened(planned)
+
     def _stored(self, block: PlannedBlock) -> int:
         """Return what a block takes as it is stored, and as it is read back."""
         tensors = self.plan.layout.tensors
@@ -383,12 +380,18 @@ class _Estimate:
     def _size(self, names: Iterable[str]) -> int:
         return sum(prod(self.plan.layout.tensors[name].shape) for name in names)
 
+    @property
+    def _batch_tokens(self) -> int:
+        length = self.plan.settings.seq_len or 1
+        return min(max(BATCH_TOKENS // length, 1) * length, self.plan.tokens)
+
     def _batch(self, block: PlannedBlock) -> int:
         """Return the activations of one batch on its way through a block."""
         length = self.plan.settings.seq_len or 1
-        tokens = min(max(BATCH_TOKENS // length, 1) * length, self.plan.tokens)
-        inner = max(max(m.matrix.shape) for m in block.matrices)
-        return tokens * (_OWN_STATES * self.plan.width + _INNER_STATES * inner)
+        scores = self.plan.scored_heads * length
+        inner = max(scores, *(max(m.matrix.shape) for m in block.matrices))
+        token = _OWN_STATES * self.plan.width + _INNER_STATES * inner
+        return self._batch_tokens * token
 
 
 def _phase(name: str, **parts: int) -> Phase:

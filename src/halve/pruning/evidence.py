@@ -15,7 +15,7 @@ from halve.errors import NumericalError
 from halve.finite import is_finite
 from halve.products import linear
 from halve.pruning.groups import Group
-from halve.pruning.reference import Reference
+from halve.pruning.kept import Kept
 from halve.pruning.site import Site
 from halve.statistics import Drift, Statistic
 
@@ -115,7 +115,8 @@ def collect(
     site: Site,
     groups: list[Group],
     kind: type[Statistic],
-    reference: Reference | None,
+    dense: Kept | None = None,
+    aside: Kept | None = None,
 ) -> list[Evidence]:
     """Run all windows through the block as it is now, up to the groups' inputs.
 
@@ -123,25 +124,47 @@ def collect(
         site: The block.
         groups: Whose inputs are wanted.
         kind: Of statistic.
-        reference: What they are in the dense model, where that is asked.
+        dense: What they are in the dense model, where that is asked.
+        aside: Room for the inputs of some groups, for `sum_up`.
+
+    Returns:
+        What is known of the others.
 
     Raises:
         NumericalError: An input is not finite; names block, matrix and sample.
     """
+    later = set() if aside is None else aside.places.keys()
     found = {
-        group.leader: _nothing_yet(site, group, kind, reference) for group in groups
+        group.leader: _nothing_yet(site, group, kind, dense is not None)
+        for group in groups
+        if group.leader not in later
     }
     for part in site.stream.batches():
-        _Batch(site, part, found, reference).run(groups)
+        _Batch(site, part, found, dense, aside).run(groups)
     return list(found.values())
 
 
+def sum_up(site: Site, group: Group, kind: type[Statistic], aside: Kept) -> Evidence:
+    """Return what `collect` would have of a group, from the inputs it set aside.
+
+    They are freed. Raises NumericalError as it does.
+    """
+    evidence, path = _nothing_yet(site, group, kind, with_drift=False), group.leader
+    for part in site.stream.batches():
+        batch = _Batch(site, part, {path: evidence})
+        for call in range(group.calls):
+            inputs = aside.inputs(path, call, part)
+            batch.take(path, inputs.to(site.stream.model.device))
+    del aside.places[path]
+    return evidence
+
+
 def _nothing_yet(
-    site: Site, group: Group, kind: type[Statistic], reference: Reference | None
+    site: Site, group: Group, kind: type[Statistic], with_drift: bool
 ) -> Evidence:
     device = site.stream.model.device
     weights = [site.weight(matrix) for matrix in group.matrices]
-    drift = None if reference is None else Drift(weights)
+    drift = Drift(weights) if with_drift else None
     held = HeldOut.of(site.stream.all_apart * site.stream.windows.shape[1])
     return Evidence(group, kind(group.columns, device), drift, held)
 
@@ -153,18 +176,26 @@ class _Batch:
     site: Site
     part: slice
     found: dict[str, Evidence]
-    reference: Reference | None
+    dense: Kept | None = None
+    aside: Kept | None = None
     calls: Counter[str] = field(default_factory=Counter)
 
     def run(self, groups: list[Group]) -> None:
-        self.site.each_input(self.part, groups, self._take)
+        self.site.each_input(self.part, groups, self._meet)
 
-    def _take(self, path: str, inputs: Tensor) -> None:
-        dense = None
-        if self.reference is not None:
-            dense = self.reference.inputs(path, self.calls[path], self.part)
-            dense = dense.to(inputs.device)
+    def _meet(self, path: str, inputs: Tensor) -> None:
+        call = self.calls[path]
         self.calls[path] += 1
+        if path not in self.found:
+            assert self.aside is not None, "all groups are summed"
+            self.aside.keep(path, call, self.part, inputs)
+            return
+        dense = None
+        if self.dense is not None:
+            dense = self.dense.inputs(path, call, self.part).to(inputs.device)
+        self.take(path, inputs, dense)
+
+    def take(self, path: str, inputs: Tensor, dense: Tensor | None = None) -> None:
         apart = self.site.stream.is_apart(self.part)
         self.found[path].add(inputs, dense, apart)
         sound = inputs if apart else self.found[path].statistic

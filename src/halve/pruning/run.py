@@ -18,8 +18,8 @@ from halve.pruning.block import Pruned, Task, install, prune_block
 from halve.pruning.budget import Patterns, check_budget, exact_patterns
 from halve.pruning.candidates import candidates
 from halve.pruning.choice import Choice
-from halve.pruning.costs import activation_budget
 from halve.pruning.refine import Refining
+from halve.pruning.room import make_room
 from halve.pruning.scribe import Scribe
 from halve.pruning.site import Paths, Site
 from halve.pruning.trial import Trials
@@ -41,7 +41,7 @@ class Execution:
     Attributes:
         activation_memory: Bytes of hidden states that may live in a process's memory;
             None for a quarter of the machine's, shared by the processes on it.
-        memory: Bytes that a process may take, by which that is chosen.
+        memory: Bytes that a process may take, by which that is chosen (`make_room`).
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each phase.
         ranks: The processes that share the work. Their number changes the windows that
@@ -73,10 +73,10 @@ class Run:
         self.clock = _Clock(execution.progress, len(plan.layout.blocks))
         self.model = model
         limits = (execution.memory, execution.activation_memory)
-        self.budget = activation_budget(plan, *limits, self.ranks.local_size)
+        self.room = make_room(plan, *limits, self.ranks.local_size)
         self.allocation = self._allocate(windows)
         self.patterns = self._patterns()
-        self.budget //= plan.settings.shares
+        self.budget = self.room.activations // plan.settings.shares
         self.paths = None if windows is None else self._start(windows)
 
     def _allocate(self, windows: Tensor | None) -> AllocationRecord | None:
@@ -88,7 +88,7 @@ class Run:
             plan=self.plan,
             model=self.model,
             windows=windows,
-            budget=self.budget,
+            room=self.room,
             folder=self.scribe.folder,
             report=self.clock.report,
             ranks=self.ranks,
@@ -159,6 +159,7 @@ class Run:
             folder=self.scribe.folder,
             report=lambda phase: self.clock.report(planned.index, phase),
             patterns=self.patterns[planned.index],
+            aside=self.room.aside,
         )
         pruned = prune_block(self.model, self.paths, planned, task)
         task.report("writing")

@@ -86,6 +86,11 @@ class Site:
         stored = self.block.get_parameter(weight_path(planned))
         return planned.matrix.as_rows(stored.data)
 
+    def release(self, path: str) -> None:
+        """Free a parameter's value, which is about to be exchanged."""
+        parameter = self.block.get_parameter(path)
+        parameter.data = parameter.data.new_empty(0)
+
     def exchange(self, path: str, value: Tensor) -> None:
         """Put a value, rounded to what is stored, in the place of a parameter."""
         parameter = self.block.get_parameter(path)

@@ -23,6 +23,7 @@ from halve.plan import Plan, PlannedBlock
 from halve.pruning.block import Task, prune_block
 from halve.pruning.budget import Patterns, exact_patterns
 from halve.pruning.choice import Candidate
+from halve.pruning.room import Room
 from halve.pruning.site import Paths
 from halve.records import AllocationRecord, TrialRecord
 from halve.runtime.stream import Stream, logits_apart
@@ -45,7 +46,7 @@ class Trials:
         plan: Of the run.
         model: Holds the dense weights.
         windows: [samples, length]; the last `plan.settings.judging` of them judge.
-        budget: Bytes of hidden states that may live in memory.
+        room: Where hidden states may live.
         folder: Where mapped files lie past that.
         report: Told of each block: its index, and which trial it is.
         ranks: Who shares the windows.
@@ -54,7 +55,7 @@ class Trials:
     plan: Plan
     model: StreamedModel
     windows: Tensor
-    budget: int
+    room: Room
     folder: Path | None
     report: Callable[[int, str], None]
     ranks: Ranks = ALONE
@@ -95,8 +96,12 @@ class Trials:
         return stream
 
     def _start(self, windows: Tensor) -> Stream:
-        own, apart = self.budget // _STREAMS, self.plan.settings.judging
-        return Stream.start(self.model, windows, own, self.folder, apart, self.ranks)
+        apart, where = self.plan.settings.judging, (self._budget, self.folder)
+        return Stream.start(self.model, windows, *where, apart, self.ranks)
+
+    @property
+    def _budget(self) -> int:
+        return self.room.activations // _STREAMS
 
     def _try(self, strength: float, dense: Stream, errors: list[float]) -> TrialRecord:
         """Prune by one strength and judge that; without one measure errors as well."""
@@ -125,10 +130,11 @@ class Trials:
             candidates=(Candidate("sparsegpt", solver, pattern),),
             correction=None,
             refining=None,
-            budget=self.budget // _STREAMS,
+            budget=self._budget,
             folder=self.folder,
             report=lambda _: None,
             patterns=patterns,
+            aside=self.room.aside,
         )
 
     def _outputs(self, stream: Stream, planned: PlannedBlock) -> Tensor:
@@ -139,7 +145,7 @@ class Trials:
         """
         _, length, width = stream.hidden.shape
         shape = (stream.apart, length, width)
-        found = allocate_hidden(shape, self.budget // _STREAMS, self.folder)
+        found = allocate_hidden(shape, self._budget, self.folder)
         with self.model.block(planned.index) as block:
             for part, own in _judging(stream):
                 found[own] = stream.run(block, planned.index, part).cpu()

@@ -31,7 +31,7 @@ from halve.errors import NumericalError
 from halve.patterns import NM, Pattern, lowest
 from halve.products import linear
 from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver, Work
+from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
 from halve.solvers.refit import refit
 from halve.statistics import Gram
 
@@ -126,6 +126,7 @@ class ADMM(Solver[Gram, Prepared]):
         Raises:
             NumericalError: The Hessian is not positive definite.
         """
+        weight = widened(weight)
         scaled = weight.masked_fill(state.dead, 0) * state.scale
         # Where inputs hardly depend on each other the first mask is the best one.
         candidates = [

@@ -38,7 +38,7 @@ class Solution:
     """A pruned matrix.
 
     Attributes:
-        weight: [rows, columns], float32, zero where pruned.
+        weight: [rows, columns], float32, zero where pruned; in any order in memory.
         outcome: What the solver knows about it.
         levels: What its weights were rounded to, and all lie on; None where they were
             not rounded.
@@ -47,6 +47,11 @@ class Solution:
     weight: Tensor
     outcome: Outcome
     levels: Levels | None = None
+
+
+def widened(weight: Tensor) -> Tensor:
+    """Return a matrix in float32, row after row; itself, where it is so."""
+    return weight.float().contiguous()
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,18 @@ class Work:
 class Solver(ABC, Generic[S, State]):
     """Prunes the matrices of a group that share their inputs.
 
+    Attributes:
+        statistic: What it needs to know of the inputs.
+        widens: Whether a matrix of 16 bits lies beside itself in float32 while it is
+            solved.
+
     Laws: the pattern holds exactly; the same arguments give the same bits;
     permuting the rows of a matrix permutes the rows of the solution where the
     pattern is n:m.
     """
 
     statistic: ClassVar[type[Statistic]]
+    widens: ClassVar[bool] = True
 
     @abstractmethod
     def prepare(self, statistic: S) -> State:
@@ -88,7 +99,11 @@ class Solver(ABC, Generic[S, State]):
 
     @abstractmethod
     def solve(self, state: State, weight: Tensor, pattern: Pattern) -> Solution:
-        """Prune one matrix, [rows, columns] in float32, and leave it as it was."""
+        """Prune one matrix, [rows, columns], and leave it as it was.
+
+        It may lie in memory in any order and be of fewer bits than float32, in which
+        all is computed.
+        """
 
     @abstractmethod
     def work(self, rows: int, columns: int) -> Work:

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from halve.patterns import NM, Pattern, lowest
-from halve.solvers.interface import Outcome, Solution, Solver, Work
+from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
 from halve.statistics import Nothing
 
 
@@ -19,6 +19,7 @@ class Magnitude(Solver[Nothing, None]):
 
     def solve(self, state: None, weight: Tensor, pattern: Pattern) -> Solution:
         """Zero the smallest weights, [rows, columns]."""
+        weight = widened(weight)
         scores = weight.abs()
         if isinstance(pattern, NM):
             pruned = pattern.mask(scores)

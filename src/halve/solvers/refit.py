@@ -16,7 +16,7 @@ from torch import Tensor
 from halve.patterns import Pattern
 from halve.products import linear
 from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver, Work
+from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
 from halve.statistics import Gram
 
 STEPS = 10
@@ -39,9 +39,9 @@ def refit(
     Cost:
         One product of the matrix with the Hessian a step.
     """
-    kept = solution != 0
+    found = solution.clone(memory_format=torch.contiguous_format)
+    kept = found != 0
     scale = 1 / hessian.diagonal()
-    found = solution.clone()
     residual = linear(weight - found, hessian).mul_(kept)
     preconditioned = residual * scale
     direction = preconditioned.clone()
@@ -102,6 +102,7 @@ class Refitted(Solver[Gram, Prepared]):
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
         """Prune [rows, columns], refit, and keep whichever has the lower error."""
+        weight = widened(weight)
         first = self.solver.solve(state.own, weight, pattern)
         tuned = refit(state.hessian, weight, first.weight)
         errors = [

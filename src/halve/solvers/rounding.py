@@ -16,10 +16,10 @@ from halve.grids import Grid, Levels, fit_levels
 from halve.patterns import Pattern
 from halve.products import linear
 from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver, Work
+from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
 from halve.solvers.magnitude import Magnitude
 from halve.solvers.sparsegpt import SparseGPT
-from halve.solvers.sweep import carry, held, sweep
+from halve.solvers.sweep import carry, held, sweep, turned
 from halve.statistics import Gram, Nothing
 
 # Columns between two products with the whole of H or U.
@@ -41,9 +41,9 @@ def round_held(
     Cost:
         rows * columns^2 operations.
     """
-    remaining = weight.T.contiguous()
+    remaining = turned(weight)
     sweep(remaining, factor, held(pruned.T, _BLOCK, levels))
-    return remaining.T.contiguous()
+    return remaining.T
 
 
 def polish(
@@ -74,13 +74,13 @@ def polish(
     Cost:
         2 rows * columns^2 operations, and as many again a sweep.
     """
-    found = rounded.T.contiguous()
+    found = turned(rounded)
     residual = linear(hessian, weight - rounded)  # [columns, rows]
     moving = _Moving(found, hessian, pruned.T.contiguous(), levels)
     for _ in range(sweeps):
         if not moving.sweep(residual):
             break
-    return found.T.contiguous()
+    return found.T
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,7 @@ class Rounded(Solver[Gram, Prepared]):
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
         """Prune [rows, columns], round, polish, and keep what has the lower error."""
+        weight = widened(weight)
         first = self.solver.solve(state.own, weight, pattern)
         values, levels = first.weight, first.levels
         if levels is None:

@@ -26,8 +26,8 @@ from halve.grids import Grid, fit_levels
 from halve.patterns import Pattern
 from halve.solvers.factors import inverse_factor, scratch
 from halve.solvers.hessian import damping_of, factorise
-from halve.solvers.interface import Outcome, Solution, Solver, Work
-from halve.solvers.sweep import adaptive, sweep
+from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
+from halve.solvers.sweep import adaptive, sweep, turned
 from halve.statistics import Gram
 
 # Rows whose error is summed at once.
@@ -64,7 +64,8 @@ class Prepared:
         added = damping_of(self.diagonal, self.damping)
         kept = 0.0
         # Some rows at a time, so that it takes no third matrix.
-        for dense, own in zip(weight.split(_ROWS), solution.split(_ROWS), strict=True):
+        for stored, own in zip(weight.split(_ROWS), solution.split(_ROWS), strict=True):
+            dense = stored.float()
             lost -= added * self._square(dense - own)
             # X^T X is no more: U is in its place.
             image = solve_triangular(
@@ -96,6 +97,7 @@ class SparseGPT(Solver[Gram, Prepared]):
     """
 
     statistic: ClassVar = Gram
+    widens: ClassVar = False
     damping: float = 0.01
     block_size: int = 128
     grid: Grid | None = None
@@ -115,22 +117,21 @@ class SparseGPT(Solver[Gram, Prepared]):
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
         """Prune [rows, columns] and compensate; rows * columns^2 operations."""
-        remaining = weight.T.contiguous()  # [columns, rows]: a column lies in one piece
-        remaining[state.dead] = 0
         levels = None
         if self.grid is not None:
-            levels = fit_levels(self.grid, weight, state.diagonal)
+            levels = fit_levels(self.grid, widened(weight), state.diagonal)
+        remaining = turned(weight)
+        remaining[state.dead] = 0
         rule = adaptive(pattern, self.block_size, levels)
         lost = sweep(remaining, state.factor, rule)
-        solution = remaining.T.contiguous()
-        del remaining  # as large as the matrix
+        solution = remaining.T  # a copy in the usual order would be one matrix more
         error = state.relative(lost, weight, solution)
         return Solution(solution, Outcome(error, state.damping), levels)
 
     def work(self, rows: int, columns: int) -> Work:
-        """A copy that is swept; the factor takes H's own place."""
+        """A copy is swept and is the solution; the factor takes H's own place."""
         size = rows * columns
         # There is no solution yet while it factorises.
-        peak = max(size, scratch(columns) - size)
+        peak = max(0, scratch(columns) - size)
         # Half a product while it sweeps, and as much for the error.
         return Work(0, peak, columns**3 * 4 // 3, 2 * size * columns)

@@ -21,6 +21,15 @@ from halve.products import linear
 CHUNK = 16
 
 
+def turned(weight: Tensor) -> Tensor:
+    """Return a copy of W^T to be swept, [columns, rows] in float32.
+
+    There a column of W, [rows, columns], lies in one piece.
+    """
+    order = torch.contiguous_format
+    return weight.T.to(torch.float32, memory_format=order, copy=True)
+
+
 @dataclass(frozen=True)
 class Rule:
     """How columns are settled.

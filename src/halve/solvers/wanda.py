@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halve.patterns import NM, Exact, Pattern, Unstructured
-from halve.solvers.interface import Outcome, Solution, Solver, Work
+from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
 from halve.statistics import ColumnNorms
 
 
@@ -25,6 +25,7 @@ class Wanda(Solver[ColumnNorms, Tensor]):
 
     def solve(self, state: Tensor, weight: Tensor, pattern: Pattern) -> Solution:
         """Zero the lowest scores, [rows, columns]. Costs one sort of each row."""
+        weight = widened(weight)
         scores = weight.abs() * state
         if isinstance(pattern, NM):
             pruned = pattern.mask(scores)

@@ -1,0 +1,62 @@
+"""How a run is to live within a limit on its memory."""
+
+from dataclasses import dataclass
+
+from halve.calibration import default_budget
+from halve.errors import HalveError
+from halve.plan import Plan
+from halve.pruning.costs import Costs, estimate_costs
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where a run keeps things; nothing here changes the result.
+
+    Attributes:
+        activations: Bytes of hidden states and dense inputs that may live in memory.
+        aside: Whether inputs wider than hidden states go to a mapped file, to be summed
+            once the other groups of their block are solved. The widest Gram matrix of a
+            block then lies beside no other, and beside nothing that runs.
+    """
+
+    activations: int
+    aside: bool = False
+
+
+def make_room(
+    plan: Plan, memory: int | None, activations: int | None, processes: int = 1
+) -> Room:
+    """Choose where a run keeps things.
+
+    Args:
+        plan: The run.
+        memory: Bytes that the whole process may take; None where that is not limited.
+        activations: Bytes that were given; None for what the rest leaves, or for a
+            quarter of the machine's where nothing is limited.
+        processes: That share this machine.
+
+    Raises:
+        HalveError: The rest alone takes more than may be taken.
+    """
+    own = default_budget() // processes if activations is None else activations
+    if memory is None:
+        return Room(own)
+    for aside in (False, True):  # which takes disk
+        needed = estimate_costs(plan, 0, aside)
+        left = memory - needed.peak
+        if left >= 0:
+            return Room(left if activations is None else min(left, activations), aside)
+    raise _too_little(needed, memory)
+
+
+def _too_little(needed: Costs, memory: int) -> HalveError:
+    largest = needed.largest
+    parts = {"the process itself": needed.process} | largest.parts
+    part = max(parts, key=lambda name: parts[name])
+    return HalveError(
+        f"At least {needed.peak / 2**30:.2f} GiB of memory are needed, and "
+        f"{memory / 2**30:.2f} GiB were given: while {largest.name}, "
+        f"{parts[part] / 2**30:.2f} GiB go to {part}.",
+        "Give more (--memory), or choose a --solver that holds less: sparsegpt "
+        "does, and wanda hardly anything.",
+    )
