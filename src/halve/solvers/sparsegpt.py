@@ -30,8 +30,8 @@ from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
 from halve.solvers.sweep import adaptive, sweep, turned
 from halve.statistics import Gram
 
-# Rows whose error is summed at once.
-_ROWS = 256
+# Numbers of a matrix whose error is summed at once, and copies of them meanwhile.
+_STRIP, _COPIES = 2**23, 4
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,14 @@ class Prepared:
             solution: Z, [rows, columns].
         """
         added = damping_of(self.diagonal, self.damping)
-        kept = 0.0
+        kept, rows = 0.0, max(_STRIP // weight.shape[1], 1)
         # Some rows at a time, so that it takes no third matrix.
-        for stored, own in zip(weight.split(_ROWS), solution.split(_ROWS), strict=True):
-            dense = stored.float()
-            lost -= added * self._square(dense - own)
+        for stored, own in zip(weight.split(rows), solution.split(rows), strict=True):
+            dense = self._alive(stored.float())
+            lost -= added * _square(self._alive(dense - own))
             # X^T X is no more: U is in its place.
-            image = solve_triangular(
-                self.factor, self._alive(dense), upper=True, left=False
-            )
-            kept += float(vector_norm(image) ** 2) - added * self._square(dense)
+            image = solve_triangular(self.factor, dense, upper=True, left=False)
+            kept += _square(image) - added * _square(dense)
         if kept <= 0:
             return 0.0 if lost <= 0 else float("inf")
         return max(lost, 0.0) / kept
@@ -79,8 +77,9 @@ class Prepared:
     def _alive(self, rows: Tensor) -> Tensor:
         return rows.masked_fill(self.dead, 0)
 
-    def _square(self, rows: Tensor) -> float:
-        return float(vector_norm(self._alive(rows)) ** 2)
+
+def _square(rows: Tensor) -> float:
+    return float(vector_norm(rows) ** 2)
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,6 @@ class SparseGPT(Solver[Gram, Prepared]):
         """A copy is swept and is the solution; the factor takes H's own place."""
         size = rows * columns
         # There is no solution yet while it factorises.
-        peak = max(0, scratch(columns) - size)
+        peak = max(_COPIES * min(size, _STRIP), scratch(columns) - size)
         # Half a product while it sweeps, and as much for the error.
         return Work(0, peak, columns**3 * 4 // 3, 2 * size * columns)
