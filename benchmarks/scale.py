@@ -4,8 +4,8 @@ Writes a model with blocks of a published shape (random weights in float16, a sm
 vocabulary), prunes it through the real executor in a process of its own, and prints the
 seconds and the peak memory of each phase. From them it works out the whole model on the
 paper's 128 windows of 2048 tokens: passes grow with the tokens, solving and writing do
-not, and blocks are alike. Exits with 1 where the peak passes `--limit`, which the run is
-given as its `--memory`.
+not, and blocks are alike. Exits with 1 where the peak passes `--limit`, which the run
+is given as its `--memory`.
 
     python benchmarks/scale.py --config opt-175b --blocks 1 [--samples 4] [--limit 22]
 """

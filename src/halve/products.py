@@ -47,8 +47,9 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         [..., rows]. Where an operand has fewer bits than the other, it is widened for
         the product alone; a large matrix some rows at a time.
     """
-    is_large = weight.dtype in NARROW and weight.numel() > WIDENED
-    if is_large and not torch.is_grad_enabled():  # which would keep the whole of it
+    widens = weight.dtype in NARROW and inputs.dtype not in NARROW
+    # With derivatives the whole of it would be kept anyhow.
+    if widens and weight.numel() > WIDENED and not torch.is_grad_enabled():
         return _by_strips(inputs, weight, bias)
     inputs, weight = _alike(inputs, weight)
     if not _onednn_takes(inputs, weight):
@@ -66,13 +67,12 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _by_strips(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Do as `linear` does with a matrix too large to be widened at once."""
     rows, columns = weight.shape
-    wider = torch.promote_types(inputs.dtype, weight.dtype)
-    outputs = inputs.new_empty(*inputs.shape[:-1], rows, dtype=wider)
+    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
     height = max(WIDENED // columns, 1)
     for start in range(0, rows, height):
         own = slice(start, start + height)
         part = None if bias is None else bias[own]
-        outputs[..., own] = linear(inputs, weight[own].to(wider), part)
+        outputs[..., own] = linear(inputs, weight[own].to(inputs.dtype), part)
     return outputs
 
 

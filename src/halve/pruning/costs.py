@@ -6,19 +6,15 @@ live in memory, and its own parts; the largest phase is the peak.
 
 import os
 import resource
-import statistics
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-
 from halve.calibration import default_budget
 from halve.plan import Plan, PlannedBlock, PlannedMatrix
-from halve.products import NARROW, WIDENED, linear
+from halve.products import NARROW, WIDENED
 from halve.pruning.candidates import candidates
 from halve.pruning.evidence import HELD_TOKENS
 from halve.runtime.streamed import BATCH_TOKENS
@@ -26,10 +22,6 @@ from halve.solvers import Solver, Work
 from halve.statistics import MOST_TILE, Gram, Nothing
 
 _FLOAT = 4
-# A product to measure a machine by, and how often.
-_SQUARE, _ROUNDS = 1024, 5
-# Share of a run that goes into products, measured: docs/log.md.
-_PRODUCTIVE = 0.4
 # Groups of matrices as wide as hidden states: into attention, out of it, feed-forward.
 _OWN_GROUPS = 3
 # Of those, how many share a pass where targets are corrected (`groups.stages`).
@@ -81,6 +73,7 @@ class Costs:
         phases: What else is in memory, in turn.
         output: Bytes of the output.
         operations: Multiplications and additions of the whole run.
+        width: Of hidden states.
     """
 
     process: int
@@ -90,6 +83,7 @@ class Costs:
     phases: tuple[Phase, ...]
     output: int
     operations: int
+    width: int
 
     @property
     def resident(self) -> int:
@@ -141,23 +135,8 @@ def estimate_costs(plan: Plan, budget: int | None = None, aside: bool = False) -
         phases=tuple(estimate.phases()),
         output=plan.layout.output_bytes,
         operations=estimate.operations(),
+        width=plan.width,
     )
-
-
-def estimate_seconds(costs: Costs, device: torch.device) -> float:
-    """Return about how long a run will take, by this machine's speed in products.
-
-    Costs a tenth of a second. What is no product (attention, copies, files) is allowed
-    for by a share, so that a factor of two either way is to be expected.
-    """
-    square = torch.randn(_SQUARE, _SQUARE, device=device)
-    times: list[float] = []
-    for _ in range(_ROUNDS):
-        begun = time.perf_counter()
-        float(linear(square, square)[0, 0])  # waits for the device
-        times.append(time.perf_counter() - begun)
-    speed = 2 * _SQUARE**3 / statistics.median(times)
-    return costs.operations / speed / _PRODUCTIVE
 
 
 def _resident() -> int:
