@@ -83,7 +83,8 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         activation_memory: Bytes of hidden states kept in memory before they go to a
             mapped file; by default a quarter of the machine's.
         memory: Bytes that the whole process may take; decides where hidden states
-            live, and is refused where the rest alone takes more.
+            live and whether a block's widest inputs are summed later, from a mapped
+            file. Refused where the rest alone takes more. Changes no result.
         packed: Whether to store the pruned matrices packed, as `pack` does.
         refit: Whether the kept weights are tuned by conjugate gradients once the mask
             is chosen; the layer error never rises. `admm` does that by itself.
@@ -117,11 +118,12 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         HalveError: Whatever a user can put right, in two sentences.
 
     Cost:
-        Memory: one block's weights in float32; the Gram matrices of one block, each
-        columns^2 floats; the hidden states, samples * seq_len * width floats, in memory
-        or on disk; whatever the depth of the model. Time: two passes of the windows
-        through the model, tokens * columns^2 operations for each Gram matrix, and
-        about (rows + columns) * columns^2 for each matrix. `sequential` and `refine`:
+        Memory: one block's weights as they are stored; the Gram matrices of one block,
+        each columns^2 floats; one matrix in float32 (`sparsegpt`; others a dozen); the
+        hidden states, samples * seq_len * width floats, in memory or on disk; whatever
+        the depth of the model. Time: two passes of the windows through the model,
+        tokens * columns^2 operations for each Gram matrix, and about (rows + columns) *
+        columns^2 for each matrix. `sequential` and `refine`:
         the hidden states twice; `sequential` besides the dense inputs of one block's
         matrices, in memory or on disk, and a third square matrix for each input; about
         two passes more. `refine`: three passes an epoch. `allocation="error"`: two to

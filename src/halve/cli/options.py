@@ -48,7 +48,7 @@ Memory = Annotated[
         parser=parse_bytes,
         metavar="SIZE",
         help="What the whole process may take (20GiB, say); decides where hidden "
-        "states live.",
+        "states live and when sums are taken.",
         show_default=False,
     ),
 ]

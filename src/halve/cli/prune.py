@@ -278,11 +278,11 @@ def _print_costs(costs: "Costs") -> None:
 
     rows = [("the process itself", "", size(costs.process))]
     if costs.resident:
-        rows.append(("hidden states and dense inputs", "", size(costs.resident)))
+        rows.append(("hidden states and kept inputs", "", size(costs.resident)))
     for name, parts in costs.by_name().items():
         rows += [(name, part, size(count)) for part, count in parts.items() if count]
     print_table("", ["memory", "part", "bytes"], rows)
     print(f"Peak memory, while {costs.largest.name}: {size(costs.peak)}")
     if costs.mapped:
-        print(f"Hidden states and dense inputs in mapped files: {size(costs.mapped)}")
+        print(f"Hidden states and kept inputs in mapped files: {size(costs.mapped)}")
     print(f"Disk: {size(costs.disk)}")
