@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import halve
+from halve.errors import UnsupportedModelError
 from halve.patterns import parse_pattern
 from halve.plan import PlannedBlock, make_plan
 from halve.pruning.evidence import collect
@@ -217,6 +218,8 @@ def test_the_reference_is_what_the_dense_model_is_given(row, pico):
     for group in groups:
         found = reference.inputs(group.leader, 0, slice(0, 4))
         assert torch.equal(found, torch.cat(expected[group.leader]))
+        with pytest.raises(UnsupportedModelError, match=r"given 31 inputs for 32 tok"):
+            reference.keep(group.leader, 0, slice(1, 2), found[:31])
 
 
 @pytest.mark.parametrize("row", ["llama", "gpt2"])
