@@ -123,11 +123,11 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         hidden states, samples * seq_len * width floats, in memory or on disk; whatever
         the depth of the model. Time: two passes of the windows through the model,
         tokens * columns^2 operations for each Gram matrix, and about (rows + columns) *
-        columns^2 for each matrix. `sequential` and `refine`:
-        the hidden states twice; `sequential` besides the dense inputs of one block's
-        matrices, in memory or on disk, and a third square matrix for each input; about
-        two passes more. `refine`: three passes an epoch. `allocation="error"`: two to
-        four runs of `sparsegpt` first, with nothing written.
+        columns^2 for each matrix. `sequential` and `refine`: the hidden states twice;
+        `sequential` besides the dense inputs of one block's matrices, in memory or on
+        disk, and a third square matrix for each input; about two passes more.
+        `refine`: three passes an epoch. `allocation="error"`: two to four runs of
+        `sparsegpt` first, with nothing written.
 
     Source:
         Frantar and Alistarh, "SparseGPT" (2023), algorithm 1; for wanda, Sun et al.

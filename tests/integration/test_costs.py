@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,9 +141,15 @@ def test_inputs_set_aside_change_no_byte(
 
 def test_scores_of_attention_count_where_they_lie_in_memory(pico):
     plans = [make_plan(pico(row), Settings(**SIZES)) for row in ("bloom", "opt")]
-    bloom, opt = (plan.scored_heads for plan in plans)
-    assert bloom == 4
-    assert opt == 0
+    assert [plan.scored_heads for plan in plans] == [4, 0]
+    bloom = plans[0]
+    fused = replace(bloom, scored_heads=0)
+    scored, other = (
+        estimate_costs(plan, 0).by_name()["collecting"]["activations"]
+        for plan in (bloom, fused)
+    )
+    inner = 4 * bloom.width
+    assert scored - other == 4 * 1024 * 3 * (4 * 128 - inner)
 
 
 _HOLES = """
