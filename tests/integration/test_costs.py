@@ -106,9 +106,19 @@ def test_a_tight_limit_sets_the_widest_inputs_aside(pico, monkeypatch):
     assert apart.mapped == together.mapped + 4 * plan.tokens * 1024
     assert apart.peak < together.peak
     assert make_room(plan, apart.peak, None) == Room(0, aside=True)
-    assert make_room(plan, together.peak, None) == Room(0)
+    assert make_room(plan, together.peak, None) == Room(0, aside=True)
+    assert make_room(plan, together.peak * 10 // 9 + 9, None).aside is False
     with pytest.raises(HalveError, match="of memory are needed"):
         make_room(plan, apart.peak - 1, None)
+
+
+def test_a_tenth_of_a_limit_is_kept_free_where_that_can_be(pico, monkeypatch):
+    monkeypatch.setattr(costs_module, "_resident", lambda: 0)
+    plan = make_plan(pico("opt"), Settings(**SIZES, solver="sparsegpt"))
+    least = estimate_costs(plan, 0).peak
+    left = make_room(plan, 2 * least, None).activations
+    assert left == pytest.approx(0.8 * least, rel=0.01)
+    assert make_room(plan, least + 2**20, None).activations == 0
 
 
 @pytest.mark.parametrize("row", WIDE)
