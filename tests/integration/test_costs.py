@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import halve
 from halve.errors import HalveError
@@ -147,6 +148,32 @@ def test_inputs_set_aside_change_no_byte(
     assert set(summed) == {"fc2" if row == "opt" else "mlp.down_proj"}
     for file in sorted((tmp_path / "together").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "apart" / file.name).read_bytes()
+
+
+# admm corrects targets, for which the dense matrices of a group stay.
+@pytest.mark.parametrize("solver", sorted({*SOLVERS} - {"admm"}))
+def test_a_dense_matrix_is_gone_before_its_solution_is_checked(
+    solver, pico, text, tmp_path, monkeypatch
+):
+    dense: list[StorageWeakRef] = []
+    gone: list[bool] = []
+    solve, is_finite = block_module._solve, block_module.is_finite
+
+    def solved(stored, *rest):
+        dense.append(StorageWeakRef(stored.untyped_storage()))
+        return solve(stored, *rest)
+
+    def checked(rounded):
+        gone.append(dense[-1].expired())
+        return is_finite(rounded)
+
+    monkeypatch.setattr(block_module, "_solve", solved)
+    monkeypatch.setattr(block_module, "is_finite", checked)
+    sizes: dict[str, Any] = {"samples": 8, "seq_len": 64, "calibration": str(text)}
+    model = pico("opt", dtype=torch.bfloat16)
+    halve.prune(model, tmp_path / "out", solver=solver, **sizes)
+    assert len(gone) == len(dense) > 0
+    assert all(gone)
 
 
 def test_scores_of_attention_count_where_they_lie_in_memory(pico):
