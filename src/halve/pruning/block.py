@@ -17,7 +17,7 @@ from halve.pruning.budget import Patterns
 from halve.pruning.choice import Candidate, Choice, Contest
 from halve.pruning.evidence import Evidence, collect, sum_up
 from halve.pruning.groups import Group, stages
-from halve.pruning.kept import Kept
+from halve.pruning.kept import Kept, is_wide
 from halve.pruning.reference import record_dense
 from halve.pruning.refine import Refined, Refining, refine
 from halve.pruning.shares import Owners, bring_together, deal_out, share_choice
@@ -138,7 +138,7 @@ def _all_at_once(
     site: Site, groups: list[Group], task: Task
 ) -> Iterator[list[Evidence]]:
     """Yield all groups; by themselves those whose inputs are summed later."""
-    wide = [g for g in groups if g.columns > site.width] if task.aside else []
+    wide = [g for g in groups if task.aside and is_wide(g.columns, site.width)]
     aside = Kept.room(site.stream, site.planned.name, wide, 0, task.folder)
     task.report("collecting")
     found = collect(site, groups, task.statistic, aside=aside)

@@ -17,6 +17,7 @@ from halve.plan import Plan, PlannedBlock, PlannedMatrix
 from halve.products import NARROW, WIDENED
 from halve.pruning.candidates import candidates
 from halve.pruning.evidence import HELD_TOKENS
+from halve.pruning.kept import is_wide
 from halve.runtime.streamed import BATCH_TOKENS
 from halve.solvers import Solver, Work
 from halve.statistics import MOST_TILE, Gram, Nothing
@@ -276,7 +277,7 @@ class _Estimate:
         """Return the columns of groups whose inputs are set aside."""
         if not self.aside or self.corrects or not self.sums_grams:
             return []
-        return [columns for columns in groups.elements() if columns > self.plan.width]
+        return [c for c in groups.elements() if is_wide(c, self.plan.width)]
 
     def _first_sums(self, block: PlannedBlock) -> int:
         """Return the sums over inputs while a block runs."""

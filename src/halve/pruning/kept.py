@@ -12,6 +12,15 @@ from halve.pruning.groups import Group
 from halve.runtime.stream import Stream
 
 
+def is_wide(columns: int, width: int) -> bool:
+    """Say whether inputs of so many columns are set aside where memory is tight.
+
+    Those wider than hidden states are: one group of a block, as a rule, whose Gram
+    matrix is the largest.
+    """
+    return columns > width
+
+
 @dataclass
 class Kept:
     """Inputs of groups, in float32.
