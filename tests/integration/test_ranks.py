@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,20 +33,31 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a module with two processes, one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(RANKS), "-m", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
+def launch(
+    where: list[object], processes: int, *arguments: object
+) -> "subprocess.Popen[str]":
+    """Start a module in processes of one thread each."""
+    command = ["torch.distributed.run", *where, "--nproc-per-node", processes, "-m"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, [*command, *arguments])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
     )
+
+
+def wait_for(launcher: "subprocess.Popen[str]") -> subprocess.CompletedProcess[str]:
+    """Wait for a launcher."""
+    with launcher:
+        said = launcher.communicate(timeout=300)
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, *said)
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a module with two processes, one thread each."""
+    return wait_for(launch(["--standalone"], RANKS, *arguments))
 
 
 def _folders(pico, text, root):
@@ -121,11 +133,18 @@ def _check_finished(together, pico, text):
     assert digests(together) == before
 
 
-def command(model, out, text):
+def command(model, out, text, samples=16, seq_len=32):
     """Return arguments of `halve prune`."""
-    options = ["--calibration", text, "--samples", 16, "--seq-len", 32]
+    options = ["--calibration", text, "--samples", samples, "--seq-len", seq_len]
     options += ["--solver", "sparsegpt"]
     return ["prune", model, "-o", out, *options, "--device", "cpu"]
+
+
+def _prune_alone(model, out, text, **options):
+    """Do what `command` says in this process."""
+    given: dict[str, Any] = {"samples": 16, "seq_len": 32, "solver": "sparsegpt"}
+    given |= {"device": "cpu", "calibration": str(text)} | options
+    halve.prune(model, out, **given)
 
 
 def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on(pico, text, tmp_path):
@@ -137,10 +156,8 @@ def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on(pico, text, tmp_p
     assert "it goes on where it stopped" in ended.stderr
     assert "halve" not in _tracebacks(ended.stderr)
     assert not out.exists()
-    options: dict[str, Any] = {"samples": 16, "seq_len": 32, "device": "cpu"}
-    options |= {"calibration": str(text), "solver": "sparsegpt"}
     phases = []
-    halve.prune(model, out, progress=phases.append, **options)
+    _prune_alone(model, out, text, progress=phases.append)
     assert phases[0].phase == "catching up"
     assert halve.inspect(out).sparsity == 0.5
 
@@ -156,11 +173,25 @@ def test_what_fails_on_one_rank_ends_all_with_its_message(pico, text, tmp_path):
     assert "halve" not in _tracebacks(ended.stderr)
 
 
-def test_the_command_line_prunes_once_and_speaks_once(pico, text, tmp_path):
+def test_two_machines_prune_once_and_speak_once(pico, text, tmp_path):
+    """A launcher for each machine, of which this one plays both."""
     out = tmp_path / "out"
-    ended = torchrun("halve", *command(pico("llama"), out, text), "--json")
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout) == json.loads((out / "halve.json").read_text())
+    sizes: dict[str, Any] = {"samples": 50, "seq_len": 64}  # several batches
+    model = pico("llama")
+    arguments = [*command(model, out, text, **sizes), "--json"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    address = ["--master-addr", "127.0.0.1", "--master-port", port]
+    nodes = [
+        launch(["--nnodes", 2, "--node-rank", rank, *address], 1, "halve", *arguments)
+        for rank in (0, 1)
+    ]
+    speaking, silent = (wait_for(node) for node in nodes)
+    assert silent.returncode == speaking.returncode == 0, speaking.stderr
+    assert not silent.stdout
+    assert json.loads(speaking.stdout) == json.loads((out / "halve.json").read_text())
+    _prune_alone(model, tmp_path / "alone", text, **sizes)
+    assert digests(out) == digests(tmp_path / "alone")
 
 
 def _tracebacks(text: str) -> str:
