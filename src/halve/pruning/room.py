@@ -48,10 +48,10 @@ def make_room(
     if memory is None:
         return Room(own)
     aimed = memory - memory // _SPARE
-    needed, aside = estimate_costs(plan, 0), False
-    if needed.peak > aimed:  # then rather than memory it takes disk, if that helps
-        apart = estimate_costs(plan, 0, aside=True)
-        needed, aside = (apart, True) if apart.peak < needed.peak else (needed, False)
+    needed, apart = (estimate_costs(plan, 0, aside) for aside in (False, True))
+    aside = needed.peak > aimed and apart.peak < needed.peak
+    if aside:  # it takes disk rather than memory
+        needed = apart
     if needed.peak > memory:
         raise _too_little(needed, memory)
     left = max(aimed - needed.peak, 0)
