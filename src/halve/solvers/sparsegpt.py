@@ -65,17 +65,15 @@ class Prepared:
         kept, rows = 0.0, max(_STRIP // weight.shape[1], 1)
         # Some rows at a time, so that it takes no third matrix.
         for stored, own in zip(weight.split(rows), solution.split(rows), strict=True):
-            dense = self._alive(stored.float())
-            lost -= added * _square(self._alive(dense - own))
+            dense = stored.float().masked_fill(self.dead, 0)
+            lost -= added * _square((dense - own).masked_fill_(self.dead, 0))
+            kept -= added * _square(dense)
             # X^T X is no more: U is in its place.
-            image = solve_triangular(self.factor, dense, upper=True, left=False)
-            kept += _square(image) - added * _square(dense)
+            solve_triangular(self.factor, dense, upper=True, left=False, out=dense)
+            kept += _square(dense)
         if kept <= 0:
             return 0.0 if lost <= 0 else float("inf")
         return max(lost, 0.0) / kept
-
-    def _alive(self, rows: Tensor) -> Tensor:
-        return rows.masked_fill(self.dead, 0)
 
 
 def _square(rows: Tensor) -> float:
