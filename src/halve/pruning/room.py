@@ -7,8 +7,8 @@ from halve.errors import HalveError
 from halve.plan import Plan
 from halve.pruning.costs import Costs, estimate_costs
 
-# What is kept free of a limit where it can be: a tenth, since runs have taken up to 7 %
-# more than was foretold (benchmarks/memory.py, docs/log.md).
+# What is kept free of a limit where it can be: a tenth, since runs have taken up to a
+# tenth more than was foretold (docs/log.md).
 _SPARE = 10
 
 

@@ -43,7 +43,8 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
 
 def scratch(columns: int) -> int:
     """Return how many numbers are in memory beside a matrix on the CPU, at most."""
-    return _SQUARE**2 + 3 * _SQUARE * _STRIP if columns > _SQUARE else 0
+    # A square, and its transpose while one multiplies by it; measured: docs/log.md.
+    return 2 * _SQUARE**2 + 3 * _SQUARE * _STRIP if columns > _SQUARE else 0
 
 
 def _cut(first: int, last: int, size: int) -> list[slice]:
