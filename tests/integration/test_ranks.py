@@ -49,9 +49,12 @@ def launch(
 
 
 def wait_for(launcher: "subprocess.Popen[str]") -> subprocess.CompletedProcess[str]:
-    """Wait for a launcher."""
+    """Wait for a launcher, which is killed where it does not end."""
     with launcher:
-        said = launcher.communicate(timeout=300)
+        try:
+            said = launcher.communicate(timeout=300)
+        finally:
+            launcher.kill()
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, *said)
 
 
