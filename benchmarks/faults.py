@@ -160,9 +160,9 @@ def kinds(folder: Path) -> list[Kind]:
 
 def undisturbed(folder: Path, name: str, call: Callable[..., object]) -> Kind:
     """Do a run, in a process of its own, and keep what came of it."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     assert finished(forked(partial(call, folder / name))) == DONE, name
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     print(f"{name}: {seconds:.2f} s undisturbed")
     return Kind(name, call, digests(folder / name), seconds)
 
@@ -232,9 +232,9 @@ def kill_commands(kills: int, folder: Path, rng: random.Random, losses: Losses) 
     """Kill the command line at random moments, its start included."""
     prune = [sys.executable, "-m", "halve", "prune", str(BUNDLED), "--quiet"]
     prune += ["--solver", "magnitude", "--pack", "-o"]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     subprocess.run([*prune, folder / "line"], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     call = partial(halve.prune, BUNDLED, solver="magnitude", packed=True)
     kind = Kind("command line", call, digests(folder / "line"), seconds)
     done = 0
@@ -367,7 +367,7 @@ def main() -> int:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     print(describe_machine())
-    rng, losses, begun = random.Random(options.seed), Losses(), time.perf_counter()
+    rng, losses, started = random.Random(options.seed), Losses(), time.perf_counter()
     model = digests(BUNDLED)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -390,7 +390,7 @@ def main() -> int:
     print(
         f"{kills + COMMAND_LINE_KILLS} kills; {sum(failed.values())} failed writes "
         f"({by_way}); {steps} failed steps; {len(losses.found)} losses; "
-        f"{time.perf_counter() - begun:.0f} s"
+        f"{time.perf_counter() - started:.0f} s"
     )
     return int(bool(losses.found))
 

@@ -23,7 +23,7 @@ from typing import Any
 from machine import describe_machine
 
 import halve
-from halve.grids import fitting
+from halve.grids import schemes_for_bits
 
 # Budget -> the dense rounding that takes it: grid and group size.
 BUDGETS = {2.4: ("int2", 40), 3.125: ("int3", 128), 4.125: ("int4", 128)}
@@ -51,7 +51,7 @@ def budget(task: argparse.Namespace, bits: float) -> None:
     run(task, f"{grid}, nearest", **dense, solver="magnitude")
     run(task, f"{grid}, one sweep (GPTQ)", **dense, solver="sparsegpt")
     run(task, f"{grid}", **dense, refine=task.refine)
-    for sparsity, thin in fitting(bits, 128, True):
+    for sparsity, thin in schemes_for_bits(bits, 128, True):
         if sparsity:
             options = {"sparsity": sparsity, "quantize": str(thin)}
             title = f"{100 * sparsity:.0f} % zeros + {thin}"

@@ -16,7 +16,7 @@ from machine import describe_machine
 from torch.nn import functional
 
 from halve.formats import pack
-from halve.runtime.kernels import Kernels, kernels
+from halve.runtime.cpu.kernels import Kernels, kernels
 
 _CACHED = 300e6  # bytes of copies, well past the last cache
 
@@ -37,9 +37,9 @@ def alternate(rivals: dict[str, tuple[Callable, list]], rounds: int) -> dict:
     for _ in range(rounds):
         for name, (multiply, matrices) in rivals.items():
             for matrix in matrices:
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 multiply(matrix)
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 

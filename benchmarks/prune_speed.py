@@ -258,7 +258,7 @@ def _halve(folder: Path) -> dict[str, Any]:
     import halve
 
     prune = halve.prune  # imports what it needs, before the clock starts
-    begun = _clocks()
+    started = _clocks()
     record = prune(
         folder / "model",
         folder / "halve",
@@ -269,7 +269,7 @@ def _halve(folder: Path) -> dict[str, Any]:
         seq_len=_LENGTH,
         seed=0,
     )
-    cost = _cost(begun, "halve")
+    cost = _cost(started, "halve")
     return cost | {"windows": record.identity["calibration_sha256"]}
 
 
@@ -283,7 +283,7 @@ def _rival(folder: Path) -> dict[str, Any]:
     windows = json.loads((folder / "windows.json").read_text("utf-8"))
     masks = [[1] * _LENGTH for _ in windows]
     dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": masks})
-    begun = _clocks()
+    started = _clocks()
     oneshot(
         model=str(folder / "model"),
         dataset=dataset,
@@ -293,7 +293,7 @@ def _rival(folder: Path) -> dict[str, Any]:
         shuffle_calibration_samples=False,
         output_dir=str(folder / _RIVAL),
     )
-    return _cost(begun, "llmcompressor")
+    return _cost(started, "llmcompressor")
 
 
 def _clocks() -> tuple[float, float]:
@@ -301,15 +301,15 @@ def _clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def _cost(begun: tuple[float, float], package: str) -> dict[str, Any]:
+def _cost(started: tuple[float, float], package: str) -> dict[str, Any]:
     """Return what this process took since then, its peak, and what it ran on."""
     ended = _clocks()
     import torch
 
     packages = (package, "torch", "transformers")
     return {
-        "seconds": ended[0] - begun[0],
-        "core_seconds": ended[1] - begun[1],
+        "seconds": ended[0] - started[0],
+        "core_seconds": ended[1] - started[1],
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "threads": torch.get_num_threads(),
         "versions": {name: metadata.version(name) for name in packages},

@@ -37,7 +37,7 @@ AGREEMENT, DIFFERENCE = 0.999, 0.001
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedBlock:
     """What some processes made of a model: the folder, MiB of each, and seconds."""
 
     folder: Path
@@ -72,7 +72,9 @@ def prune_and_tell(*arguments: str) -> None:
         place.write_text(str(peak / 1024))
 
 
-def prune(model: Path, out: Path, ranks: int, options: argparse.Namespace) -> Pruned:
+def prune(
+    model: Path, out: Path, ranks: int, options: argparse.Namespace
+) -> PrunedBlock:
     """Prune a model with so many processes."""
     command = [sys.executable]
     if ranks > 1:
@@ -82,12 +84,12 @@ def prune(model: Path, out: Path, ranks: int, options: argparse.Namespace) -> Pr
     command += ["prune", str(model), "-o", str(out), "--quiet"]
     command += ["--solver", options.solver, "--calibration", "stdlib"]
     command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as peaks:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PEAKS": peaks}
         subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
         every = [float(path.read_text()) for path in sorted(Path(peaks).iterdir())]
-    return Pruned(out, every, time.perf_counter() - begun)
+    return PrunedBlock(out, every, time.perf_counter() - started)
 
 
 def agreement(one: Path, other: Path) -> float:

@@ -133,7 +133,7 @@ def _replay(families: list[str], ways: list[str]) -> dict[str, dict[str, str]]:
             for way in ways:
                 started = time.monotonic()
                 out = Path(folder) / f"{family}-{len(found)}"
-                options = WAYS[way] | SIZES | {"calibration": str(text)}
+                options: dict[str, Any] = WAYS[way] | SIZES | {"calibration": str(text)}
                 halve.prune(model, out, device="cpu", **options)
                 found[f"{family}, {way}"] = _digests(out)
                 seconds = time.monotonic() - started

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import halve
-from halve.models import build_skeleton
+from halve.models import build_meta_model
 from halve.records import Progress
 
 BUNDLED = Path(str(files("halve") / "data" / "pycode-opt"))
@@ -68,7 +68,7 @@ def save_model(folder: Path, config: PretrainedConfig) -> None:
     """Write random weights, one tensor a file, so that no more is in memory."""
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
-    tensors = build_skeleton(folder).model.state_dict()
+    tensors = build_meta_model(folder).model.state_dict()
     where = {}
     for number, (name, meta) in enumerate(tensors.items()):
         if name == "lm_head.weight":  # tied to the embedding
@@ -95,13 +95,13 @@ def peak() -> float:
 
 def prune(folder: Path, options: argparse.Namespace) -> None:
     """Prune in this process; print each phase's block, seconds and peak, as JSON."""
-    begun, last = time.perf_counter(), "starting"
+    started, last = time.perf_counter(), "starting"
 
     def note(progress: Progress) -> None:
-        nonlocal begun, last
+        nonlocal started, last
         now = time.perf_counter()
-        print(json.dumps([last, now - begun, peak()]), flush=True)
-        begun, last = now, progress.phase
+        print(json.dumps([last, now - started, peak()]), flush=True)
+        started, last = now, progress.phase
 
     halve.prune(
         folder / "model",

@@ -10,7 +10,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from halve.grids import BITS, Grid
+from halve.grids import BITS, QuantScheme
 
 BUNDLED = Path(__file__).parents[1] / "src/halve/data/pycode-opt"
 VOCABULARY = 4096
@@ -19,7 +19,7 @@ SOLVERS = ("magnitude", "wanda", "sparsegpt", "admm")
 PATTERNS = ("50%", "0.3", "0.9", "2:4", "4:8", "1:4")
 # Group sizes that divide 160 columns, that do not, and that no row fills.
 GRIDS = tuple(
-    Grid(bits, size, symmetric)
+    QuantScheme(bits, size, symmetric)
     for bits in BITS
     for size in (16, 48, 1000)
     for symmetric in (True, False)

@@ -14,7 +14,7 @@ transformers' own `from_pretrained` loads packed models, and they run sparse.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from halve.registration import register_with_transformers
+from halve.integrations.transformers.hook import register_with_transformers
 
 if TYPE_CHECKING:
     from halve.api import inspect, pack, perplexity, prune, unpack, verify

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from halve.evaluation import Judging, judge
+from halve.evaluation import evaluate
 from halve.measure import inspect_model, verify_output
-from halve.packing import Rewriting, rewrite_model
-from halve.pruning import Execution, prune_model
+from halve.options import EvalOptions, PackOptions, PruneOptions, RunOptions
+from halve.packing import rewrite_model
+from halve.pruning import prune_model
 from halve.records import (
     Inspection,
     PackRecord,
@@ -15,7 +16,6 @@ from halve.records import (
     PruneRecord,
     Verification,
 )
-from halve.settings import Settings
 
 
 def prune(  # noqa: PLR0913  (the options of the command line, one for one)
@@ -133,7 +133,7 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         Frantar and Alistarh, "SparseGPT" (2023), algorithm 1; for wanda, Sun et al.
         (2023), equation 1; for admm, Meng et al., "ALPS" (2024), algorithm 1.
     """
-    settings = Settings(
+    options = PruneOptions(
         sparsity=sparsity,
         solver=solver,
         calibration=calibration,
@@ -154,10 +154,10 @@ def prune(  # noqa: PLR0913  (the options of the command line, one for one)
         target_bits=target_bits,
         allocation=allocation,
     )
-    execution = Execution(
+    run_options = RunOptions(
         activation_memory, memory, trust_remote_code, progress or (lambda _: None)
     )
-    return prune_model(model, out, settings, execution)
+    return prune_model(model, out, options, run_options)
 
 
 def pack(
@@ -201,7 +201,7 @@ def pack(
         docs/format.md.
     """
     show = progress or (lambda _: None)
-    rewriting = Rewriting("pack", positive_zeros, trust_remote_code, show)
+    rewriting = PackOptions("pack", positive_zeros, trust_remote_code, show)
     return rewrite_model(model, out, rewriting)
 
 
@@ -217,7 +217,7 @@ def unpack(
     `unpack(pack(m)) == m`, bit for bit. Arguments, errors and cost as for `pack`.
     """
     show = progress or (lambda _: None)
-    rewriting = Rewriting("unpack", False, trust_remote_code, show)
+    rewriting = PackOptions("unpack", False, trust_remote_code, show)
     return rewrite_model(model, out, rewriting)
 
 
@@ -260,7 +260,7 @@ def perplexity(  # noqa: PLR0913  (the options of the command line, one for one)
     Cost:
         Memory as for `prune`, less the Gram matrices. Time: one pass of the text.
     """
-    judging = Judging(
+    options = EvalOptions(
         data=data,
         seq_len=seq_len,
         segments=segments,
@@ -268,7 +268,7 @@ def perplexity(  # noqa: PLR0913  (the options of the command line, one for one)
         activation_memory=activation_memory,
         trust_remote_code=trust_remote_code,
     )
-    return judge(model, judging)
+    return evaluate(model, options)
 
 
 def inspect(model: str | Path, *, trust_remote_code: bool = False) -> Inspection:

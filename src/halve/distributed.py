@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from halve.errors import HalveError, RanksError, ToldError
+from halve.errors import DistributedError, HalveError, ReportedError
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ _GO_ON = (
 )
 
 
-class _CutOffError(RanksError):
+class _CutOffError(DistributedError):
     """Another process is gone; it may have left word."""
 
 
@@ -67,7 +67,7 @@ class Ranks:
     local_size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process reads and writes the output."""
         return self.rank == 0
 
@@ -83,21 +83,21 @@ class Ranks:
             return name
         gpus = 1 if index else torch.cuda.device_count()
         if self.local_size > gpus:
-            raise RanksError(
+            raise DistributedError(
                 f"{self.local_size} processes need a GPU each, and --device {name} "
                 f"means {gpus} here.",
                 "Start one process for each GPU, with --device cuda, or use the CPU.",
             )
         return f"cuda:{self.local}"
 
-    def own(self, count: int, together: int = 1) -> list[int]:
+    def my_indices(self, count: int, together: int = 1) -> list[int]:
         """Return which of so many things are this process's.
 
         They are dealt out in turn, so many of them together.
         """
         return [i for i in range(count) if i // together % self.size == self.rank]
 
-    def deal(self, costs: Sequence[float]) -> list[int]:
+    def assign(self, costs: Sequence[float]) -> list[int]:
         """Return who does each piece of work, the same everywhere.
 
         The costliest is given away first, each to who has least to do so far; of
@@ -110,7 +110,7 @@ class Ranks:
             owners[index] = owner
         return owners
 
-    def share(self, make: Callable[[], T], source: int = 0) -> T:
+    def broadcast_object(self, make: Callable[[], T], source: int = 0) -> T:
         """Return everywhere what one process makes; it must be picklable."""
         if self.size == 1:
             return make()
@@ -119,40 +119,44 @@ class Ranks:
             dist.broadcast_object_list(own, source, device=torch.device("cpu"))
         return cast("T", own[0])
 
-    def share_tensors(
+    def broadcast_tensors(
         self, tensors: dict[str, Tensor] | None, source: int = 0
     ) -> dict[str, Tensor]:
         """Return everywhere the tensors of one process; the others give None."""
         if self.size == 1:
             return tensors or {}
         own = {name: t.contiguous() for name, t in (tensors or {}).items()}
-        kinds = self.share(
+        kinds = self.broadcast_object(
             lambda: {n: (t.shape, t.dtype, t.device.type) for n, t in own.items()},
             source,
         )
         for name, (shape, dtype, device) in kinds.items():
             if self.rank != source:
                 own[name] = torch.empty(shape, dtype=dtype, device=device)
-            self.overwrite(own[name], source)
+            self.broadcast_(own[name], source)
         return own
 
-    def overwrite(self, tensor: Tensor, source: int = 0) -> None:
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> None:
         """Replace a tensor, in one piece, by that of one process."""
         if self.size > 1:
             bits = tensor.view(-1).view(torch.uint8)
             with _talking():
                 dist.broadcast(bits, source)
 
-    def exchange(self, tensors: Sequence[Tensor], wanted: bool) -> list[Tensor]:
+    def all_gather_tensors(
+        self, tensors: Sequence[Tensor], wanted: bool
+    ) -> list[Tensor]:
         """Return what all processes give, in their order; nothing where not wanted."""
         found: list[Tensor] = []
         for source in range(self.size):
             own = dict(zip(map(str, range(len(tensors))), tensors, strict=True))
-            theirs = self.share_tensors(own if source == self.rank else None, source)
+            theirs = self.broadcast_tensors(
+                own if source == self.rank else None, source
+            )
             found += theirs.values() if wanted else ()
         return found
 
-    def add(self, tensor: Tensor) -> None:
+    def all_reduce_(self, tensor: Tensor) -> None:
         """Replace a tensor, in one piece, by its sum over all processes."""
         if self.size > 1:
             pieces = tensor.view(-1).split(_PIECE)
@@ -160,13 +164,13 @@ class Ranks:
                 for piece in pieces:
                     dist.all_reduce(piece)
 
-    def total(self, *values: float) -> tuple[float, ...]:
+    def all_sum(self, *values: float) -> tuple[float, ...]:
         """Return sums over all processes, with the same bits in each."""
         if self.size == 1:
             return values
-        return tuple(map(math.fsum, zip(*self.gather(values), strict=True)))
+        return tuple(map(math.fsum, zip(*self.all_gather(values), strict=True)))
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return what all processes give, in their order; it must be picklable."""
         if self.size == 1:
             return [value]
@@ -176,7 +180,7 @@ class Ranks:
         return found
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @contextmanager
@@ -192,7 +196,7 @@ def join() -> Iterator[Ranks]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or not dist.is_torchelastic_launched():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     ranks, store = _connect()
     before = signal.signal(signal.SIGTERM, _stop)
@@ -227,7 +231,7 @@ def _connect() -> tuple[Ranks, Store]:
             timeout=_PATIENCE,
         )
     except (RuntimeError, ValueError) as error:
-        raise RanksError(
+        raise DistributedError(
             f"Process {ranks.rank} of {ranks.size} found no connection to the others "
             f"({_in_short(error)}).",
             "Check torchrun's addresses and ports, and GLOO_SOCKET_IFNAME.",
@@ -260,14 +264,16 @@ def _answer(error: BaseException, ranks: Ranks, store: Store) -> BaseException:
     """Return what to raise for an error: what was the first to go wrong anywhere."""
     own = error
     if not isinstance(error, HalveError):
-        own = RanksError(
+        own = DistributedError(
             f"Process {ranks.rank} of this run failed ({_in_short(error)}).", _GO_ON
         )
     assert isinstance(own, HalveError)
     first = _first_word(store, own)
     if first is own:
         return error
-    return first if ranks.leads else ToldError(first.problem, first.remedy)
+    return (
+        first if ranks.is_main_process else ReportedError(first.problem, first.remedy)
+    )
 
 
 def _first_word(store: Store, own: HalveError) -> HalveError:

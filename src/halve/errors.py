@@ -46,7 +46,7 @@ class PatternError(HalveError):
     """A sparsity pattern that makes no sense, or does not fit a matrix."""
 
 
-class GridError(HalveError):
+class QuantizationError(HalveError):
     """A grid of values that does not exist, or that cannot be laid over a matrix."""
 
 
@@ -62,9 +62,9 @@ class TargetMissedError(HalveError):
     """What was written does not have the sparsity or pattern that was promised."""
 
 
-class RanksError(HalveError):
+class DistributedError(HalveError):
     """Processes of one run that cannot work together, or one that has ended."""
 
 
-class ToldError(RanksError):
+class ReportedError(DistributedError):
     """What went wrong in another process of the run, which has said so itself."""

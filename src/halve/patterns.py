@@ -5,6 +5,7 @@ A pattern chooses a mask from scores and verifies a matrix. Matrices are seen as
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import nan
 
@@ -153,6 +154,8 @@ def _rank(index: int, members: list[Tensor]) -> Tensor:
 
 
 Pattern = Unstructured | Exact | NM
+# Tensor name -> the pattern it must obey, for the matrices of one block.
+Patterns = Mapping[str, Exact]
 
 
 def parse_pattern(text: str | float, allow_dense: bool = False) -> Pattern:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halve.allocation import apportion, share_out, spread
 from halve.patterns import Exact, Unstructured
+from halve.pruning.allocate.apportion import apportion
+from halve.pruning.allocate.spread import apportion_zeros, spread_sparsity
 from tests.contracts.problems import correlated
 from tests.tables import SOLVERS
 
@@ -24,7 +25,7 @@ BLOCKS = st.lists(
 def sparsities_of(blocks, sparsity, strength):
     errors, matrices = zip(*blocks, strict=True)
     weights = [sum(sizes) for sizes in matrices]
-    return spread(errors, weights, sparsity, strength)
+    return spread_sparsity(errors, weights, sparsity, strength)
 
 
 @settings(deadline=None)  # a busy machine is no defect
@@ -76,7 +77,7 @@ def test_the_budget_is_met_to_one_weight(blocks, sparsity, strength):
     total = sum(map(sum, matrices))
     budget = Unstructured(sparsity).count(total)
     found = sparsities_of(blocks, sparsity, strength)
-    counts = share_out(budget, found, matrices)
+    counts = apportion_zeros(budget, found, matrices)
     assert sum(map(sum, counts)) == budget
     for zeros, sizes in zip(counts, matrices, strict=True):
         assert len(zeros) == len(sizes)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from halve.calibration_stats import CrossGram, GramMatrix
 from halve.errors import NumericalError
-from halve.pruning.evidence import HeldOut
+from halve.pruning.observe.collect import HeldOut
 from halve.solvers.correction import Correction
-from halve.statistics import Drift, Gram
 from tests.contracts.problems import Problem, correlated, few_tokens, outliers
 
 PROBLEMS = {"correlated": correlated(), "few": few_tokens(), "outliers": outliers()}
@@ -24,7 +24,7 @@ def drifted(problem: Problem) -> torch.Tensor:
 def corrected(problem: Problem, dense: torch.Tensor, damping: float = 0.01):
     """Return the corrected target of a problem's weight."""
     columns = problem.inputs.shape[1]
-    statistic, drift = Gram(columns, dense.device), Drift([problem.weight])
+    statistic, drift = GramMatrix(columns, dense.device), CrossGram([problem.weight])
     for part, other in zip(problem.inputs.split(50), dense.split(50), strict=True):
         statistic.add(part)
         drift.add(part, other)
@@ -50,7 +50,7 @@ def test_drift_is_the_same_whichever_way_it_is_summed(heights):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(rows, 16, generator=generator) for rows in heights]
     inputs, dense = torch.randn(2, 60, 16, generator=generator).unbind()
-    drift = Drift(weights)
+    drift = CrossGram(weights)
     for part, other in zip(inputs.split(25), dense.split(25), strict=True):
         drift.add(part, other)
     for index, weight in enumerate(weights):
@@ -77,7 +77,7 @@ def test_solving_for_the_target_comes_nearer_to_the_dense_outputs(name, solver):
 
 
 def test_a_matrix_that_is_no_gram_matrix_is_refused():
-    statistic, drift = Gram(8, torch.device("cpu")), Drift([torch.ones(4, 8)])
+    statistic, drift = GramMatrix(8, torch.device("cpu")), CrossGram([torch.ones(4, 8)])
     statistic.add(torch.randn(32, 8))
     statistic._matrix.neg_()
     with pytest.raises(NumericalError, match="not positive definite"):

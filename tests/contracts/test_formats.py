@@ -141,8 +141,10 @@ def test_the_twin_packs_the_same_bytes(dtype, pattern, transposed):
 def test_a_transposed_matrix_has_the_same_parts(dtype, pattern):
     for shape in SHAPES:
         matrix = _matrix(shape, pattern, dtype)
-        turned = pack(matrix.T.contiguous(), transposed=True)
-        assert _parts(replace(turned, transposed=False)) == _parts(pack(matrix))
+        transposed_copy = pack(matrix.T.contiguous(), transposed=True)
+        assert _parts(replace(transposed_copy, transposed=False)) == _parts(
+            pack(matrix)
+        )
 
 
 @dtypes

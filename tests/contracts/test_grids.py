@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from halve.errors import GridError
-from halve.grids import BITS, Grid, Levels, fit_levels, parse_grid
+from halve.errors import QuantizationError
+from halve.grids import BITS, QuantParams, QuantScheme, fit_quant_params, parse_scheme
 from tests.tables import GRIDS
 
 over_grids = pytest.mark.parametrize("grid", GRIDS, ids=repr)
@@ -19,30 +19,30 @@ def weights(rows: int = 12, columns: int = 160) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_grids_are_read(bits):
-    grid = parse_grid(f" int{bits} ", 64, symmetric=False)
-    assert grid == Grid(bits, 64, symmetric=False)
+    grid = parse_scheme(f" int{bits} ", 64, symmetric=False)
+    assert grid == QuantScheme(bits, 64, symmetric=False)
     assert str(grid) == f"int{bits}"
 
 
 @pytest.mark.parametrize("text", ["", "int", "int5", "int16", "4", "INT4", "nf4"])
 def test_nonsense_is_refused(text):
-    with pytest.raises(GridError, match="Choose one of int8, int4, int3, int2"):
-        parse_grid(text)
+    with pytest.raises(QuantizationError, match="Choose one of int8, int4, int3, int2"):
+        parse_scheme(text)
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_groups_of_nothing_are_refused(size):
-    with pytest.raises(GridError, match="not positive"):
-        parse_grid("int4", size)
+    with pytest.raises(QuantizationError, match="not positive"):
+        parse_scheme("int4", size)
 
 
 @pytest.mark.parametrize(
     ("grid", "sparsity", "bits"),
     [
-        (Grid(3), 0.0, 3.125),
-        (Grid(4, 64), 0.5, 3.25),
-        (Grid(4, 64, symmetric=False), 0.5, 3.3125),
-        (Grid(8, 16, symmetric=False), 0.75, 4.5),
+        (QuantScheme(3), 0.0, 3.125),
+        (QuantScheme(4, 64), 0.5, 3.25),
+        (QuantScheme(4, 64, symmetric=False), 0.5, 3.3125),
+        (QuantScheme(8, 16, symmetric=False), 0.75, 4.5),
     ],
 )
 def test_bits_per_weight_count_mask_codes_and_scales(grid, sparsity, bits):
@@ -53,51 +53,62 @@ def test_bits_per_weight_count_mask_codes_and_scales(grid, sparsity, bits):
 @pytest.mark.parametrize("magnitude", [1.0, 1e-9, 1e-4, 1e5])
 def test_rounded_weights_lie_on_the_grid(grid, magnitude):
     weight = weights() * magnitude
-    levels = fit_levels(grid, weight)
-    rounded, codes = levels.round(weight), levels.codes(weight)
+    quant_params = fit_quant_params(grid, weight)
+    rounded, codes = quant_params.fake_quantize(weight), quant_params.quantize(weight)
     assert codes.dtype == torch.int8
     assert grid.lowest <= int(codes.min()) <= int(codes.max()) <= grid.highest
-    for found in (levels.decode(codes), levels.decode(levels.codes(rounded))):
+    for found in (
+        quant_params.dequantize(codes),
+        quant_params.dequantize(quant_params.quantize(rounded)),
+    ):
         assert found.numpy().tobytes() == rounded.numpy().tobytes()
 
 
 @over_grids
 def test_a_column_is_rounded_as_the_matrix_is(grid):
     weight = weights()
-    levels = fit_levels(grid, weight)
-    columns = [levels.round_column(column, j) for j, column in enumerate(weight.T)]
-    assert torch.equal(torch.stack(columns, dim=1), levels.round(weight))
+    quant_params = fit_quant_params(grid, weight)
+    columns = [
+        quant_params.fake_quantize_column(column, j)
+        for j, column in enumerate(weight.T)
+    ]
+    assert torch.equal(torch.stack(columns, dim=1), quant_params.fake_quantize(weight))
 
 
 @over_grids
 def test_zero_is_on_every_grid_and_has_no_sign(grid):
-    levels = fit_levels(grid, weights())
-    rounded = levels.round(torch.full((12, 160), -0.0))
+    quant_params = fit_quant_params(grid, weights())
+    rounded = quant_params.fake_quantize(torch.full((12, 160), -0.0))
     assert not rounded.numpy().tobytes().strip(b"\0")
-    assert not grid.symmetric or bool((levels.zero == 0).all())
+    assert not grid.symmetric or bool((quant_params.zero == 0).all())
 
 
 @over_grids
 def test_scales_fit_into_sixteen_bits_and_zero_points_into_a_code(grid):
     for magnitude in (1e-12, 1.0, 1e12):
-        levels = fit_levels(grid, weights() * magnitude)
-        assert torch.equal(levels.scale.half().float(), levels.scale)
-        assert bool((levels.scale != 0).all())
-        assert bool(levels.scale.isfinite().all())
-        assert torch.equal(levels.zero.round(), levels.zero)
-        assert grid.lowest <= levels.zero.min() <= levels.zero.max() <= grid.highest
+        quant_params = fit_quant_params(grid, weights() * magnitude)
+        assert torch.equal(quant_params.scale.half().float(), quant_params.scale)
+        assert bool((quant_params.scale != 0).all())
+        assert bool(quant_params.scale.isfinite().all())
+        assert torch.equal(quant_params.zero.round(), quant_params.zero)
+        assert (
+            grid.lowest
+            <= quant_params.zero.min()
+            <= quant_params.zero.max()
+            <= grid.highest
+        )
 
 
 @over_grids
 def test_a_group_of_zeros_is_harmless(grid):
     weight = weights()
     weight[3], weight[:, :48] = 0, 0
-    levels = fit_levels(grid, weight, torch.rand(160))
-    assert bool((levels.scale[3] == 1).all())
-    assert torch.equal(levels.round(weight)[3], torch.zeros(160))
+    quant_params = fit_quant_params(grid, weight, torch.rand(160))
+    assert bool((quant_params.scale[3] == 1).all())
+    assert torch.equal(quant_params.fake_quantize(weight)[3], torch.zeros(160))
 
 
-def plain_levels(grid: Grid, weight: torch.Tensor) -> Levels:
+def plain_levels(grid: QuantScheme, weight: torch.Tensor) -> QuantParams:
     """Return scales and zero points of minimum and maximum, one group at a time."""
     scale = torch.ones(len(weight), grid.groups(weight.shape[1]))
     zero = torch.zeros_like(scale)
@@ -109,7 +120,7 @@ def plain_levels(grid: Grid, weight: torch.Tensor) -> Levels:
             else:
                 scale[i, j] = (high - low) / (2**grid.bits - 1)
                 zero[i, j] = round(grid.lowest - low / float(scale[i, j]))
-    return Levels(grid, scale.half().float(), zero)
+    return QuantParams(grid, scale.half().float(), zero)
 
 
 @over_grids
@@ -118,9 +129,9 @@ def test_searched_scales_lose_no_more_than_minimum_and_maximum(grid, alike):
     weight = weights()
     importance = torch.ones(160) if alike else torch.rand(160) ** 4
     losses = [
-        ((weight - levels.round(weight)).square() * importance).sum(dim=1)
-        for levels in (
-            fit_levels(grid, weight, None if alike else importance),
+        ((weight - quant_params.fake_quantize(weight)).square() * importance).sum(dim=1)
+        for quant_params in (
+            fit_quant_params(grid, weight, None if alike else importance),
             plain_levels(grid, weight),
         )
     ]
@@ -129,19 +140,19 @@ def test_searched_scales_lose_no_more_than_minimum_and_maximum(grid, alike):
 
 def test_zeros_do_not_matter_to_the_search():
     """Rounding what is kept is all that counts, however many zeros lie between."""
-    grid, weight = Grid(4, 16), weights(4, 16)
-    spread = torch.zeros(4, 16 * 3)
-    spread[:, ::3] = weight
-    wide = fit_levels(Grid(4, 48), spread)
-    assert torch.equal(wide.scale, fit_levels(grid, weight).scale)
+    grid, weight = QuantScheme(4, 16), weights(4, 16)
+    spread_sparsity = torch.zeros(4, 16 * 3)
+    spread_sparsity[:, ::3] = weight
+    wide = fit_quant_params(QuantScheme(4, 48), spread_sparsity)
+    assert torch.equal(wide.scale, fit_quant_params(grid, weight).scale)
 
 
 def test_the_search_does_not_depend_on_how_rows_are_cut():
     weight = torch.randn(3000, 64)
-    whole = fit_levels(Grid(4, 16), weight)
+    whole = fit_quant_params(QuantScheme(4, 16), weight)
     for part in (slice(0, 1), slice(1500, 2600)):
         assert torch.equal(
-            fit_levels(Grid(4, 16), weight[part]).scale, whole.scale[part]
+            fit_quant_params(QuantScheme(4, 16), weight[part]).scale, whole.scale[part]
         )
 
 
@@ -149,7 +160,7 @@ def test_the_search_does_not_depend_on_how_rows_are_cut():
 @pytest.mark.parametrize("magnitude", [1.0, 1e-4, 1e5])
 def test_what_was_rounded_is_known_to_lie_on_a_grid(grid, magnitude):
     weight = weights() * magnitude
-    rounded = fit_levels(grid, weight).round(weight)
+    rounded = fit_quant_params(grid, weight).fake_quantize(weight)
     assert grid.shortfall(rounded) is None
     groups = 12 * grid.groups(160)
     assert f"of {groups} groups" in (grid.shortfall(weight) or "")
@@ -165,7 +176,7 @@ def test_what_was_rounded_in_few_bits_lies_on_a_grid(grid, dtype):
     if not grid.symmetric and grid.bits == 8 and dtype == torch.bfloat16:
         pytest.skip("there is no such grid")
     weight = weights()
-    rounded = fit_levels(grid.exact_in(dtype), weight).round(weight)
+    rounded = fit_quant_params(grid.exact_in(dtype), weight).fake_quantize(weight)
     assert grid.shortfall(rounded.to(dtype)) is None
 
 
@@ -173,7 +184,7 @@ def test_what_was_rounded_in_few_bits_lies_on_a_grid(grid, dtype):
 @pytest.mark.parametrize("bits", BITS[1:])
 def test_one_code_too_many_does_not_lie_on_a_grid(bits, symmetric):
     """All codes of a grid lie on it; one more, on either side, does not."""
-    grid = Grid(bits, symmetric=symmetric)
+    grid = QuantScheme(bits, symmetric=symmetric)
     codes = torch.arange(grid.lowest, grid.highest + 1.0)[None]
     assert grid.shortfall(codes * 0.375) is None
     assert grid.shortfall(codes * -0.375) is None

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from halve.errors import HalveError
 from halve.formats import pack
-from halve.runtime.kernels import kernels
-from halve.runtime.operators import FUSED_ROWS, dense_linear, packed_linear
+from halve.runtime.cpu.kernels import kernels
+from halve.runtime.cpu.operators import FUSED_ROWS, dense_linear, packed_linear
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = (
@@ -213,12 +213,12 @@ def test_unknown_kernel_is_refused_with_the_known_ones():
 def run_with_kernel(name):
     code = (
         "import torch; from halve.formats import pack\n"
-        "from halve.runtime.operators import packed_linear\n"
+        "from halve.runtime.cpu.operators import packed_linear\n"
         "p = pack(torch.eye(3))\n"
         "for _ in range(2):\n"
         "    x = torch.ones(1, 3)\n"
         "    y = packed_linear(x, p.values, p.mask, p.offsets, None, 3)\n"
-        "from halve.runtime.kernels import kernels\n"
+        "from halve.runtime.cpu.kernels import kernels\n"
         "print(y.sum().item(), kernels().name if kernels() else 'none')\n"
     )
     return subprocess.run(

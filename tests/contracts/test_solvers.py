@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from halve.calibration_stats import GramMatrix
 from halve.errors import NumericalError
 from halve.patterns import NM, Unstructured, parse_pattern
 from halve.solvers import ADMM, Magnitude, Refitted, SparseGPT
 from halve.solvers import SOLVERS as SOLVER_CLASSES
-from halve.statistics import Gram
 from tests.contracts.problems import (
     Problem,
     correlated,
@@ -225,7 +225,7 @@ def test_attempts_that_failed_leave_no_trace():
 
 def test_factorising_takes_no_second_matrix():
     problem = correlated()
-    statistic = Gram(160, torch.device("cpu"))
+    statistic = GramMatrix(160, torch.device("cpu"))
     statistic.add(problem.inputs)
     place = statistic.matrix().data_ptr()
     assert SparseGPT().prepare(statistic).factor.data_ptr() == place
@@ -233,7 +233,7 @@ def test_factorising_takes_no_second_matrix():
 
 @pytest.mark.parametrize("solver", [SparseGPT(), ADMM()])
 def test_a_matrix_that_is_no_gram_matrix_is_refused(solver):
-    statistic = Gram(8, torch.device("cpu"))
+    statistic = GramMatrix(8, torch.device("cpu"))
     statistic.add(torch.randn(32, 8))
     statistic._matrix.neg_()
     with pytest.raises(NumericalError, match="not positive definite"):

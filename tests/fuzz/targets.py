@@ -23,9 +23,9 @@ from pyarrow import parquet
 from safetensors.torch import save
 
 from halve.calibration import load_corpus
-from halve.checkpoint import Checkpoint, open_workspace, read_record, recall
+from halve.checkpoint import Checkpoint, open_workspace, parse_note, read_record
 from halve.formats import pack, split
-from halve.models import build_skeleton
+from halve.models import build_meta_model
 from halve.records import (
     BlockRecord,
     MatrixRecord,
@@ -98,8 +98,8 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 def _packed_tensors() -> list[dict[str, torch.Tensor]]:
     weights = [torch.eye(3, 70), torch.eye(5, 4).half(), torch.ones(1, 64).bfloat16()]
-    turned = [False, True, False]
-    packed = [pack(w, t) for w, t in zip(weights, turned, strict=True)]
+    transposed_copy = [False, True, False]
+    packed = [pack(w, t) for w, t in zip(weights, transposed_copy, strict=True)]
     return [{name: t.clone() for name, t in split("w", p).items()} for p in packed]
 
 
@@ -151,8 +151,8 @@ def _config_seeds() -> list[bytes]:
 
 
 def _read_config(folder: Path) -> object:
-    skeleton = build_skeleton(folder)
-    return skeleton.path, skeleton.vocabulary, skeleton.default_length
+    meta_model = build_meta_model(folder)
+    return meta_model.path, meta_model.vocabulary, meta_model.default_length
 
 
 def _corpus(name: str) -> Callable[[Path], object]:
@@ -230,7 +230,7 @@ def _read_ledger(folder: Path) -> object:
         path.rename(partial / path.name)
     with open_workspace(folder / "out", IDENTITY) as workspace:
         notes = [c.note for c in workspace.committed.values()]
-        return [recall(workspace.folder, BlockRecord, note) for note in notes]
+        return [parse_note(workspace.folder, BlockRecord, note) for note in notes]
 
 
 _HEADER = (

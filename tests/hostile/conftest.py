@@ -50,10 +50,12 @@ def refused(capfd, monkeypatch, tmp_path) -> Callable[..., str]:
     """Return a function that runs a command and checks that it is refused properly.
 
     Nothing that lay in `tmp_path` may change. What is new there must lie in a folder
-    `.partial`, and be allowed by `begun`.
+    `.partial`, and be allowed by `started`.
     """
 
-    def run(*words: object, mentions: tuple[str, ...] = (), begun: bool = False) -> str:
+    def run(
+        *words: object, mentions: tuple[str, ...] = (), started: bool = False
+    ) -> str:
         before = snapshot(tmp_path)
         monkeypatch.setattr(sys, "argv", ["halve", *map(str, words)])
         monkeypatch.setattr(sys, "stdin", _NoTerminal())
@@ -67,7 +69,7 @@ def refused(capfd, monkeypatch, tmp_path) -> Callable[..., str]:
         _check_message(errors, mentions)
         assert {path: after.get(path) for path in before} == before
         new = sorted(after.keys() - before.keys())
-        assert all(begun and ".partial" in path for path in new), new
+        assert all(started and ".partial" in path for path in new), new
         return errors
 
     return run

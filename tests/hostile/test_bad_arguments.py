@@ -325,7 +325,7 @@ def test_outputs_that_cannot_be_looked_up(name, refused, pico, text, tmp_path):
 def test_work_of_other_arguments_is_kept(prune_refused, tmp_path, monkeypatch):
     """A run that failed half-way is not resumed by one that asks for other things."""
     monkeypatch.setattr("halve.checkpoint.disk.save_file", _full_disk)
-    prune_refused(mentions=("disk is full",), begun=True)
+    prune_refused(mentions=("disk is full",), started=True)
     words = ("--sparsity", "2:4", "--seed", 1)
     prune_refused(*words, mentions=("sparsity", "50%", "2:4", "seed"))
 
@@ -354,7 +354,7 @@ def test_a_disk_known_to_be_too_small(prune_refused, monkeypatch):
 def test_too_little_room_for_hidden_states(prune_refused, monkeypatch):
     monkeypatch.setattr("os.posix_fallocate", _full_disk)
     words = ("--activation-memory", "1")
-    prune_refused(*words, mentions=("hidden states", "GiB"), begun=True)
+    prune_refused(*words, mentions=("hidden states", "GiB"), started=True)
 
 
 @pytest.mark.parametrize("full_at", [1, 2, 3])
@@ -368,7 +368,7 @@ def test_a_disk_that_fills_up_loses_nothing(
         return _full_disk() if len(calls) == full_at else real(*arguments)
 
     monkeypatch.setattr(disk, "save_file", fills_up)
-    prune_refused(mentions=("disk is full", "goes on"), begun=True)
+    prune_refused(mentions=("disk is full", "goes on"), started=True)
     options = {"calibration": str(text), "samples": 4, "seq_len": 16, "device": "cpu"}
     prune(pico("llama"), tmp_path / "out", **options)
     prune(pico("llama"), tmp_path / "whole", **options)

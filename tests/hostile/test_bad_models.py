@@ -244,12 +244,12 @@ NUMBERS = {
 @pytest.mark.parametrize("row", NUMBERS)
 def test_weights_that_are_no_numbers_are_named(row, dtype, spoilt, prune_refused):
     spoil, mentions = NUMBERS[row]
-    prune_refused(spoilt(spoil, dtype=dtype), mentions=mentions, begun=True)
+    prune_refused(spoilt(spoil, dtype=dtype), mentions=mentions, started=True)
 
 
 def test_a_head_that_is_no_numbers_is_named(spoilt, prune_refused):
     model = spoilt(by.one_value("lm_head.weight", NAN))
-    prune_refused(model, mentions=("lm_head.weight",), begun=True)
+    prune_refused(model, mentions=("lm_head.weight",), started=True)
 
 
 @pytest.mark.parametrize("solver", ["magnitude", "sparsegpt"])
@@ -287,7 +287,7 @@ def test_configs_that_break_when_the_model_runs(row, pico, prune_refused, tmp_pa
     family, spoil = UNUSED[row]
     model = shutil.copytree(pico(family), tmp_path / "spoilt")
     spoil(model)
-    prune_refused(model, mentions=("config",), begun=True)
+    prune_refused(model, mentions=("config",), started=True)
 
 
 def test_activations_that_overflow_are_named_by_eval(spoilt, refused, text):
@@ -300,7 +300,7 @@ def test_activations_that_overflow_are_named_by_eval(spoilt, refused, text):
 @pytest.mark.parametrize("solver", ["magnitude", "wanda", "sparsegpt"])
 def test_every_solver_refuses_nan(solver, spoilt, prune_refused):
     model = spoilt(by.one_value(by.QUERY, NAN))
-    prune_refused(model, "--solver", solver, mentions=(by.QUERY,), begun=True)
+    prune_refused(model, "--solver", solver, mentions=(by.QUERY,), started=True)
 
 
 @pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
@@ -308,7 +308,7 @@ def test_activations_that_overflow_are_named(solver, spoilt, prune_refused):
     norm = f"{BLOCK}.post_attention_layernorm.weight"
     model = spoilt(by.tensor(norm, lambda t: torch.full_like(t, 1e30)))
     mentions = (f"{BLOCK}.mlp.gate_proj", "sample")
-    prune_refused(model, "--solver", solver, mentions=mentions, begun=True)
+    prune_refused(model, "--solver", solver, mentions=mentions, started=True)
 
 
 FOREIGN = {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import halve
+from halve.options import PruneOptions
 from halve.plan import make_plan
-from halve.settings import Settings
 from tests.hostile import spoilers as by
 
 few = settings(
@@ -70,7 +70,7 @@ def survives(good, tmp_path) -> Callable[[str, bytes], None]:
 
 
 def _plan(folder: Path) -> object:
-    return make_plan(folder, Settings(seq_len=8))
+    return make_plan(folder, PruneOptions(seq_len=8))
 
 
 def _edited(contents: bytes, changes: list[tuple[int, int]]) -> bytes:

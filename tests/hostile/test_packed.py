@@ -321,7 +321,7 @@ def test_lies_are_refused_by_every_verb(row, spoilt, refused, tmp_path):
         halve.inspect(folder)
     refused("inspect", folder, mentions=mentions)
     out = ("-o", tmp_path / "out", "--quiet")
-    refused("unpack", folder, *out, mentions=mentions, begun=row in SEEN_ON_READING)
+    refused("unpack", folder, *out, mentions=mentions, started=row in SEEN_ON_READING)
 
 
 @pytest.mark.parametrize("row", CONFIGS)
@@ -341,7 +341,7 @@ def test_lies_are_refused_by_what_runs_the_model(row, spoilt, refused, text, tmp
     folder = spoilt(spoil)
     options = ("--solver", "magnitude", "--device", "cpu", "--quiet")
     out = ("-o", tmp_path / "out", *options)
-    refused("prune", folder, *out, mentions=mentions, begun=True)
+    refused("prune", folder, *out, mentions=mentions, started=True)
 
 
 def test_a_lie_in_one_file_of_several(packed, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from halve.calibration import load_corpus
-from halve.calibration.parquets import check_pages
+from halve.calibration.parquet_limits import check_pages
 from tests.fuzz.judge import judge
 
 MEGABYTE = 2**20

@@ -10,16 +10,16 @@ from pathlib import Path
 from halve.cli import app, main
 from halve.distributed import join
 from halve.errors import NumericalError
-from halve.pruning import Execution, prune_model
-from halve.pruning.run import _Clock
-from halve.settings import Settings
+from halve.options import PruneOptions, RunOptions
+from halve.pruning import prune_model
+from halve.pruning.loop import _Clock
 
 
 def do_jobs(path: str) -> None:
     """Prune what a file of [model, out, settings] lists, with one group for all."""
     with join() as ranks:
         for model, out, settings in json.loads(Path(path).read_text()):
-            prune_model(model, out, Settings(**settings), Execution(ranks=ranks))
+            prune_model(model, out, PruneOptions(**settings), RunOptions(), ranks)
 
 
 def get_into_trouble(kind: str, rank: str, phase: str) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import halve
 from halve.errors import HalveError, TargetMissedError
 from halve.patterns import Unstructured
-from halve.pruning.trial import Trials
+from halve.pruning.allocate.search import AllocationSearch
 from halve.records import PruneRecord
 from tests.integration.test_resume import Stopped, digests, stop_at
 
@@ -82,14 +82,14 @@ def test_the_record_says_what_was_tried_and_the_least_divergence_won(
 
 
 def test_where_nothing_is_better_it_stays_uniform(pico, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("halve.pruning.trial._divergence", lambda *_: 1.0)
+    monkeypatch.setattr("halve.pruning.allocate.search._divergence", lambda *_: 1.0)
     out = tmp_path / "out"
     record = halve.prune(pico("llama"), out, **options)
     assert record.allocation is not None
     assert record.allocation.strength == 0
     assert len(record.allocation.trials) == 2
-    spread = {abs(b.zeros - 0.6371 * w) <= 1 for b, w in _with_weights(record)}
-    assert spread == {True}
+    spread_sparsity = {abs(b.zeros - 0.6371 * w) <= 1 for b, w in _with_weights(record)}
+    assert spread_sparsity == {True}
 
 
 def _with_weights(record):
@@ -99,7 +99,9 @@ def _with_weights(record):
 def test_what_helps_is_taken(pico, options, tmp_path, monkeypatch):
     """With losses that fall from trial to trial the last one is chosen."""
     losses = iter([4.0, 3.0, 2.0, 1.0])
-    monkeypatch.setattr("halve.pruning.trial._divergence", lambda *_: next(losses))
+    monkeypatch.setattr(
+        "halve.pruning.allocate.search._divergence", lambda *_: next(losses)
+    )
     out = tmp_path / "out"
     record = halve.prune(pico("llama"), out, **options)
     found = record.allocation
@@ -121,7 +123,7 @@ def test_a_run_that_goes_on_does_not_choose_again(pico, options, tmp_path, monke
     first = [step.phase for step in phases].index("collecting") + 1
     with pytest.raises(Stopped):
         halve.prune(pico("llama"), tmp_path / "out", progress=stop_at(first), **options)
-    monkeypatch.delattr(Trials, "choose")
+    monkeypatch.delattr(AllocationSearch, "choose")
     record = halve.prune(pico("llama"), tmp_path / "out", **options)
     assert record.allocation == whole.allocation
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
@@ -137,7 +139,7 @@ def test_the_disk_or_the_memory_makes_no_difference(pico, options, tmp_path):
 def test_a_missed_budget_is_refused(pico, options, tmp_path, monkeypatch):
     """Matrices whose zeros are each rounded down have too few in all."""
     monkeypatch.setattr(
-        "halve.pruning.run.exact_patterns",
+        "halve.pruning.loop.exact_patterns",
         lambda plan, _: [{} for _ in plan.layout.blocks],
     )
     with pytest.raises(TargetMissedError, match="in the whole model"):

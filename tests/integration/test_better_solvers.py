@@ -7,18 +7,19 @@ import torch
 from safetensors.torch import load_file
 
 import halve
+from halve.calibration_stats import GramMatrix
 from halve.errors import UnsupportedModelError
+from halve.layout import PlannedBlock
+from halve.options import PruneOptions
 from halve.patterns import parse_pattern
-from halve.plan import PlannedBlock, make_plan
-from halve.pruning.evidence import collect
-from halve.pruning.groups import stages
-from halve.pruning.reference import record_dense
-from halve.pruning.refine import _Tuning
-from halve.pruning.site import Paths, Site
+from halve.plan import make_plan
+from halve.pruning.observe.block_state import BlockState, Streams
+from halve.pruning.observe.collect import collect
+from halve.pruning.observe.dense_inputs import cache_dense_inputs
+from halve.pruning.observe.input_groups import stages
+from halve.pruning.tune.block_reconstruction import _Tuning
+from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream
-from halve.runtime.streamed import StreamedModel
-from halve.settings import Settings
-from halve.statistics import Gram
 from tests.integration.test_resume import digests
 
 OPTIONS: dict[str, Any] = {"samples": 16, "seq_len": 64, "device": "cpu"}
@@ -92,13 +93,13 @@ def test_order_is_the_default_where_it_measures_better(solver, pico, text, tmp_p
 @over_rows
 def test_what_feeds_the_next_matrices_is_pruned_before_them(row, pico):
     """Attention's output only adds to hidden states; all else feeds the next group."""
-    model = StreamedModel.open(pico(row), "cpu")
+    model = BlockwiseModel.open(pico(row), "cpu")
     stream = Stream.start(model, torch.arange(3, 35)[None], budget=2**30)
-    planned = make_plan(pico(row), Settings()).layout.blocks[0]
+    planned = make_plan(pico(row), PruneOptions()).layout.blocks[0]
     with torch.no_grad(), model.block(0) as block:
-        site = Site(block, planned, Paths(stream))
-        groups = site.groups()
-        found = stages(groups, site.width)
+        state = BlockState(block, planned, Streams(stream))
+        groups = state.groups()
+        found = stages(groups, state.width)
     assert [group for stage in found for group in stage] == groups
     if len(groups) == 3:  # attention and feed-forward side by side
         assert [len(stage) for stage in found] == [1, 2]
@@ -107,34 +108,34 @@ def test_what_feeds_the_next_matrices_is_pruned_before_them(row, pico):
 
 
 def test_evidence_sums_the_windows_that_are_fitted_to(pico):
-    model = StreamedModel.open(pico("llama"), "cpu")
+    model = BlockwiseModel.open(pico("llama"), "cpu")
     ids = torch.randint(3, 4096, (6, 32), generator=torch.Generator().manual_seed(0))
-    stream = Stream.start(model, ids, budget=2**30, apart=2)
-    planned = make_plan(pico("llama"), Settings()).layout.blocks[0]
+    stream = Stream.start(model, ids, budget=2**30, held_out=2)
+    planned = make_plan(pico("llama"), PruneOptions()).layout.blocks[0]
     with torch.no_grad(), model.block(0) as block:
-        site = Site(block, planned, Paths(stream, stream.fork(2**30)))
-        groups = site.groups()
-        reference = record_dense(site, groups, 2**30, None)
+        state = BlockState(block, planned, Streams(stream, stream.fork(2**30)))
+        groups = state.groups()
+        reference = cache_dense_inputs(state, groups, 2**30, None)
         path = "self_attn.v_proj.weight"
-        site.exchange(path, block.get_parameter(path) * 0.5)
+        state.exchange(path, block.get_parameter(path) * 0.5)
         after = [g for g in groups if g.leader == "self_attn.o_proj"]
-        (evidence,) = collect(site, after, Gram, reference)
+        (group_inputs,) = collect(state, after, GramMatrix, reference)
         met: list[torch.Tensor] = []
         for part in stream.batches():
-            site.each_input(part, after, lambda _, inputs: met.append(inputs))
+            state.each_input(part, after, lambda _, inputs: met.append(inputs))
         weight = block.get_parameter("self_attn.o_proj.weight").data
     inputs = torch.cat(met)
     dense = reference.inputs("self_attn.o_proj", 0, slice(0, 6))
     x, other = inputs[: 4 * 32], dense[: 4 * 32]
-    assert evidence.drift is not None
-    assert isinstance(evidence.statistic, Gram)
+    assert group_inputs.drift is not None
+    assert isinstance(group_inputs.statistic, GramMatrix)
     for found, expected in (
-        (evidence.statistic.matrix(), x.T @ x),
-        (evidence.drift.pulled(0), weight @ (other - x).T @ x),
+        (group_inputs.statistic.matrix(), x.T @ x),
+        (group_inputs.drift.pulled(0), weight @ (other - x).T @ x),
     ):
         assert float((found - expected).norm()) <= 1e-3 * float(expected.norm()) > 0
-    held = torch.cat([pair[0] for pair in evidence.held.pairs])
-    assert torch.equal(held, inputs[4 * 32 :])
+    held_out = torch.cat([pair[0] for pair in group_inputs.held_out.pairs])
+    assert torch.equal(held_out, inputs[4 * 32 :])
 
 
 @over_rows
@@ -143,7 +144,7 @@ def test_refining_leaves_alone_what_is_outside_the_blocks(row, pico, text, tmp_p
         pico(row), tmp_path / "out", calibration=str(text), refine=True, **OPTIONS
     )
     before, after = tensors(pico(row)), tensors(tmp_path / "out")
-    plan = make_plan(pico(row), Settings())
+    plan = make_plan(pico(row), PruneOptions())
     blocks = {block.shard for block in plan.layout.blocks}
     for file, names in plan.layout.shards.items():
         if file not in blocks:
@@ -202,17 +203,17 @@ def test_every_solver_can_be_corrected_and_refined(solver, pico, text, tmp_path)
 
 @over_rows
 def test_the_reference_is_what_the_dense_model_is_given(row, pico):
-    model = StreamedModel.open(pico(row), "cpu")
+    model = BlockwiseModel.open(pico(row), "cpu")
     ids = torch.randint(3, 4096, (4, 32), generator=torch.Generator().manual_seed(0))
     dense = Stream.start(model, ids, budget=2**30)
-    planned: PlannedBlock = make_plan(pico(row), Settings()).layout.blocks[0]
+    planned: PlannedBlock = make_plan(pico(row), PruneOptions()).layout.blocks[0]
     expected: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad(), model.block(0) as block:
-        site = Site(block, planned, Paths(dense.fork(2**30), dense))
-        groups = site.groups()
-        reference = record_dense(site, groups, 2**30, None)
-        for part in site.stream.batches():
-            site.each_input(
+        state = BlockState(block, planned, Streams(dense.fork(2**30), dense))
+        groups = state.groups()
+        reference = cache_dense_inputs(state, groups, 2**30, None)
+        for part in state.stream.batches():
+            state.each_input(
                 part, groups, lambda path, x: expected.setdefault(path, []).append(x)
             )
     for group in groups:

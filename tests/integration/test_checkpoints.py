@@ -57,8 +57,8 @@ def _bin_of_old(tensors, folder):
 
 def _bin_with_views(tensors, folder):
     """Tensors that are not contiguous, and lie in one another's storage."""
-    turned = {name: t.t().contiguous().t() for name, t in tensors.items()}
-    _bin(turned, folder)
+    transposed_copy = {name: t.t().contiguous().t() for name, t in tensors.items()}
+    _bin(transposed_copy, folder)
 
 
 STORAGES = {

@@ -108,19 +108,19 @@ def test_a_finished_run_says_so(run, pico, options, tmp_path):
 
 
 def test_eval_and_inspect_speak_json(run, pico, text):
-    judge = ["eval", pico("gpt2"), "--data", text, "--seq-len", 32, "--segments", 3]
-    code, out, _ = run(*judge, "--json", "--quiet")
+    evaluate = ["eval", pico("gpt2"), "--data", text, "--seq-len", 32, "--segments", 3]
+    code, out, _ = run(*evaluate, "--json", "--quiet")
     assert code == 0
     assert json.loads(out)["segments"] == 3
-    code, out, _ = run(*judge, "--against", pico("gpt2"), "--json")
+    code, out, _ = run(*evaluate, "--against", pico("gpt2"), "--json")
     assert json.loads(out)["agreement"] == 1
     code, out, _ = run("inspect", pico("gpt2"), "--json")
     assert json.loads(out)["matrices"][0]["pattern"] == "dense"
 
 
 def test_eval_prints_what_the_figure_rests_on(run, pico, text):
-    judge = ["eval", pico("gpt2"), "--data", text, "--seq-len", 32, "--segments", 3]
-    _, out, _ = run(*judge, "--against", pico("gpt2"))
+    evaluate = ["eval", pico("gpt2"), "--data", text, "--seq-len", 32, "--segments", 3]
+    _, out, _ = run(*evaluate, "--against", pico("gpt2"))
     for words in ("perplexity", "+/-", "KL divergence", "100.00%", "3 segments of 32"):
         assert words in out
 

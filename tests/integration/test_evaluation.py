@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import halve
 from halve.errors import CalibrationError
-from halve.evaluation import Judging, compare, judge
+from halve.evaluation import compare, evaluate
+from halve.options import EvalOptions
 from tests.tables import BUNDLED
 
 
@@ -25,7 +26,7 @@ def segments(text, length, count):
 
 @pytest.mark.parametrize("row", ["gpt2", "llama", "bloom"])
 def test_perplexity_is_the_plain_one(row, pico, text):
-    found = judge(pico(row), Judging(data=str(text), seq_len=32, segments=5))
+    found = evaluate(pico(row), EvalOptions(data=str(text), seq_len=32, segments=5))
     ids = segments(text, 32, 5)
     logits = plain_logits(pico(row), ids)[:, :-1]
     losses = functional.cross_entropy(
@@ -41,7 +42,7 @@ def test_perplexity_is_the_plain_one(row, pico, text):
 def test_divergence_is_the_plain_one(pico, text, tmp_path):
     dense, out = pico("gpt2"), tmp_path / "out"
     halve.prune(dense, out, sparsity="70%", solver="magnitude")
-    found = compare(out, dense, Judging(data=str(text), seq_len=32, segments=6))
+    found = compare(out, dense, EvalOptions(data=str(text), seq_len=32, segments=6))
     ids = segments(text, 32, 6)
     log_q, log_p = (
         plain_logits(folder, ids)[:, :-1].log_softmax(-1) for folder in (out, dense)
@@ -59,13 +60,15 @@ def test_divergence_is_the_plain_one(pico, text, tmp_path):
 
 def judge_like(model, text, record):
     """Return a model's record with the seconds of another."""
-    own = judge(model, Judging(data=str(text), seq_len=32, segments=6))
+    own = evaluate(model, EvalOptions(data=str(text), seq_len=32, segments=6))
     return type(own)(**{**vars(own), "seconds": record.seconds})
 
 
 def test_a_model_does_not_diverge_from_itself(pico, text):
     found = compare(
-        pico("llama"), pico("llama"), Judging(data=str(text), seq_len=32, segments=4)
+        pico("llama"),
+        pico("llama"),
+        EvalOptions(data=str(text), seq_len=32, segments=4),
     )
     assert found.kl_mean == pytest.approx(0, abs=1e-9)
     assert found.agreement == 1
@@ -73,9 +76,9 @@ def test_a_model_does_not_diverge_from_itself(pico, text):
 
 
 def test_small_batches_and_a_mapped_file_change_nothing(pico, text):
-    judging = Judging(data=str(text), seq_len=32, segments=9)
-    mapped = Judging(data=str(text), seq_len=32, segments=9, activation_memory=0)
-    first, second = judge(pico("opt"), judging), judge(pico("opt"), mapped)
+    judging = EvalOptions(data=str(text), seq_len=32, segments=9)
+    mapped = EvalOptions(data=str(text), seq_len=32, segments=9, activation_memory=0)
+    first, second = evaluate(pico("opt"), judging), evaluate(pico("opt"), mapped)
     assert first.perplexity == second.perplexity
 
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import halve
+from halve.options import PruneOptions
 from halve.plan import make_plan
+from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream
-from halve.runtime.streamed import StreamedModel
-from halve.settings import Settings
 from tests.tables import FAMILIES, MIXTURES, SOLVERS
 
 
@@ -29,7 +29,7 @@ def test_streamed_logits_equal_the_whole_models(row, dtype, pico):
     """Block by block, the model computes what transformers computes in float32."""
     folder = pico(row, dtype=dtype)
     ids = torch.randint(3, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
-    model = StreamedModel.open(folder, "cpu")
+    model = BlockwiseModel.open(folder, "cpu")
     stream = Stream.start(model, ids, budget=2**30)
     for index in range(model.depth):
         with model.block(index) as block:
@@ -43,21 +43,21 @@ def test_streamed_logits_equal_the_whole_models(row, dtype, pico):
 
 @pytest.mark.parametrize("row", ["opt", "llama"])  # a tied head, and one of its own
 def test_an_embedding_is_not_widened_to_look_rows_up(row, pico):
-    model = StreamedModel.open(pico(row, dtype=torch.bfloat16), "cpu")
-    table, tied = model.skeleton.table, model.skeleton.config.tie_word_embeddings
+    model = BlockwiseModel.open(pico(row, dtype=torch.bfloat16), "cpu")
+    table, tied = model.meta_model.table, model.meta_model.config.tie_word_embeddings
     assert table is not None
     with model.surroundings(with_head=False):
         assert table.weight.dtype == torch.bfloat16
     with model.surroundings(with_head=True):
-        head = model.skeleton.model.get_output_embeddings()
+        head = model.meta_model.model.get_output_embeddings()
         assert head.weight.dtype == torch.float32
         assert table.weight.dtype == (torch.float32 if tied else torch.bfloat16)
-    unread = make_plan(model.checkpoint.folder, Settings()).layout.unread
+    unread = make_plan(model.checkpoint.folder, PruneOptions()).layout.unread
     assert len(unread) == (1 if tied else 2)
 
 
 def test_matrices_of_16_bits_are_not_widened_in_a_block(pico):
-    model = StreamedModel.open(pico("llama", dtype=torch.bfloat16), "cpu")
+    model = BlockwiseModel.open(pico("llama", dtype=torch.bfloat16), "cpu")
     with model.block(0) as block:
         for name, parameter in block.named_parameters():
             narrow = parameter.dim() > 1  # the others are norms
@@ -112,7 +112,7 @@ def test_family_is_pruned_and_loads_in_transformers(row, pico, text, tmp_path):
 @pytest.mark.parametrize("row", FAMILIES)
 def test_no_linear_layer_of_a_block_is_forgotten(row, pico):
     """Every matrix of a block is pruned or reported as left dense."""
-    plan = make_plan(pico(row), Settings())
+    plan = make_plan(pico(row), PruneOptions())
     planned = {m.tensor for block in plan.layout.blocks for m in block.matrices}
     blocks = {block.shard for block in plan.layout.blocks}
     large = {

@@ -9,8 +9,8 @@ import torch
 
 import halve
 from halve.errors import HalveError, HalveWarning
+from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream
-from halve.runtime.streamed import StreamedModel
 from tests.integration.test_resume import STOPPED, Stopped, digests, stop_at
 
 OPTIONS = {"samples": 8, "seq_len": 32, "device": "cpu"}
@@ -51,8 +51,8 @@ def warned(call) -> list[str]:
 @pytest.mark.parametrize("row", ROWS)
 def test_a_smaller_batch_is_taken_and_said(row, prune, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(StreamedModel, "batch_tokens", 64)
-        patch.setattr(StreamedModel.__init__, "__defaults__", (64,))
+        patch.setattr(BlockwiseModel, "batch_tokens", 64)
+        patch.setattr(BlockwiseModel.__init__, "__defaults__", (64,))
         expected = digests(prune(row, "small"))
     with monkeypatch.context() as patch:
         exhausted_by(patch, 2)
@@ -88,10 +88,10 @@ def test_one_window_is_the_least(prune, tmp_path, monkeypatch):
 
 
 def test_judging_goes_on_as_well(pico, text, monkeypatch):
-    judge = {"data": str(text), "seq_len": 32, "segments": 8, "device": "cpu"}
-    whole = halve.perplexity(pico("llama"), **judge)
+    evaluate = {"data": str(text), "seq_len": 32, "segments": 8, "device": "cpu"}
+    whole = halve.perplexity(pico("llama"), **evaluate)
     exhausted_by(monkeypatch, 2)
     found = []
-    said = warned(lambda: found.append(halve.perplexity(pico("llama"), **judge)))
+    said = warned(lambda: found.append(halve.perplexity(pico("llama"), **evaluate)))
     assert len(said) == 4
     assert found[0].perplexity == pytest.approx(whole.perplexity, rel=1e-5)

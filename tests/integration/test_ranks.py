@@ -13,9 +13,9 @@ import torch
 
 import halve
 from halve.distributed import Ranks
-from halve.pruning import Execution, prune_model
+from halve.options import PruneOptions, RunOptions
+from halve.pruning import prune_model
 from halve.records import PruneRecord
-from halve.settings import Settings
 from tests.integration.test_resume import Stopped, digests, stop_at
 
 RANKS = 2
@@ -204,10 +204,11 @@ def _tracebacks(text: str) -> str:
 
 
 def test_fewer_windows_than_ranks_are_refused(pico, text, tmp_path):
-    settings = Settings(**OPTIONS | {"samples": 4, "calibration": str(text)})
-    execution = Execution(ranks=_Silent(size=4))
+    settings = PruneOptions(**OPTIONS | {"samples": 4, "calibration": str(text)})
     with pytest.raises(halve.HalveError, match="4 processes were to share 3 windows"):
-        prune_model(pico("llama"), tmp_path / "out", settings, execution)
+        prune_model(
+            pico("llama"), tmp_path / "out", settings, RunOptions(), _Silent(size=4)
+        )
 
 
 class _Silent(Ranks):
@@ -220,11 +221,11 @@ class _Silent(Ranks):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_all_work_is_dealt_out_evenly(size):
     costs = [5.0, 1.0, 1.0, 3.0, 2.0]
-    owners = Ranks(size=size).deal(costs)
+    owners = Ranks(size=size).assign(costs)
     loads = [
         sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank)
         for rank in range(size)
     ]
     assert max(loads) == {1: 12, 2: 6, 3: 5}[size]
-    numbers = [n for rank in range(size) for n in Ranks(rank, size).own(7)]
+    numbers = [n for rank in range(size) for n in Ranks(rank, size).my_indices(7)]
     assert sorted(numbers) == list(range(7))

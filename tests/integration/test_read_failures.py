@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import halve
-from halve.checkpoint import reader
+from halve.checkpoint import checkpoint as reader
 from halve.errors import CheckpointError, OutputError
 from tests.integration.test_resume import Stopped, digests, stop_at
 from tests.tables import save_pico

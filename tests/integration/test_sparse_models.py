@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import halve
 from halve.errors import CheckpointError, UnsupportedModelError
-from halve.runtime import layers
-from halve.runtime.layers import DenseLinear, SparseLinear
-from halve.runtime.operators import dense_linear
+from halve.runtime.cpu import layers
+from halve.runtime.cpu.layers import DenseLinear, SparseLinear
+from halve.runtime.cpu.operators import dense_linear
 from tests.tables import BUNDLED
 
 FAMILIES = ("opt", "gpt2", "bloom", "llama", "gpt_neox", "phi3", "falcon", "gemma2")

@@ -8,25 +8,29 @@ Slow; for small matrices only.
 import torch
 from torch import Tensor
 
-from halve.grids import Levels
+from halve.grids import QuantParams
 
 
-def values(levels: Levels, row: int, column: int) -> Tensor:
+def values(quant_params: QuantParams, row: int, column: int) -> Tensor:
     """Return all values that a weight may take."""
-    group = column // levels.grid.group_size
-    scale, zero = (float(t[row, group]) for t in (levels.scale, levels.zero))
-    half = 2 ** (levels.grid.bits - 1)
+    group = column // quant_params.grid.group_size
+    scale, zero = (
+        float(t[row, group]) for t in (quant_params.scale, quant_params.zero)
+    )
+    half = 2 ** (quant_params.grid.bits - 1)
     codes = torch.arange(-half, half, dtype=torch.float64)
     return (codes - zero) * scale
 
 
-def sweep(weight: Tensor, pruned: Tensor, hessian: Tensor, levels: Levels) -> Tensor:
+def sweep(
+    weight: Tensor, pruned: Tensor, hessian: Tensor, quant_params: QuantParams
+) -> Tensor:
     """Return a matrix rounded from left to right with the mask held."""
     weight, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
     rows, columns = weight.shape
     for j in range(columns):
         for i in range(rows):
-            choices = values(levels, i, j)
+            choices = values(quant_params, i, j)
             nearest = choices[(choices - weight[i, j]).abs().argmin()]
             settled = 0.0 if pruned[i, j] else nearest
             error = (weight[i, j] - settled) / inverse[j, j]
@@ -36,12 +40,12 @@ def sweep(weight: Tensor, pruned: Tensor, hessian: Tensor, levels: Levels) -> Te
     return weight
 
 
-def polish(
+def coordinate_descent(
     weight: Tensor,
     rounded: Tensor,
     pruned: Tensor,
     hessian: Tensor,
-    levels: Levels,
+    quant_params: QuantParams,
     sweeps: int,
 ) -> Tensor:
     """Return a rounded matrix after trying every level for every weight in turn."""
@@ -52,7 +56,7 @@ def polish(
         for j in range(columns):
             for i in range(rows):
                 if not pruned[i, j]:
-                    choices = values(levels, i, j)
+                    choices = values(quant_params, i, j)
                     tried = (weight[i] - found[i]).repeat(len(choices), 1)
                     tried[:, j] = weight[i, j] - choices
                     errors = ((tried @ hessian) * tried).sum(dim=1)

@@ -1,7 +1,7 @@
 """Text to windows of tokens, and room for what the model makes of them."""
 
 from halve.calibration.corpora import Corpus, load_corpus
-from halve.calibration.hidden import allocate_hidden, default_budget
+from halve.calibration.spill import allocate_hidden, default_budget
 from halve.calibration.tokens import load_encoder, load_tokenizer
 from halve.calibration.windows import (
     Encode,

@@ -14,20 +14,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from halve.calibration.parquets import check_pages
+from halve.calibration.parquet_limits import check_pages
 from halve.errors import CalibrationError, SourceError
 
 Part = Literal["calibration", "evaluation"]
 
 # Documents of an unknown data set that are enough to draw windows from.
-_MOST_DOCUMENTS = 20_000
+_MAX_DOCUMENTS = 20_000
 # Bytes of a file of text; calibration needs some megabytes.
-_MOST_BYTES = 2**30
+_MAX_BYTES = 2**30
 # Bytes of a line of .jsonl, which take up to twenty times that when they are parsed.
-_MOST_LINE = 2**24
+_MAX_LINE = 2**24
 # Text shrinks to a tenth. A .parquet that promises more than these times its own size,
 # and more than some megabytes, is made to burst.
-_MOST_GROWTH = 50
+_MAX_GROWTH = 50
 _SMALL = 2**25
 _FOOTER_LIMITS: dict[str, Any] = {
     "thrift_string_size_limit": 2**24,
@@ -196,26 +196,26 @@ def _read_txt(path: Path) -> tuple[str, ...]:
 
 def _check_size(path: Path) -> None:
     size = path.stat().st_size
-    if size > _MOST_BYTES:
-        raise ValueError(f"{size} bytes, {_MOST_BYTES} at most; cut a part out")
+    if size > _MAX_BYTES:
+        raise ValueError(f"{size} bytes, {_MAX_BYTES} at most; cut a part out")
 
 
 def _read_jsonl(path: Path) -> tuple[str, ...]:
     with path.open("rb") as file:
-        lines = iter(lambda: file.readline(_MOST_LINE + 1), b"")
+        lines = iter(lambda: file.readline(_MAX_LINE + 1), b"")
         return tuple(_text_of_line(line) for line in lines if line.strip())
 
 
 def _text_of_line(line: bytes) -> str:
-    if len(line) > _MOST_LINE:
-        raise ValueError(f"a line of more than {_MOST_LINE} bytes")
+    if len(line) > _MAX_LINE:
+        raise ValueError(f"a line of more than {_MAX_LINE} bytes")
     return _checked(json.loads(line.decode("utf-8"))["text"])
 
 
 def _read_parquet(path: Path) -> tuple[str, ...]:
     from pyarrow import parquet  # noqa: PLC0415  (slow to import, seldom needed)
 
-    most = max(_SMALL, _MOST_GROWTH * path.stat().st_size)
+    most = max(_SMALL, _MAX_GROWTH * path.stat().st_size)
     check_pages(path, "text", most)
     documents: list[str] = []
     # As a dictionary, since what is repeated a million times is then read once.
@@ -271,7 +271,7 @@ def _hub_rows(
     try:
         rows = load_dataset(repository, split=split, **options)
         if column is None:
-            rows = islice(rows, _MOST_DOCUMENTS)
+            rows = islice(rows, _MAX_DOCUMENTS)
         return tuple(str(_text_of(row, column)) for row in rows)
     except Exception as error:  # the library raises whatever its network layer raises
         raise SourceError(

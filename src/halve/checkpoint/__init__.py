@@ -1,15 +1,15 @@
 """Lazy in, atomic out: the files of a model."""
 
+from halve.checkpoint.checkpoint import Checkpoint, TensorInfo, has_no_weights
 from halve.checkpoint.files import sha256
 from halve.checkpoint.output import (
     RECORD,
     check_space,
     is_finished,
     output_path,
+    parse_note,
     read_record,
-    recall,
 )
-from halve.checkpoint.reader import Checkpoint, TensorInfo, is_bare
 from halve.checkpoint.source import locate
 from halve.checkpoint.workspace import Workspace, open_workspace
 
@@ -19,12 +19,12 @@ __all__ = [
     "TensorInfo",
     "Workspace",
     "check_space",
-    "is_bare",
+    "has_no_weights",
     "is_finished",
     "locate",
     "open_workspace",
     "output_path",
+    "parse_note",
     "read_record",
-    "recall",
     "sha256",
 ]

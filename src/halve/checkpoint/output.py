@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from halve.errors import OutputError
-from halve.fields import from_dict
-from halve.strangers import parse_json, read_bytes, shortened
+from halve.records.codec import from_dict
+from halve.untrusted import parse_json, read_bytes, truncated
 
 RECORD = "halve.json"
 
@@ -63,7 +63,7 @@ def read_record(folder: Path, parse: Callable[[str], Record]) -> Record:
     try:
         return parse(read_bytes(folder / RECORD).decode("utf-8"))
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise foreign(folder, f"its {RECORD} cannot be read") from error
+        raise foreign_folder(folder, f"its {RECORD} cannot be read") from error
 
 
 def recorded_identity(folder: Path) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def recorded_identity(folder: Path) -> dict[str, Any]:
     return read_record(folder, lambda text: dict(parse_json(text)["identity"]))
 
 
-def recall(folder: Path, kind: type[Record], note: object) -> Record:
+def parse_note(folder: Path, kind: type[Record], note: object) -> Record:
     """Return a record that an earlier run noted in a folder's ledger.
 
     Raises:
@@ -80,10 +80,10 @@ def recall(folder: Path, kind: type[Record], note: object) -> Record:
     try:
         return from_dict(kind, note)
     except ValueError as error:
-        raise foreign(folder, "its ledger cannot be read") from error
+        raise foreign_folder(folder, "its ledger cannot be read") from error
 
 
-def foreign(folder: Path, reason: str) -> OutputError:
+def foreign_folder(folder: Path, reason: str) -> OutputError:
     """Return the error for a folder that something else made."""
     return OutputError(
         f"{folder} exists, and it is not the work of Halve ({reason}).",
@@ -126,13 +126,13 @@ def check_space(out: Path, wanted: int) -> None:
 def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise OutputError, naming the differences, where two runs are not the same."""
     different = [
-        f"{shortened(key)}: {shortened(found.get(key))} there, {wanted.get(key)} here"
+        f"{truncated(key)}: {truncated(found.get(key))} there, {wanted.get(key)} here"
         for key in dict.fromkeys([*found, *wanted])
         if found.get(key) != wanted.get(key)
     ]
     if different:
         raise OutputError(
             f"{folder} was begun with other arguments "
-            f"({shortened('; '.join(different), 600)}).",
+            f"({truncated('; '.join(different), 600)}).",
             "Run with those arguments to go on, remove the folder, or choose another.",
         )

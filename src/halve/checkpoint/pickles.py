@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from halve.errors import CheckpointError
-from halve.strangers import shortened
+from halve.untrusted import truncated
 
 _ARCHIVE = b"PK\3\4"
 # What torch wrote before 1.6 starts with: a pickle of its magic number.
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # Bytes of a pickle without its numbers, and of an archive's table of contents. A tensor
 # takes a quarter of a kilobyte, and some forty opcodes.
-_MOST_PICKLE = 2**22
+_MAX_PICKLE = 2**22
 # An empty list takes one, and 64 bytes in memory.
-_MOST_OPCODES = 2**20
+_MAX_OPCODES = 2**20
 # Between an old file's magic number and its numbers: the protocol, the system, the
 # contents, and the order of the storages.
 _OLD_PICKLES = 4
@@ -73,7 +73,7 @@ def damaged(path: Path, error: Exception) -> CheckpointError:
             f"{path} is damaged, or holds code beside its tensors, which is not run.",
             "Download the file again, from a source that you trust.",
         )
-    reason = shortened(" ".join(str(error).splitlines()[:1])).strip()
+    reason = truncated(" ".join(str(error).splitlines()[:1])).strip()
     return CheckpointError(
         f"{path} is damaged or not what its name says "
         f"({type(error).__name__}: {reason}).",
@@ -94,7 +94,7 @@ def _check_tensors(path: Path, stored: dict[str, Tensor]) -> None:
     for name, tensor in stored.items():
         if tensor.layout != torch.strided:
             raise CheckpointError(
-                f"Tensor {shortened(name)} of {path} is sparse, which Halve does "
+                f"Tensor {truncated(name)} of {path} is sparse, which Halve does "
                 "not read.",
                 "Convert the checkpoint to dense tensors first.",
             )
@@ -127,8 +127,8 @@ class _Bounded(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
-            size = _MOST_PICKLE
-        if size > _MOST_PICKLE:
+            size = _MAX_PICKLE
+        if size > _MAX_PICKLE:
             raise ValueError(f"{size} bytes beside its tensors")
         return super().read(size)
 
@@ -147,7 +147,7 @@ def _pickles(archive: zipfile.ZipFile) -> Iterator[io.BytesIO]:
             raise ValueError("an archive that contradicts itself")
         if entry.filename.endswith(".pkl"):
             with archive.open(entry) as contents:
-                yield io.BytesIO(contents.read(_MOST_PICKLE + 1))
+                yield io.BytesIO(contents.read(_MAX_PICKLE + 1))
 
 
 def _check_pickle(file: IO[bytes], size: int) -> None:
@@ -157,9 +157,9 @@ def _check_pickle(file: IO[bytes], size: int) -> None:
         file: Read up to the pickle's end.
         size: Of the whole file; no number may be larger, since it may be a size.
     """
-    most = max(size, _MOST_PICKLE)
+    most = max(size, _MAX_PICKLE)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name == "GLOBAL" and not _HARMLESS.fullmatch(str(argument)):
             raise pickle.UnpicklingError(argument)
-        if count > _MOST_OPCODES or (isinstance(argument, int) and argument > most):
+        if count > _MAX_OPCODES or (isinstance(argument, int) and argument > most):
             raise ValueError("more beside its tensors than any model has")

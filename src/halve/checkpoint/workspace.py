@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from halve.checkpoint import disk
+from halve.checkpoint.checkpoint import Checkpoint
 from halve.checkpoint.files import (
     copy_file,
     make_folders,
@@ -31,14 +32,13 @@ from halve.checkpoint.output import (
     RECORD,
     check_free,
     check_identity,
-    foreign,
+    foreign_folder,
     partial_of,
     recorded_identity,
 )
-from halve.checkpoint.reader import Checkpoint
 from halve.errors import CheckpointError, OutputError
-from halve.fields import from_dict
-from halve.strangers import is_inside, parse_json, read_bytes
+from halve.records.codec import from_dict
+from halve.untrusted import is_inside, parse_json, read_bytes
 
 _LEDGER = "ledger.jsonl"
 _INDEX = "model.safetensors.index.json"
@@ -71,7 +71,7 @@ class Workspace:
     Attributes:
         folder: `OUT.partial`.
         committed: Shards that are done, by file name.
-        settled: What was decided before the first block, by name.
+        decisions: What was decided before the first block, by name.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class Workspace:
         self.folder = partial_of(out)
         self.identity = identity
         self.committed: dict[str, Committed] = {}
-        self.settled: dict[str, dict[str, Any]] = {}
+        self.decisions: dict[str, dict[str, Any]] = {}
 
     @property
     def is_complete(self) -> bool:
@@ -110,21 +110,10 @@ class Workspace:
         self.committed[file] = Committed(file, digest, note)
         return note
 
-    def settle(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a decision of this run or of the one that it goes on from.
-
-        Args:
-            name: Of the decision.
-            decide: Makes it, where the ledger holds none yet; JSON.
-        """
-        if name not in self.settled:
-            self.decide(name, decide())
-        return self.settled[name]
-
     def decide(self, name: str, decision: dict[str, Any]) -> None:
         """Note a decision, in the place of an earlier one of the same name."""
         self._append({"settled": name, "decision": decision})
-        self.settled[name] = decision
+        self.decisions[name] = decision
 
     def add_side_files(
         self, source: Path, quantization: dict[str, Any] | None = None
@@ -184,7 +173,7 @@ class Workspace:
 
     def _resume(self) -> None:
         """Take over what an earlier run with the same identity has done."""
-        identity, self.settled, shards = _read_ledger(self.folder / _LEDGER)
+        identity, self.decisions, shards = _read_ledger(self.folder / _LEDGER)
         if identity is None:
             self._check_unused()
             self._append({"identity": self.identity})
@@ -207,7 +196,7 @@ class Workspace:
     def _check_unused(self) -> None:
         others = [p.name for p in self.folder.iterdir() if p.name != _LEDGER]
         if others and not self.is_complete:
-            raise foreign(self.folder, f"{others[0]} is in it")
+            raise foreign_folder(self.folder, f"{others[0]} is in it")
 
 
 @contextmanager
@@ -313,14 +302,14 @@ def _read_ledger(
         lines = [parse_json(line.decode("utf-8")) for line in whole.splitlines()]
         identity = dict(lines[0]["identity"]) if lines else None
         decisions = [line for line in lines[1:] if "settled" in line]
-        settled = {line["settled"]: dict(line["decision"]) for line in decisions}
+        decisions = {line["settled"]: dict(line["decision"]) for line in decisions}
         files = [line for line in lines[1:] if "settled" not in line]
         shards = [from_dict(Committed, line) for line in files]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise foreign(path.parent, f"its {path.name} cannot be read") from error
+        raise foreign_folder(path.parent, f"its {path.name} cannot be read") from error
     with write_errors(path):
         disk.cut(path, len(whole) + 1 if whole else 0)
-    return identity, settled, shards
+    return identity, decisions, shards
 
 
 def _index(folder: Path, files: Iterable[str]) -> str:

@@ -83,7 +83,7 @@ def main() -> None:
 
 def _run() -> None:
     """Run a subcommand; say what went wrong."""
-    from halve.errors import HalveError, HalveWarning, ToldError
+    from halve.errors import HalveError, HalveWarning, ReportedError
 
     try:
         with warnings.catch_warnings():
@@ -92,7 +92,7 @@ def _run() -> None:
                 warnings.simplefilter("default", HalveWarning)
                 warnings.showwarning = _print_warning
             app()
-    except ToldError:
+    except ReportedError:
         sys.exit(1)
     except HalveError as error:
         print(f"Error: {_printable(str(error))}", file=sys.stderr)

@@ -100,7 +100,8 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     from transformers.utils.logging import disable_progress_bar
 
     from halve.cli.console import progress_line
-    from halve.measure import Bench, run_bench
+    from halve.measure import run_bench
+    from halve.options import BenchOptions
 
     disable_progress_bar()
     if threads is not None:
@@ -111,7 +112,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         _source(model, randoms, sparsity, show) as (name, source),
         _both(source, trust_remote_code, show) as (dense, packed),
     ):
-        task = Bench(
+        task = BenchOptions(
             name=name,
             dense=dense,
             packed=packed,
@@ -162,14 +163,15 @@ def _both(
     from tempfile import TemporaryDirectory
 
     from halve.checkpoint import Checkpoint
-    from halve.packing import Rewriting, rewrite_model
+    from halve.options import PackOptions
+    from halve.packing import rewrite_model
 
     is_packed = any(i.parts for i in Checkpoint.open(source).tensors.values())
     kind = "unpack" if is_packed else "pack"
     with TemporaryDirectory(prefix="halve-bench-") as folder:
         other = Path(folder) / kind
         show(f"{kind}ing")
-        rewriting = Rewriting(kind, not is_packed, trust_remote_code)
+        rewriting = PackOptions(kind, not is_packed, trust_remote_code)
         rewrite_model(source, other, rewriting)
         yield (other, source) if is_packed else (source, other)
 

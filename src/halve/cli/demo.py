@@ -129,12 +129,12 @@ def _packed(pruned: "Path", packed: "Path") -> dict[str, object]:
 
 def _run(packed: "Path") -> dict[str, object]:
     """Let the packed model write, and time it against itself dense."""
-    from halve.measure import measure_speed, tests
+    from halve.measure import bench_cases, measure_speed
     from halve.runtime.generation import generate
 
     _say("running")
     text = generate(packed, _PROMPT, max_new_tokens=_TOKENS, device="cpu")
-    speeds = measure_speed(packed, tests(0, _TOKENS, (1,)), rounds=5)
+    speeds = measure_speed(packed, bench_cases(0, _TOKENS, (1,)), rounds=5)
     return {"text": text, "tokens_per_second": {s.backend: s.median for s in speeds}}
 
 

@@ -53,10 +53,11 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     import json
 
     from halve.cli.console import progress_line
-    from halve.evaluation import Judging, compare, judge
+    from halve.evaluation import compare, evaluate
+    from halve.options import EvalOptions
 
     with progress_line(quiet) as show:
-        judging = Judging(
+        options = EvalOptions(
             data=data,
             seq_len=seq_len,
             segments=segments,
@@ -65,7 +66,9 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
             trust_remote_code=trust_remote_code,
             progress=lambda block, blocks: show(f"block {block + 1} of {blocks}"),
         )
-        record = compare(model, against, judging) if against else judge(model, judging)
+        record = (
+            compare(model, against, options) if against else evaluate(model, options)
+        )
     if as_json:
         print(json.dumps(asdict(record), indent=2))
     elif against:

@@ -7,7 +7,7 @@ import typer
 from halve.cli import options
 
 if TYPE_CHECKING:
-    from halve.packing import Rewriting
+    from halve.options import PackOptions
     from halve.records import PackRecord
 
 PACK_EXAMPLES = """
@@ -41,10 +41,10 @@ def pack(
     quiet: options.Quiet = False,
 ) -> None:
     """Store a pruned model small: a bit for each weight beside what is kept."""
-    from halve.packing import Rewriting
+    from halve.options import PackOptions
 
-    rewriting = Rewriting("pack", positive_zeros, trust_remote_code)
-    record = _rewrite(model, out, rewriting, quiet)
+    options = PackOptions("pack", positive_zeros, trust_remote_code)
+    record = _rewrite(model, out, options, quiet)
     _print(record, as_json)
 
 
@@ -56,14 +56,14 @@ def unpack(
     quiet: options.Quiet = False,
 ) -> None:
     """Store a packed model dense again, bit for bit."""
-    from halve.packing import Rewriting
+    from halve.options import PackOptions
 
-    rewriting = Rewriting("unpack", False, trust_remote_code)
-    record = _rewrite(model, out, rewriting, quiet)
+    options = PackOptions("unpack", False, trust_remote_code)
+    record = _rewrite(model, out, options, quiet)
     _print(record, as_json)
 
 
-def _rewrite(model: str, out: str, rewriting: "Rewriting", quiet: bool) -> "PackRecord":
+def _rewrite(model: str, out: str, options: "PackOptions", quiet: bool) -> "PackRecord":
     from dataclasses import replace
 
     from halve.cli.console import progress_line
@@ -71,7 +71,7 @@ def _rewrite(model: str, out: str, rewriting: "Rewriting", quiet: bool) -> "Pack
 
     with progress_line(quiet) as show:
         told = replace(
-            rewriting,
+            options,
             progress=lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
         )
         return rewrite_model(model, out, told)

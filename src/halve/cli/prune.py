@@ -7,10 +7,10 @@ import typer
 from halve.cli import options
 
 if TYPE_CHECKING:
+    from halve.options import PruneOptions, RunOptions
     from halve.plan import Plan
-    from halve.pruning import Costs, Execution
+    from halve.pruning import Forecast
     from halve.records import Progress, PruneRecord
-    from halve.settings import Settings
 
 EXAMPLES = """
 **Examples**
@@ -134,17 +134,12 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     work.
     """
     from halve.checkpoint import locate
+    from halve.options import PruneOptions, RunOptions
     from halve.plan import make_plan
-    from halve.pruning import (
-        Execution,
-        estimate_costs,
-        estimate_seconds,
-        make_room,
-    )
-    from halve.runtime.streamed import choose_device
-    from halve.settings import Settings
+    from halve.pruning import estimate_seconds, forecast_run, plan_memory
+    from halve.runtime.blockwise_model import choose_device
 
-    settings = Settings(
+    settings = PruneOptions(
         sparsity=sparsity,
         solver=solver,
         calibration=calibration,
@@ -168,13 +163,13 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     if dry_run:
         folder = locate(model, weights=False)
         plan = make_plan(folder, settings, trust_remote_code, needs_weights=False)
-        room = make_room(plan, memory, activation_memory)
-        found = estimate_costs(plan, room.activations, room.aside)
+        room = plan_memory(plan, memory, activation_memory)
+        found = forecast_run(plan, room.activations, room.deferred)
         time = estimate_seconds(found, choose_device(settings.device))
         _print_plan(plan, found, time, as_json)
         return
-    execution = Execution(activation_memory, memory, trust_remote_code)
-    record = _prune((model, out, settings), execution, quiet)
+    run_options = RunOptions(activation_memory, memory, trust_remote_code)
+    record = _prune((model, out, settings), run_options, quiet)
     if record is None:
         return
     if as_json:
@@ -184,7 +179,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
 
 
 def _prune(
-    job: "tuple[str, str, Settings]", execution: "Execution", quiet: bool
+    job: "tuple[str, str, PruneOptions]", run_options: "RunOptions", quiet: bool
 ) -> "PruneRecord | None":
     """Prune, with other processes if torchrun started some; of those one has a say."""
     from dataclasses import replace
@@ -193,10 +188,10 @@ def _prune(
     from halve.distributed import join
     from halve.pruning import prune_model
 
-    with join() as ranks, progress_line(quiet or not ranks.leads) as show:
-        own = replace(execution, ranks=ranks, progress=lambda p: show(_describe(p)))
-        record = prune_model(*job, own)
-    return record if ranks.leads else None
+    with join() as ranks, progress_line(quiet or not ranks.is_main_process) as show:
+        own = replace(run_options, progress=lambda p: show(_describe(p)))
+        record = prune_model(*job, own, ranks)
+    return record if ranks.is_main_process else None
 
 
 def _describe(progress: "Progress") -> str:
@@ -228,7 +223,7 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     print(f"Finished {record.finished}, after {duration(record.seconds)}.")
 
 
-def _print_plan(plan: "Plan", costs: "Costs", seconds: float, as_json: bool) -> None:
+def _print_plan(plan: "Plan", costs: "Forecast", seconds: float, as_json: bool) -> None:
     import json
 
     from halve.cli.console import duration, size
@@ -237,7 +232,7 @@ def _print_plan(plan: "Plan", costs: "Costs", seconds: float, as_json: bool) -> 
         "blocks": len(plan.layout.blocks),
         "matrices": sum(len(block.matrices) for block in plan.layout.blocks),
         "prunable_weights": plan.layout.prunable,
-        "sequence_length": plan.settings.seq_len,
+        "sequence_length": plan.options.seq_len,
         "bytes_peak": costs.peak,
         "bytes_process": costs.process,
         "bytes_activations_in_memory": costs.resident,
@@ -263,17 +258,17 @@ def _print_plan(plan: "Plan", costs: "Costs", seconds: float, as_json: bool) -> 
         print(f"  {name}  left dense")
     to_go = ", or ".join(
         f"{pattern} to go" + (f" and {grid} for the rest" if grid else "")
-        for pattern, grid in plan.settings.pairs
+        for pattern, grid in plan.options.pairs
     )
     print(f"{plan.layout.prunable:,} prunable weights, {to_go}.")
-    if plan.settings.judging:
+    if plan.options.allocation_held_out:
         print("Shared out over the blocks by error, after two to four trials.")
     _print_costs(costs)
     print(f"Output: {size(costs.output)} in {len(plan.layout.shards)} files")
     print(f"Time, very roughly: {duration(seconds)}")
 
 
-def _print_costs(costs: "Costs") -> None:
+def _print_costs(costs: "Forecast") -> None:
     from halve.cli.console import print_table, size
 
     rows = [("the process itself", "", size(costs.process))]

@@ -1,5 +1,5 @@
 """How well a model predicts text, alone or against another."""
 
-from halve.evaluation.perplexity import Judging, compare, judge
+from halve.evaluation.perplexity import compare, evaluate
 
-__all__ = ["Judging", "compare", "judge"]
+__all__ = ["compare", "evaluate"]

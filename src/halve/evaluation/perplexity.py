@@ -7,7 +7,7 @@ own. A model is walked block by block: it need not fit into memory.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,81 +24,52 @@ from halve.calibration import (
 )
 from halve.checkpoint import locate
 from halve.errors import CalibrationError, NumericalError
+from halve.options import EvalOptions
 from halve.records import ComparisonRecord, PerplexityRecord
-from halve.runtime.halving import with_smaller_batches
+from halve.runtime.blockwise_model import BlockwiseModel
+from halve.runtime.oom_backoff import with_smaller_batches
 from halve.runtime.stream import Stream
-from halve.runtime.streamed import StreamedModel
 
 
-@dataclass(frozen=True)
-class Judging:
-    """What to judge on, and how.
-
-    Attributes:
-        data: wikitext2, ptb, c4, stdlib, a data set of the hub, or a file.
-        seq_len: Tokens in a segment; None for the model's own length, 2048 at most.
-        segments: At most so many; None for all.
-        device: `cpu`, `cuda` or `auto`.
-        activation_memory: Bytes of hidden states that may live in memory; None for a
-            quarter of the machine's.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        progress: Told of each block: its index and how many there are.
-    """
-
-    data: str = "wikitext2"
-    seq_len: int | None = None
-    segments: int | None = None
-    device: str = "auto"
-    activation_memory: int | None = None
-    trust_remote_code: bool = False
-    progress: Callable[[int, int], None] = lambda block, blocks: None
-
-    @property
-    def budget(self) -> int:
-        """Bytes of hidden states that may live in memory."""
-        own = self.activation_memory
-        return default_budget() if own is None else own
-
-
-def judge(model: str | Path, judging: Judging) -> PerplexityRecord:
+def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
     """Return a model's perplexity; see `halve.perplexity` for the contract."""
-    begun = time.perf_counter()
-    opened = _open(model, judging)
-    windows = _segments(opened, judging)
+    started = time.perf_counter()
+    opened = _open(model, options)
+    windows = _segments(opened, options)
 
-    def measure(opened: StreamedModel) -> Tensor:
-        logits = _walk(opened, windows, judging).logits()
+    def measure(opened: BlockwiseModel) -> Tensor:
+        logits = _walk(opened, windows, options).logits()
         return torch.cat([_losses(own, windows[part]) for part, own in logits])
 
     losses = with_smaller_batches(opened, windows.shape[1], measure)
-    return _record(losses, windows, judging, begun)
+    return _record(losses, windows, options, started)
 
 
 def compare(
-    model: str | Path, reference: str | Path, judging: Judging
+    model: str | Path, reference: str | Path, options: EvalOptions
 ) -> ComparisonRecord:
     """Walk two models side by side over the same text.
 
     Args:
         model: The model in question.
         reference: What it is measured against, the dense model as a rule.
-        judging: The text.
+        options: The text.
 
     Raises:
         CalibrationError: The two do not read text as the same tokens.
     """
-    begun = time.perf_counter()
-    pair = [_open(name, judging) for name in (model, reference)]
-    windows, other = (_segments(opened, judging) for opened in pair)
+    started = time.perf_counter()
+    pair = [_open(name, options) for name in (model, reference)]
+    windows, other = (_segments(opened, options) for opened in pair)
     if not torch.equal(windows, other):
         raise CalibrationError(
             f"{model} and {reference} do not cut the text into the same tokens.",
             "Compare models that share a tokenizer and pass the same --seq-len.",
         )
 
-    def measure(first: StreamedModel) -> _Differences:
+    def measure(first: BlockwiseModel) -> _Differences:
         second = replace(pair[1], batch_tokens=first.batch_tokens)
-        streams = [_walk(opened, windows, judging) for opened in (first, second)]
+        streams = [_walk(opened, windows, options) for opened in (first, second)]
         found = _Differences([], [], [], [])
         for (part, ours), (_, theirs) in _together(*streams):
             found.add(ours, theirs, windows[part])
@@ -107,8 +78,8 @@ def compare(
     found = with_smaller_batches(pair[0], windows.shape[1], measure)
     divergence = torch.cat(found.divergences)
     return ComparisonRecord(
-        model=_record(torch.cat(found.ours), windows, judging, begun),
-        reference=_record(torch.cat(found.theirs), windows, judging, begun),
+        model=_record(torch.cat(found.ours), windows, options, started),
+        reference=_record(torch.cat(found.theirs), windows, options, started),
         kl_mean=float(divergence.mean()),
         kl_median=float(divergence.median()),
         kl_99=float(divergence.kthvalue(-(-99 * len(divergence) // 100)).values),
@@ -141,29 +112,35 @@ class _Differences:
             self.agreements.append((mine.argmax(-1) == other.argmax(-1)).cpu())
 
 
-def _open(model: str | Path, judging: Judging) -> StreamedModel:
+def _open(model: str | Path, options: EvalOptions) -> BlockwiseModel:
     folder = locate(model)
-    return StreamedModel.open(folder, judging.device, judging.trust_remote_code)
+    return BlockwiseModel.open(folder, options.device, options.trust_remote_code)
 
 
-def _segments(opened: StreamedModel, judging: Judging) -> Tensor:
-    length = judging.seq_len or opened.skeleton.default_length
-    opened.skeleton.check_length(length)
+def _segments(opened: BlockwiseModel, options: EvalOptions) -> Tensor:
+    length = options.seq_len or opened.meta_model.default_length
+    opened.meta_model.check_length(length)
     if length < 2:  # noqa: PLR2004  (the first token of a segment is not predicted)
         raise CalibrationError(
             f"Segments of {length} token have nothing to predict.", "Pass 2 or more."
         )
-    encode = load_encoder(opened.checkpoint.folder, judging.trust_remote_code)
-    corpus = load_corpus(judging.data, "evaluation")
-    windows = cut_segments(corpus, encode, length, judging.segments)
-    check_vocabulary(windows, opened.skeleton.vocabulary)
+    encode = load_encoder(opened.checkpoint.folder, options.trust_remote_code)
+    corpus = load_corpus(options.data, "evaluation")
+    windows = cut_segments(corpus, encode, length, options.segments)
+    check_vocabulary(windows, opened.meta_model.vocabulary)
     return windows
 
 
-def _walk(opened: StreamedModel, windows: Tensor, judging: Judging) -> Stream:
-    stream = Stream.start(opened, windows, judging.budget)
+def _budget(options: EvalOptions) -> int:
+    """Return the bytes of hidden states that may live in memory."""
+    given = options.activation_memory
+    return default_budget() if given is None else given
+
+
+def _walk(opened: BlockwiseModel, windows: Tensor, options: EvalOptions) -> Stream:
+    stream = Stream.start(opened, windows, _budget(options))
     for index in range(opened.depth):
-        judging.progress(index, opened.depth)
+        options.progress(index, opened.depth)
         with opened.block(index) as block:
             stream.advance(block, index)
     return stream
@@ -185,7 +162,7 @@ def _losses(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _record(
-    losses: Tensor, windows: Tensor, judging: Judging, begun: float
+    losses: Tensor, windows: Tensor, options: EvalOptions, started: float
 ) -> PerplexityRecord:
     if not losses.isfinite().all():
         raise NumericalError(
@@ -193,13 +170,13 @@ def _record(
         )
     count, length = windows.shape
     perplexity = float(losses.mean().exp())
-    spread = float(losses.std()) / count**0.5 if count > 1 else float("nan")
+    spread_sparsity = float(losses.std()) / count**0.5 if count > 1 else float("nan")
     return PerplexityRecord(
         perplexity=perplexity,
-        standard_error=perplexity * spread,
+        standard_error=perplexity * spread_sparsity,
         tokens=count * (length - 1),
         seq_len=length,
         segments=count,
-        data=judging.data,
-        seconds=time.perf_counter() - begun,
+        data=options.data,
+        seconds=time.perf_counter() - started,
     )

@@ -3,7 +3,7 @@
 from halve.formats.bitmask import (
     COMPANIONS,
     DTYPES,
-    MOST_LAYOUT,
+    MAX_LAYOUT,
     Packed,
     join,
     kept_weights,
@@ -17,8 +17,8 @@ from halve.formats.version import METHOD, check_version, quantization_config
 __all__ = [
     "COMPANIONS",
     "DTYPES",
+    "MAX_LAYOUT",
     "METHOD",
-    "MOST_LAYOUT",
     "Packed",
     "check_version",
     "join",

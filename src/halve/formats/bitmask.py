@@ -25,11 +25,11 @@ DTYPES = {
 }
 _WORD = 64
 # Numbers of a layout that are looked at; three are right.
-MOST_LAYOUT = 1024
+MAX_LAYOUT = 1024
 # Weights handled at once, so that bits widened to bytes stay small.
 _CHUNK = 2**24
 # A row is handled at once, so it may not be longer; the widest matrices have 2**16.
-_MOST_COLUMNS = 2**24
+_MAX_COLUMNS = 2**24
 _REMEDY = "Pack the model again from its dense checkpoint, or download the file again."
 
 
@@ -111,7 +111,7 @@ class Packed:
         """
         mask, offsets, words = self.mask, self.offsets, _words(self.columns)
         fits = (
-            0 < self.columns <= _MOST_COLUMNS
+            0 < self.columns <= _MAX_COLUMNS
             and (mask.dtype, mask.dim()) == (torch.uint64, 2)
             and mask.shape[1] == words
             and offsets.dtype in {torch.uint32, torch.uint64}
@@ -231,7 +231,7 @@ def join(name: str, tensors: Mapping[str, Tensor]) -> Packed:
     """
     mask, offsets, layout = (tensors[name + end] for end in COMPANIONS)
     # Numbers of Python's take five times the room of a tensor's.
-    small = layout.dtype == torch.int64 and layout.numel() <= MOST_LAYOUT
+    small = layout.dtype == torch.int64 and layout.numel() <= MAX_LAYOUT
     numbers = layout.tolist() if small else []
     match numbers:
         case [rows, columns, 0 | 1 as transposed] if [rows] == list(mask.shape[:1]):

@@ -1,18 +1,17 @@
 """What is in a model's files, whether it is whole, how fast and large it runs."""
 
-from halve.measure.bench import Bench, run_bench
+from halve.measure.bench import run_bench
 from halve.measure.inspection import inspect_model
 from halve.measure.random_models import write_random_model
-from halve.measure.speed import TORCH, measure_speed, tests
+from halve.measure.speed import TORCH, bench_cases, measure_speed
 from halve.measure.verification import verify_output
 
 __all__ = [
     "TORCH",
-    "Bench",
+    "bench_cases",
     "inspect_model",
     "measure_speed",
     "run_bench",
-    "tests",
     "verify_output",
     "write_random_model",
 ]

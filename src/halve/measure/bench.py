@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,58 +10,32 @@ from halve.checkpoint import Checkpoint
 from halve.errors import HalveError
 from halve.measure.footprint import footprint
 from halve.measure.speed import (
-    OWN,
+    HALVE_DENSE,
     PACKED,
     TORCH,
-    Test,
+    BenchCase,
+    bench_cases,
     measure_speed,
     read_bandwidth,
-    tests,
 )
 from halve.models import load_config, longest_sequence
+from halve.options import BenchOptions
 from halve.records import BenchRecord
-from halve.runtime.kernels import TORCH as WITHOUT
-from halve.runtime.kernels import kernels
+from halve.runtime.cpu.kernels import TORCH as NO_KERNEL
+from halve.runtime.cpu.kernels import kernels
 
 # What llama-bench measures by default.
 _PROMPT = 512
 _GENERATED = 128
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What to measure.
-
-    Attributes:
-        name: Of the model, for the table.
-        dense: Folder of the model, dense.
-        packed: Folder of the same model, packed.
-        prompt: Tokens of the prompt, 0 for no such test; None for 512, or what the
-            model takes.
-        generated: Tokens generated, 0 for no such test; None for 128, or what the model
-            takes.
-        batches: Sequences decoded at once.
-        rounds: How often.
-        trust_remote_code: Whether Python code that comes with the model may run.
-    """
-
-    name: str
-    dense: Path
-    packed: Path
-    prompt: int | None
-    generated: int | None
-    batches: tuple[int, ...]
-    rounds: int
-    trust_remote_code: bool = False
-
-
-def run_bench(bench: Bench, progress: Callable[[str], None]) -> BenchRecord:
+def run_bench(bench: BenchOptions, progress: Callable[[str], None]) -> BenchRecord:
     """Measure footprints, bandwidth and speed; see `halve bench`.
 
     Cost:
         Memory for the model dense and packed at once.
     """
-    plan = _tests(bench)
+    plan = _cases(bench)
     progress("measuring memory")
     footprints = {
         "dense": footprint(bench.dense, bench.trust_remote_code),
@@ -75,12 +48,12 @@ def run_bench(bench: Bench, progress: Callable[[str], None]) -> BenchRecord:
         parameters=sum(info.nbytes // info.dtype.itemsize for info in dense),
         sizes={
             TORCH: sum(info.stored_bytes for info in dense),
-            OWN: sum(info.stored_bytes for info in dense),
+            HALVE_DENSE: sum(info.stored_bytes for info in dense),
             PACKED: sum(info.stored_bytes for info in packed),
         },
         cpu=_cpu(),
         threads=torch.get_num_threads(),
-        kernel=found.name if found else WITHOUT,
+        kernel=found.name if found else NO_KERNEL,
         bandwidth=read_bandwidth(),
         results=tuple(
             measure_speed(
@@ -95,7 +68,7 @@ def run_bench(bench: Bench, progress: Callable[[str], None]) -> BenchRecord:
     )
 
 
-def _tests(bench: Bench) -> list[Test]:
+def _cases(bench: BenchOptions) -> list[BenchCase]:
     config = load_config(bench.dense, bench.trust_remote_code)
     longest = longest_sequence(config) or max(_PROMPT, _GENERATED + 1)
     prompt, generated = bench.prompt, bench.generated
@@ -111,7 +84,7 @@ def _tests(bench: Bench) -> list[Test]:
             f"{bench.name} takes {longest} tokens, which is less than a test needs.",
             f"Pass --pp {longest} and --tg {longest - 1}, or less.",
         )
-    return tests(prompt, generated, bench.batches)
+    return bench_cases(prompt, generated, bench.batches)
 
 
 def _tensors(folder: Path) -> list:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from halve.checkpoint import Checkpoint, TensorInfo, locate
 from halve.formats import DTYPES, kept_weights, packed_bytes
-from halve.models import Stored, build_skeleton, match_names, prunable_matrices
+from halve.models import StoredTensor, build_meta_model, match_names, prunable_matrices
 from halve.models.matrices import Matrix
 from halve.patterns import describe
 from halve.records import Inspection, MatrixInspection
@@ -39,13 +39,15 @@ def matrices_of(
     folder: Path, checkpoint: Checkpoint, trust_remote_code: bool
 ) -> dict[str, Matrix]:
     """Return tensor -> prunable matrix, in the order of the model."""
-    skeleton = build_skeleton(folder, trust_remote_code)
+    meta_model = build_meta_model(folder, trust_remote_code)
     infos = checkpoint.tensors.values()
-    names = match_names(skeleton, [Stored(i.name, i.shape, i.dtype) for i in infos])
+    names = match_names(
+        meta_model, [StoredTensor(i.name, i.shape, i.dtype) for i in infos]
+    )
     return {
-        names[f"{skeleton.path}.{index}.{matrix.path}.weight"]: matrix
-        for index, block in enumerate(skeleton.blocks)
-        for matrix in prunable_matrices(block, f"{skeleton.path}.{index}")
+        names[f"{meta_model.path}.{index}.{matrix.path}.weight"]: matrix
+        for index, block in enumerate(meta_model.blocks)
+        for matrix in prunable_matrices(block, f"{meta_model.path}.{index}")
     }
 
 

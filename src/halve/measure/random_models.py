@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halve.errors import HalveError
-from halve.models import build_skeleton, prunable_matrices
+from halve.models import build_meta_model, prunable_matrices
 from halve.patterns import NM, Pattern
 
 # Widths, inner widths, blocks and heads of the published models of these sizes.
@@ -50,10 +50,10 @@ def write_random_model(
     config = _config(family, size)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.save_pretrained(folder)
-    skeleton = build_skeleton(folder)
-    for index, block in enumerate(skeleton.blocks):
-        for matrix in prunable_matrices(block, skeleton.path):
-            path = f"{skeleton.path}.{index}.{matrix.path}"
+    meta_model = build_meta_model(folder)
+    for index, block in enumerate(meta_model.blocks):
+        for matrix in prunable_matrices(block, meta_model.path):
+            path = f"{meta_model.path}.{index}.{matrix.path}"
             weight = model.get_submodule(path).weight
             weight.masked_fill_(_random_mask(weight, pattern), 0)
     model.save_pretrained(folder, max_shard_size="1GB")

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from halve.records import SpeedRecord
+from halve.runtime.cpu.kernels import kernels
+from halve.runtime.cpu.layers import DenseLinear, SparseLinear, plain_linear
+from halve.runtime.cpu.replace_modules import sparse_layers
 from halve.runtime.generation import load
-from halve.runtime.kernels import kernels
-from halve.runtime.layers import DenseLinear, SparseLinear, plain_linear
-from halve.runtime.swap import sparse_layers
 
-TORCH, OWN, PACKED = "torch", "halve dense", "halve packed"
+TORCH, HALVE_DENSE, PACKED = "torch", "halve dense", "halve packed"
 # Far more than a cache holds.
 _READ_BYTES = 2**29
 _READ_TIMES = 7
 
 
 @dataclass(frozen=True)
-class Test:
+class BenchCase:
     """One thing to time.
 
     Attributes:
@@ -48,15 +48,17 @@ class Test:
         return self.batch * (self.generated or self.prompt)
 
 
-def tests(prompt: int, generated: int, batches: tuple[int, ...]) -> list[Test]:
+def bench_cases(
+    prompt: int, generated: int, batches: tuple[int, ...]
+) -> list[BenchCase]:
     """Return a prefill of one sequence and a decode for each batch."""
-    prefill = [Test(f"pp{prompt}", prompt, 0, 1)] if prompt else []
+    prefill = [BenchCase(f"pp{prompt}", prompt, 0, 1)] if prompt else []
     names = {batch: f"tg{generated}" + f" x{batch}" * (batch > 1) for batch in batches}
-    decode = [Test(name, 1, generated, batch) for batch, name in names.items()]
+    decode = [BenchCase(name, 1, generated, batch) for batch, name in names.items()]
     return prefill + (decode if generated else [])
 
 
-class Contenders:
+class Backends:
     """One model with three sets of layers for the same matrices.
 
     Attributes:
@@ -66,7 +68,11 @@ class Contenders:
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401
         self.model = model
-        self.layers: dict[str, dict[str, nn.Module]] = {TORCH: {}, OWN: {}, PACKED: {}}
+        self.layers: dict[str, dict[str, nn.Module]] = {
+            TORCH: {},
+            HALVE_DENSE: {},
+            PACKED: {},
+        }
         for path, sparse in list(sparse_layers(model)):
             self._add(path, _dense(sparse), sparse)
         for path, module in list(model.named_modules()):
@@ -75,7 +81,7 @@ class Contenders:
 
     def _add(self, path: str, dense: DenseLinear, packed: nn.Module) -> None:
         self.layers[TORCH][path] = plain_linear(dense)
-        self.layers[OWN][path] = dense
+        self.layers[HALVE_DENSE][path] = dense
         self.layers[PACKED][path] = packed
 
     def install(self, backend: str) -> None:
@@ -104,7 +110,7 @@ def _dense(sparse: SparseLinear) -> DenseLinear:
 
 def measure_speed(
     folder: Path,
-    plan: Sequence[Test],
+    plan: Sequence[BenchCase],
     rounds: int,
     progress: Callable[[str], None] = lambda text: None,
     trust_remote_code: bool = False,
@@ -121,8 +127,8 @@ def measure_speed(
     Returns:
         A record for each backend and test.
     """
-    contenders = Contenders(load(folder, "cpu", trust_remote_code))
-    seconds: dict[tuple[str, Test], list[float]] = {}
+    contenders = Backends(load(folder, "cpu", trust_remote_code))
+    seconds: dict[tuple[str, BenchCase], list[float]] = {}
     for number in range(rounds + 1):
         progress(f"round {number} of {rounds}" if number else "warming up")
         for backend, test in _pairs(contenders, plan):
@@ -143,12 +149,14 @@ def measure_speed(
     ]
 
 
-def _pairs(contenders: Contenders, plan: Sequence[Test]) -> Iterator[tuple[str, Test]]:
+def _pairs(
+    contenders: Backends, plan: Sequence[BenchCase]
+) -> Iterator[tuple[str, BenchCase]]:
     return ((backend, test) for test in plan for backend in contenders.layers)
 
 
 @torch.inference_mode()
-def _time(model: Any, test: Test) -> float:  # noqa: ANN401
+def _time(model: Any, test: BenchCase) -> float:  # noqa: ANN401
     """Return the seconds that a test takes; sampling and tokenising are not in it."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
@@ -166,9 +174,9 @@ def _decode(model: Any, state: Any, count: int) -> None:  # noqa: ANN401
 
 
 def _clocked(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     work()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def read_bandwidth() -> float:

@@ -12,9 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from halve.checkpoint import RECORD, Checkpoint, locate, sha256
-from halve.errors import CheckpointError, GridError, PatternError
-from halve.fields import is_sealed
-from halve.grids import Grid
+from halve.errors import CheckpointError, PatternError, QuantizationError
+from halve.grids import QuantScheme
 from halve.measure.inspection import matrices_of
 from halve.patterns import NM, parse_pattern
 from halve.records import (
@@ -26,6 +25,7 @@ from halve.records import (
     Verification,
     parse_record,
 )
+from halve.records.codec import is_sealed
 
 _REMEDY = "Make the model again, or copy the file from where it is whole."
 
@@ -44,13 +44,13 @@ class _Promise:
     shape: tuple[int, int]
     sparsity: float
     pattern: NM | None
-    grid: Grid | None
+    grid: QuantScheme | None
 
     @classmethod
     def of(cls, matrix: MatrixRecord | MatrixStorage) -> "_Promise":
         # Of other patterns, the exact number of zeros says more.
         pattern = parse_pattern(matrix.pattern) if ":" in matrix.pattern else None
-        grid = Grid(**matrix.grid) if matrix.grid else None
+        grid = QuantScheme(**matrix.grid) if matrix.grid else None
         assert pattern is None or isinstance(pattern, NM)
         shape = (matrix.rows, matrix.columns)
         return cls(shape, float(matrix.sparsity), pattern, grid)
@@ -132,7 +132,7 @@ def _parsed(path: Path, data: bytes) -> _Record:
         return _Record.of(parse_record(data.decode()))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as why:
         raise CheckpointError(f"{path} cannot be read ({why!r}).", _REMEDY) from why
-    except (GridError, PatternError) as error:
+    except (QuantizationError, PatternError) as error:
         raise CheckpointError(f"{path}: {error.problem}", _REMEDY) from error
 
 

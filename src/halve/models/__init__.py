@@ -1,29 +1,29 @@
 """Any causal language model of transformers, with no forward code of our own."""
 
+from halve.models.capture import BlockCall, CapturedCalls, capture_calls, run_tail
 from halve.models.matrices import Matrix, is_plain, prunable_matrices
-from halve.models.names import Stored, expected_tensors, match_names, renamer
-from halve.models.replay import Call, Recording, finish, record
-from halve.models.skeleton import (
-    Skeleton,
-    build_skeleton,
+from halve.models.meta_model import (
+    MetaModel,
+    build_meta_model,
     load_config,
     longest_sequence,
 )
+from halve.models.names import StoredTensor, expected_tensors, key_renamer, match_names
 
 __all__ = [
-    "Call",
+    "BlockCall",
+    "CapturedCalls",
     "Matrix",
-    "Recording",
-    "Skeleton",
-    "Stored",
-    "build_skeleton",
+    "MetaModel",
+    "StoredTensor",
+    "build_meta_model",
+    "capture_calls",
     "expected_tensors",
-    "finish",
     "is_plain",
+    "key_renamer",
     "load_config",
     "longest_sequence",
     "match_names",
     "prunable_matrices",
-    "record",
-    "renamer",
+    "run_tail",
 ]

@@ -19,13 +19,13 @@ from transformers.core_model_loading import (
 )
 
 from halve.errors import CheckpointError, UnsupportedModelError
-from halve.models.skeleton import Skeleton
+from halve.models.meta_model import MetaModel
 
 _WHAT_TO_USE = "Use the config.json that belongs to this checkpoint."
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor as a checkpoint describes it; the dtype where it is known."""
 
     name: str
@@ -33,7 +33,9 @@ class Stored:
     dtype: torch.dtype | None = None
 
 
-def match_names(skeleton: Skeleton, stored: Iterable[Stored]) -> dict[str, str]:
+def match_names(
+    meta_model: MetaModel, stored: Iterable[StoredTensor]
+) -> dict[str, str]:
     """Return parameter or buffer of the model -> tensor of the checkpoint.
 
     Tied parameters lead to the one tensor that is stored. Tensors that the model does
@@ -44,24 +46,24 @@ def match_names(skeleton: Skeleton, stored: Iterable[Stored]) -> dict[str, str]:
             integers; or there are tensors of more blocks than the model has.
         UnsupportedModelError: Tensors are merged on loading, as experts are.
     """
-    wanted = skeleton.model.state_dict()
-    rename = renamer(skeleton.model)
+    wanted = meta_model.model.state_dict()
+    rename = key_renamer(meta_model.model)
     found: dict[str, str] = {}
     for tensor in stored:
         target = rename(tensor.name)
         if target not in wanted:
-            _check_stray(skeleton, tensor.name, target)
+            _check_stray(meta_model, tensor.name, target)
             continue
         _check_fits(tensor, wanted[target])
         found[target] = tensor.name
-    return found | _tied(skeleton.model, found)
+    return found | _tied(meta_model.model, found)
 
 
-def expected_tensors(skeleton: Skeleton, dtype: torch.dtype) -> list[Stored]:
+def expected_tensors(meta_model: MetaModel, dtype: torch.dtype) -> list[StoredTensor]:
     """Return the tensors that a checkpoint of a config would hold.
 
     Args:
-        skeleton: Of the config.
+        meta_model: Of the config.
         dtype: Of all that is no whole number.
 
     Returns:
@@ -71,19 +73,19 @@ def expected_tensors(skeleton: Skeleton, dtype: torch.dtype) -> list[Stored]:
         UnsupportedModelError: They are merged with others on loading, as experts are.
     """
     own: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, value in skeleton.model.state_dict(keep_vars=True).items():
+    for name, value in meta_model.model.state_dict(keep_vars=True).items():
         own.setdefault(id(value), (name, value))  # tied ones are stored once
-    for converter in _converters(skeleton.model):
+    for converter in _converters(meta_model.model):
         for name, _ in own.values():
             if any(pattern in name for pattern in converter.target_patterns):
-                raise _merged(skeleton.model, name)
+                raise _merged(meta_model.model, name)
     return [
-        Stored(name, tuple(v.shape), dtype if v.is_floating_point() else v.dtype)
+        StoredTensor(name, tuple(v.shape), dtype if v.is_floating_point() else v.dtype)
         for name, v in own.values()
     ]
 
 
-def _check_fits(tensor: Stored, wanted: torch.Tensor) -> None:
+def _check_fits(tensor: StoredTensor, wanted: torch.Tensor) -> None:
     expected = tuple(wanted.shape)
     if tensor.shape != expected:
         raise CheckpointError(
@@ -100,18 +102,18 @@ def _check_fits(tensor: Stored, wanted: torch.Tensor) -> None:
         )
 
 
-def _check_stray(skeleton: Skeleton, name: str, target: str) -> None:
+def _check_stray(meta_model: MetaModel, name: str, target: str) -> None:
     """Refuse a tensor of a block past the last: it would silently be left dense."""
-    ignored = skeleton.model._keys_to_ignore_on_load_unexpected or ()
-    base = skeleton.model.base_model_prefix
+    ignored = meta_model.model._keys_to_ignore_on_load_unexpected or ()
+    base = meta_model.model.base_model_prefix
     for full in (target, f"{base}.{target}"):
-        index = full.removeprefix(skeleton.path + ".").partition(".")[0]
-        inside = full.startswith(skeleton.path + ".") and index.isdecimal()
+        index = full.removeprefix(meta_model.path + ".").partition(".")[0]
+        inside = full.startswith(meta_model.path + ".") and index.isdecimal()
         known = any(re.search(pattern, full) for pattern in ignored)
-        if inside and int(index) >= len(skeleton.blocks) and not known:
+        if inside and int(index) >= len(meta_model.blocks) and not known:
             raise CheckpointError(
                 f"Tensor {name} belongs to block {index}, but the config asks for "
-                f"{len(skeleton.blocks)} blocks.",
+                f"{len(meta_model.blocks)} blocks.",
                 _WHAT_TO_USE,
             )
 
@@ -134,7 +136,7 @@ def _tied(model: nn.Module, found: dict[str, str]) -> dict[str, str]:
     return tied
 
 
-def renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
+def key_renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
     """Return what turns a checkpoint's name into the model's.
 
     Args:

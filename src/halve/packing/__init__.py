@@ -1,5 +1,5 @@
 """Making a pruned checkpoint small, and dense again."""
 
-from halve.packing.job import Rewriting, rewrite_model
+from halve.packing.rewrite import rewrite_model
 
-__all__ = ["Rewriting", "rewrite_model"]
+__all__ = ["rewrite_model"]

@@ -1,17 +1,15 @@
 """The main job: prune a model block by block into a new folder."""
 
-from halve.pruning.costs import Costs, estimate_costs
-from halve.pruning.duration import estimate_seconds
-from halve.pruning.job import prune_model
-from halve.pruning.room import Room, make_room
-from halve.pruning.run import Execution
+from halve.pruning.memory.duration import estimate_seconds
+from halve.pruning.memory.forecast import Forecast, forecast_run
+from halve.pruning.memory.limit import MemoryPlan, plan_memory
+from halve.pruning.prune import prune_model
 
 __all__ = [
-    "Costs",
-    "Execution",
-    "Room",
-    "estimate_costs",
+    "Forecast",
+    "MemoryPlan",
     "estimate_seconds",
-    "make_room",
+    "forecast_run",
+    "plan_memory",
     "prune_model",
 ]

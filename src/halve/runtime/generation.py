@@ -11,11 +11,11 @@ from halve.calibration import load_tokenizer
 from halve.checkpoint import locate
 from halve.errors import CheckpointError, HalveError
 from halve.models import longest_sequence
-from halve.runtime.streamed import StreamedModel
-from halve.strangers import shortened
+from halve.runtime.blockwise_model import BlockwiseModel
+from halve.untrusted import truncated
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_MOST_TOKENS = 2**31
+_MAX_TOKENS = 2**31
 
 
 def load(
@@ -47,13 +47,13 @@ def load(
     except Exception as error:  # of the side files that only transformers reads
         raise CheckpointError(
             f"transformers cannot load the model in {folder} "
-            f"({type(error).__name__}: {shortened(' '.join(str(error).split()))}).",
+            f"({type(error).__name__}: {truncated(' '.join(str(error).split()))}).",
             "Check its generation_config.json, or download the model again.",
         ) from error
     return loaded.eval()
 
 
-def check_whole(folder: Path, device: str, trust_remote_code: bool) -> StreamedModel:
+def check_whole(folder: Path, device: str, trust_remote_code: bool) -> BlockwiseModel:
     """Refuse with a sentence what transformers would fill at random or trip over.
 
     Raises:
@@ -61,9 +61,12 @@ def check_whole(folder: Path, device: str, trust_remote_code: bool) -> StreamedM
         CheckpointError: Damaged files, tensors that contradict the config, or packed
             ones of which the config says nothing.
     """
-    opened = StreamedModel.open(folder, device, trust_remote_code)
+    opened = BlockwiseModel.open(folder, device, trust_remote_code)
     packed = any(info.parts for info in opened.checkpoint.tensors.values())
-    if packed and getattr(opened.skeleton.config, "quantization_config", None) is None:
+    if (
+        packed
+        and getattr(opened.meta_model.config, "quantization_config", None) is None
+    ):
         raise CheckpointError(
             f"The files in {folder} are packed, but its config.json has no "
             "quantization_config that says so.",
@@ -119,7 +122,7 @@ def _plain(loaded: Any) -> Any:  # noqa: ANN401
 
 def _are_tokens(value: object) -> bool:
     values = value if isinstance(value, list) else [value]
-    return all(isinstance(v, int) and 0 <= v < _MOST_TOKENS for v in values)
+    return all(isinstance(v, int) and 0 <= v < _MAX_TOKENS for v in values)
 
 
 def _check_room(model: Any, prompt: int, more: int) -> None:  # noqa: ANN401

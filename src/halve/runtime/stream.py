@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from halve.calibration import allocate_hidden
-from halve.distributed import ALONE, Ranks
+from halve.distributed import SINGLE_PROCESS, Ranks
 from halve.errors import NumericalError
-from halve.finite import is_finite
-from halve.models import Recording, finish, record
-from halve.products import FastProducts
-from halve.runtime.streamed import BATCH_TOKENS, StreamedModel
+from halve.models import CapturedCalls, capture_calls, run_tail
+from halve.numerics.finite import is_finite
+from halve.numerics.matmul import FastMatmul
+from halve.runtime.blockwise_model import BATCH_TOKENS, BlockwiseModel
 
 # The one sample on which the inputs of a block's modules are watched.
 _FIRST = slice(0, 1)
@@ -30,25 +30,25 @@ class Stream:
     Attributes:
         model: What they go through.
         windows: Token numbers, [samples, length].
-        apart: How many windows, the last ones, are kept apart from the others: no batch
+        held_out: How many windows, the last ones, are kept apart from the others: no batch
             holds both kinds.
         ranks: Who has the other windows.
         numbers: Which of all windows these are.
-        all_apart: How many windows all processes keep apart.
+        all_held_out: How many windows all processes keep apart.
         hidden: States between two blocks, [samples, length, width], overwritten by
             each block.
-        recordings: How blocks are called: for each size of batch where all batches are
+        captured: How blocks are called: for each size of batch where all batches are
             called alike, else for each batch (by its first sample).
     """
 
-    model: StreamedModel
+    model: BlockwiseModel
     windows: Tensor
-    apart: int = 0
-    ranks: Ranks = ALONE
+    held_out: int = 0
+    ranks: Ranks = SINGLE_PROCESS
     numbers: Sequence[int] = ()
-    all_apart: int = 0
+    all_held_out: int = 0
     hidden: Tensor = field(init=False)
-    recordings: dict[tuple[int, int | None], Recording] = field(
+    captured: dict[tuple[int, int | None], CapturedCalls] = field(
         init=False, default_factory=dict
     )
 
@@ -56,12 +56,12 @@ class Stream:
     @torch.no_grad()
     def start(
         cls,
-        model: StreamedModel,
+        model: BlockwiseModel,
         windows: Tensor,
         budget: int,
         folder: Path | None = None,
-        apart: int = 0,
-        ranks: Ranks = ALONE,
+        held_out: int = 0,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> "Stream":
         """Run the model up to its first block.
 
@@ -70,31 +70,31 @@ class Stream:
             windows: [samples, length], int64: those of all processes.
             budget: Bytes of hidden states that may live in memory.
             folder: Where a mapped file lies past that.
-            apart: How many of the windows, the last ones, are kept apart.
+            held_out: How many of the windows, the last ones, are kept apart.
             ranks: Who shares them. Each process must be left one that is not apart, or
                 one in all where all are.
 
         Raises:
             CalibrationError: Windows longer than the model can take.
         """
-        model.skeleton.check_length(windows.shape[1])
-        fitted, batch = len(windows) - apart, model.batch(windows.shape[1])
-        held = [fitted + number for number in _own(apart, batch, ranks)]
+        model.meta_model.check_length(windows.shape[1])
+        fitted, batch = len(windows) - held_out, model.batch(windows.shape[1])
+        held = [fitted + number for number in _own(held_out, batch, ranks)]
         numbers = [*_own(fitted, batch, ranks), *held]
         windows = windows[numbers]
-        stream = cls(model, windows, len(held), ranks, numbers, apart)
+        stream = cls(model, windows, len(held), ranks, numbers, held_out)
         steps = stream.steps() if ranks.size > 1 else ()  # of other sizes
-        with model.surroundings(with_head=False), FastProducts():
+        with model.surroundings(with_head=False), FastMatmul():
             for part in (_FIRST, *stream.batches(), *steps):
                 ids = windows[part].to(model.device)
                 with model.running():
-                    states, recording = record(model.skeleton, ids)
+                    states, captured = capture_calls(model.meta_model, ids)
                 if part is _FIRST:
                     samples, length = windows.shape
                     shape = (samples, length, states.shape[-1])
                     stream.hidden = allocate_hidden(shape, budget, folder)
                 stream.hidden[part] = states.cpu()
-                stream._note(part, recording)
+                stream._note(part, captured)
         return stream
 
     def fork(self, budget: int, folder: Path | None = None) -> "Stream":
@@ -103,7 +103,7 @@ class Stream:
         samples, length, width = self.hidden.shape
         twin.hidden = allocate_hidden((samples, length, width), budget, folder)
         twin.hidden.copy_(self.hidden)
-        twin.recordings = self.recordings
+        twin.captured = self.captured
         return twin
 
     def batches(self) -> Iterator[slice]:
@@ -120,26 +120,26 @@ class Stream:
 
     def _slices(self, size: int) -> Iterator[slice]:
         samples = len(self.windows)
-        own = samples - self.apart
+        own = samples - self.held_out
         for first, last in ((0, own), (own, samples)):
             for start in range(first, last, size):
                 yield slice(start, min(start + size, last))
 
-    def is_apart(self, part: slice) -> bool:
+    def is_held_out(self, part: slice) -> bool:
         """Whether a batch is of the windows kept apart."""
-        return part.start >= len(self.windows) - self.apart
+        return part.start >= len(self.windows) - self.held_out
 
-    def _note(self, part: slice, recording: Recording) -> None:
+    def _note(self, part: slice, captured: CapturedCalls) -> None:
         """Keep a recording once where batches of its size are all called alike."""
         size = part.stop - part.start
-        shared = self.recordings.setdefault((size, None), recording)
-        if shared is not recording and not shared.same_as(recording):
-            self.recordings[size, part.start] = recording
+        shared = self.captured.setdefault((size, None), captured)
+        if shared is not captured and not shared.same_as(captured):
+            self.captured[size, part.start] = captured
 
-    def _recording(self, part: slice) -> Recording:
+    def _recording(self, part: slice) -> CapturedCalls:
         size = part.stop - part.start
-        own = self.recordings.get((size, part.start))
-        return own or self.recordings[size, None]
+        own = self.captured.get((size, part.start))
+        return own or self.captured[size, None]
 
     @torch.no_grad()
     def run_first(self, block: nn.Module, index: int) -> Tensor:
@@ -152,7 +152,7 @@ class Stream:
         Differentiable where gradients are enabled.
         """
         call = self._recording(part).calls[index]
-        with FastProducts(), self.model.running():
+        with FastMatmul(), self.model.running():
             return call.replay(block, self.hidden[part].to(self.model.device))
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ class Stream:
         Yields:
             Samples, and their logits [batch, length, vocabulary] on the device.
         """
-        size = self.model.skeleton.config.get_text_config().vocab_size
+        size = self.model.meta_model.config.get_text_config().vocab_size
         with self.model.surroundings(with_head=True):
             for part in self._slices(_logits_batch(self, size)):
                 yield part, self._logits(part)
@@ -200,13 +200,13 @@ class Stream:
     def _logits(self, part: slice) -> Tensor:
         ids = self.windows[part].to(self.model.device)
         hidden = self.hidden[part].to(self.model.device)
-        recording = next(iter(self.recordings.values()))
-        with FastProducts():
-            return finish(self.model.skeleton, ids, hidden, recording)
+        captured = next(iter(self.captured.values()))
+        with FastMatmul():
+            return run_tail(self.model.meta_model, ids, hidden, captured)
 
 
 @torch.no_grad()
-def logits_apart(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+def held_out_logits(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor]]:
     """Run what comes after the last block for the windows that two streams keep apart.
 
     Args:
@@ -217,11 +217,12 @@ def logits_apart(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor
         The logits of both, [batch, length, vocabulary] on the device.
     """
     model = first.model
-    size = model.skeleton.config.get_text_config().vocab_size
+    size = model.meta_model.config.get_text_config().vocab_size
     # Both at once, so half of the batch each.
     batch = max(_logits_batch(first, size) // 2, 1)
     parts = (
-        [part for part in s._slices(batch) if s.is_apart(part)] for s in (first, second)
+        [part for part in s._slices(batch) if s.is_held_out(part)]
+        for s in (first, second)
     )
     with model.surroundings(with_head=True):
         for one, other in zip(*parts, strict=True):
@@ -240,4 +241,4 @@ def _own(count: int, batch: int, ranks: Ranks) -> list[int]:
 
     Where there are fewer batches than processes, smaller pieces.
     """
-    return ranks.own(count, max(min(batch, count // ranks.size), 1))
+    return ranks.my_indices(count, max(min(batch, count // ranks.size), 1))

@@ -4,10 +4,10 @@ A solver is one row of `SOLVERS`; its tests come from the same table.
 """
 
 from halve.solvers.admm import ADMM
-from halve.solvers.interface import Outcome, Solution, Solver, Work
+from halve.solvers.interface import Outcome, Solution, Solver, SolverCost
 from halve.solvers.magnitude import Magnitude
 from halve.solvers.refit import Refitted
-from halve.solvers.rounding import Nearest, Rounded
+from halve.solvers.rounding import Quantized, RoundToNearest
 from halve.solvers.sparsegpt import SparseGPT
 from halve.solvers.wanda import Wanda
 
@@ -22,13 +22,13 @@ __all__ = [
     "ADMM",
     "SOLVERS",
     "Magnitude",
-    "Nearest",
     "Outcome",
+    "Quantized",
     "Refitted",
-    "Rounded",
+    "RoundToNearest",
     "Solution",
     "Solver",
+    "SolverCost",
     "SparseGPT",
     "Wanda",
-    "Work",
 ]

@@ -27,13 +27,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from halve.calibration_stats import GramMatrix
 from halve.errors import NumericalError
+from halve.numerics.matmul import linear
 from halve.patterns import NM, Pattern, lowest
-from halve.products import linear
 from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
+from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
 from halve.solvers.refit import refit
-from halve.statistics import Gram
 
 # rho of a level is _FIRST * _GROWTH^level. Slower growth loses less and takes longer:
 # docs/log.md has the table that these were chosen from.
@@ -98,7 +98,7 @@ def _penalty(level: int) -> float:
 
 
 @dataclass(frozen=True)
-class ADMM(Solver[Gram, Prepared]):
+class ADMM(Solver[GramMatrix, Prepared]):
     """l0-constrained ADMM with a masked refit.
 
     Attributes:
@@ -107,11 +107,11 @@ class ADMM(Solver[Gram, Prepared]):
             not; some six is the rule.
     """
 
-    statistic: ClassVar = Gram
+    statistic: ClassVar = GramMatrix
     damping: float = 0.01
     most_rounds: int = 100
 
-    def prepare(self, statistic: Gram) -> Prepared:
+    def prepare(self, statistic: GramMatrix) -> Prepared:
         """Scale the Hessian to a unit diagonal; columns^2 operations."""
         gram = statistic.matrix()
         dead = gram.diagonal() == 0
@@ -126,7 +126,7 @@ class ADMM(Solver[Gram, Prepared]):
         Raises:
             NumericalError: The Hessian is not positive definite.
         """
-        weight = widened(weight)
+        weight = as_float32(weight)
         scaled = weight.masked_fill(state.dead, 0) * state.scale
         # Where inputs hardly depend on each other the first mask is the best one.
         candidates = [
@@ -135,11 +135,11 @@ class ADMM(Solver[Gram, Prepared]):
         ]
         return min(candidates, key=lambda found: found.outcome.error or 0.0)
 
-    def work(self, rows: int, columns: int) -> Work:
+    def work(self, rows: int, columns: int) -> SolverCost:
         """Two Hessians and the inverses; another in the making, or a dozen matrices."""
         square, size = columns**2, rows * columns
         inverses = min(_LEVELS * square, _KEPT_BYTES // 4)
-        return Work(
+        return SolverCost(
             state=2 * square + inverses,
             peak=max(3 * square, 12 * size),
             once=2 * _LEVELS * columns**3,

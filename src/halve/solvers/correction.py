@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halve.calibration_stats import CrossGram, GramMatrix
 from halve.solvers.hessian import factorise
-from halve.statistics import Drift, Gram
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Correction:
         factor: Lower Cholesky factor of the damped H, [columns, columns].
     """
 
-    drift: Drift
+    drift: CrossGram
     factor: Tensor
 
     @classmethod
-    def of(cls, statistic: Gram, drift: Drift, damping: float) -> "Correction":
+    def of(
+        cls, statistic: GramMatrix, drift: CrossGram, damping: float
+    ) -> "Correction":
         """Factorise; 1/3 columns^3 operations.
 
         Args:

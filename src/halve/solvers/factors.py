@@ -13,7 +13,7 @@ from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from halve.products import linear
+from halve.numerics.matmul import linear
 
 # Columns of the largest matrix that LAPACK is given; rows of what is multiplied at a
 # time, of which that is a multiple; numbers that are reversed at once.

@@ -6,10 +6,10 @@ from typing import TypeVar
 from torch import Tensor
 
 from halve.errors import NumericalError
-from halve.products import linear
+from halve.numerics.matmul import linear
 
 # Up to this share of the mean diagonal the damping is raised.
-_MOST_DAMPING = 1.0
+_MAX_DAMPING = 1.0
 # Rows and columns that are mirrored at once.
 _TILE = 1024
 
@@ -52,8 +52,8 @@ def factorise(
 def _dampings(first: float) -> Iterator[float]:
     yield first
     share = max(first * 10, 1e-4)
-    while first < _MOST_DAMPING:
-        first = min(share, _MOST_DAMPING)
+    while first < _MAX_DAMPING:
+        first = min(share, _MAX_DAMPING)
         yield first
         share *= 10
 

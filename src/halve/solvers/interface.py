@@ -10,9 +10,9 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from halve.grids import Levels
+from halve.calibration_stats import Statistic
+from halve.grids import QuantParams
 from halve.patterns import Pattern
-from halve.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)
 State = TypeVar("State")
@@ -40,22 +40,22 @@ class Solution:
     Attributes:
         weight: [rows, columns], float32, zero where pruned; in any order in memory.
         outcome: What the solver knows about it.
-        levels: What its weights were rounded to, and all lie on; None where they were
+        quant_params: What its weights were rounded to, and all lie on; None where they were
             not rounded.
     """
 
     weight: Tensor
     outcome: Outcome
-    levels: Levels | None = None
+    quant_params: QuantParams | None = None
 
 
-def widened(weight: Tensor) -> Tensor:
+def as_float32(weight: Tensor) -> Tensor:
     """Return a matrix in float32, row after row; itself, where it is so."""
     return weight.float().contiguous()
 
 
 @dataclass(frozen=True)
-class Work:
+class SolverCost:
     """What a solver takes for matrices of one shape.
 
     Attributes:
@@ -106,5 +106,5 @@ class Solver(ABC, Generic[S, State]):
         """
 
     @abstractmethod
-    def work(self, rows: int, columns: int) -> Work:
+    def work(self, rows: int, columns: int) -> SolverCost:
         """Return the memory and the operations it takes for matrices of one shape."""

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from halve.calibration_stats import GramMatrix
+from halve.numerics.matmul import linear
 from halve.patterns import Pattern
-from halve.products import linear
 from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
-from halve.statistics import Gram
+from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
 
 STEPS = 10
 
@@ -81,7 +81,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Refitted(Solver[Gram, Prepared]):
+class Refitted(Solver[GramMatrix, Prepared]):
     """Another solver's masks with refitted values.
 
     Attributes:
@@ -89,11 +89,11 @@ class Refitted(Solver[Gram, Prepared]):
         damping: Share of the mean diagonal of H that is added to its diagonal.
     """
 
-    statistic: ClassVar = Gram
+    statistic: ClassVar = GramMatrix
     solver: Solver
     damping: float = 0.01
 
-    def prepare(self, statistic: Gram) -> Prepared:
+    def prepare(self, statistic: GramMatrix) -> Prepared:
         """Let the solver prepare with as much of the Gram matrix as it wants."""
         gram = statistic.matrix()
         hessian = damped(gram, gram.diagonal() == 0, self.damping)
@@ -102,7 +102,7 @@ class Refitted(Solver[Gram, Prepared]):
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
         """Prune [rows, columns], refit, and keep whichever has the lower error."""
-        weight = widened(weight)
+        weight = as_float32(weight)
         first = self.solver.solve(state.own, weight, pattern)
         tuned = refit(state.hessian, weight, first.weight)
         errors = [
@@ -112,10 +112,10 @@ class Refitted(Solver[Gram, Prepared]):
         best = tuned if errors[1] < errors[0] else first.weight
         return Solution(best, Outcome(min(errors), damping))
 
-    def work(self, rows: int, columns: int) -> Work:
+    def work(self, rows: int, columns: int) -> SolverCost:
         """A Hessian; the vectors of conjugate gradients, or what the solver takes."""
         own = self.solver.work(rows, columns)
-        return Work(
+        return SolverCost(
             state=columns**2 + own.state,
             peak=max(own.peak, 8 * rows * columns),
             once=own.once,

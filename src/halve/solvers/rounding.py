@@ -12,23 +12,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from halve.grids import Grid, Levels, fit_levels
+from halve.calibration_stats import GramMatrix, NoStatistics
+from halve.grids import QuantParams, QuantScheme, fit_quant_params
+from halve.numerics.matmul import linear
 from halve.patterns import Pattern
-from halve.products import linear
 from halve.solvers.hessian import damped, relative_error
-from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
+from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
 from halve.solvers.magnitude import Magnitude
 from halve.solvers.sparsegpt import SparseGPT
-from halve.solvers.sweep import carry, held, sweep, turned
-from halve.statistics import Gram, Nothing
+from halve.solvers.sweep import carry, fixed_mask, sweep, transposed_copy
 
 # Columns between two products with the whole of H or U.
 _BLOCK = 128
 SWEEPS = 4
 
 
-def round_held(
-    weight: Tensor, pruned: Tensor, factor: Tensor, levels: Levels
+def round_with_mask(
+    weight: Tensor, pruned: Tensor, factor: Tensor, quant_params: QuantParams
 ) -> Tensor:
     """Return weights rounded column by column, those to the right making up for it.
 
@@ -36,22 +36,22 @@ def round_held(
         weight: What is rounded, [rows, columns].
         pruned: [rows, columns], True where the result is zero.
         factor: U, [columns, columns], upper triangular with U^T U = H^-1.
-        levels: What the rest is rounded to.
+        quant_params: What the rest is rounded to.
 
     Cost:
         rows * columns^2 operations.
     """
-    remaining = turned(weight)
-    sweep(remaining, factor, held(pruned.T, _BLOCK, levels))
+    remaining = transposed_copy(weight)
+    sweep(remaining, factor, fixed_mask(pruned.T, _BLOCK, quant_params))
     return remaining.T
 
 
-def polish(
+def coordinate_descent(
     hessian: Tensor,
     weight: Tensor,
     rounded: Tensor,
     pruned: Tensor,
-    levels: Levels,
+    quant_params: QuantParams,
     sweeps: int = SWEEPS,
 ) -> Tensor:
     """Return a rounded matrix whose weights have moved to better levels, one by one.
@@ -65,7 +65,7 @@ def polish(
         weight: W, the dense matrix, [rows, columns].
         rounded: Z, [rows, columns], on the grid.
         pruned: [rows, columns], True where Z is zero and stays so.
-        levels: Of Z.
+        quant_params: Of Z.
         sweeps: Over the columns; it ends before that where no weight moves.
 
     Returns:
@@ -74,9 +74,9 @@ def polish(
     Cost:
         2 rows * columns^2 operations, and as many again a sweep.
     """
-    found = turned(rounded)
+    found = transposed_copy(rounded)
     residual = linear(hessian, weight - rounded)  # [columns, rows]
-    moving = _Moving(found, hessian, pruned.T.contiguous(), levels)
+    moving = _Moving(found, hessian, pruned.T.contiguous(), quant_params)
     for _ in range(sweeps):
         if not moving.sweep(residual):
             break
@@ -91,13 +91,13 @@ class _Moving:
         found: Z, [columns, rows]; changed in place.
         hessian: H, [columns, columns].
         pruned: [columns, rows], True where Z stays zero.
-        levels: Of Z.
+        quant_params: Of Z.
     """
 
     found: Tensor
     hessian: Tensor
     pruned: Tensor
-    levels: Levels
+    quant_params: QuantParams
 
     def sweep(self, residual: Tensor) -> bool:
         """Visit each column once and return whether any weight moved.
@@ -121,7 +121,7 @@ class _Moving:
         def settle(j: int, move: Tensor) -> None:
             column = self.found[start + j]
             best = torch.add(column, residual[j] / diagonal[j])
-            best = self.levels.round_column(best, start + j)
+            best = self.quant_params.fake_quantize_column(best, start + j)
             best.masked_fill_(self.pruned[start + j], 0)
             torch.sub(best, column, out=move)
             column.copy_(best)
@@ -149,7 +149,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Rounded(Solver[Gram, Prepared]):
+class Quantized(Solver[GramMatrix, Prepared]):
     """Another solver's solutions, rounded with compensation.
 
     Its values, and not the dense ones, are what the sweep starts from: where they are
@@ -165,20 +165,20 @@ class Rounded(Solver[Gram, Prepared]):
         sweeps: Of coordinate descent over the columns at most; 0 for none.
     """
 
-    statistic: ClassVar = Gram
+    statistic: ClassVar = GramMatrix
     solver: Solver
-    grid: Grid
+    grid: QuantScheme
     damping: float = 0.01
     sweeps: int = SWEEPS
 
-    def prepare(self, statistic: Gram) -> Prepared:
+    def prepare(self, statistic: GramMatrix) -> Prepared:
         """Factorise the inverse Hessian, and let the solver prepare.
 
         Raises:
             NumericalError: Not positive definite with any damping up to 1.
         """
         gram = statistic.matrix()
-        factored = SparseGPT(self.damping).prepare(Gram.of(gram))
+        factored = SparseGPT(self.damping).prepare(GramMatrix.of(gram))
         hessian = damped(gram, factored.dead, factored.damping)
         own = factored
         if not self._solver_factorises_alike():
@@ -192,23 +192,25 @@ class Rounded(Solver[Gram, Prepared]):
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
         """Prune [rows, columns], round, polish, and keep what has the lower error."""
-        weight = widened(weight)
+        weight = as_float32(weight)
         first = self.solver.solve(state.own, weight, pattern)
-        values, levels = first.weight, first.levels
-        if levels is None:
-            levels = fit_levels(self.grid, values, state.gram.diagonal())
+        values, quant_params = first.weight, first.quant_params
+        if quant_params is None:
+            quant_params = fit_quant_params(self.grid, values, state.gram.diagonal())
         pruned = values == 0
-        swept = round_held(values, pruned, state.factor, levels)
-        polished = polish(state.hessian, weight, swept, pruned, levels, self.sweeps)
+        swept = round_with_mask(values, pruned, state.factor, quant_params)
+        polished = coordinate_descent(
+            state.hessian, weight, swept, pruned, quant_params, self.sweeps
+        )
         errors = [relative_error(state.gram, weight, z) for z in (swept, polished)]
         best = polished if errors[1] < errors[0] else swept
-        return Solution(best, Outcome(min(errors), state.damping), levels)
+        return Solution(best, Outcome(min(errors), state.damping), quant_params)
 
-    def work(self, rows: int, columns: int) -> Work:
+    def work(self, rows: int, columns: int) -> SolverCost:
         """A Hessian and a factor; levels and some copies, or what the solver takes."""
         own = self.solver.work(rows, columns)
         factor = SparseGPT().work(rows, columns)
-        return Work(
+        return SolverCost(
             state=2 * columns**2 + own.state,
             peak=max(own.peak, 10 * rows * columns),
             once=factor.once + own.once,
@@ -217,7 +219,7 @@ class Rounded(Solver[Gram, Prepared]):
 
 
 @dataclass(frozen=True)
-class Nearest(Solver[Nothing, None]):
+class RoundToNearest(Solver[NoStatistics, None]):
     """Magnitude pruning, and the nearest level for what is left.
 
     With a sparsity of 0 this is plain rounding. The baseline; needs no calibration.
@@ -226,18 +228,18 @@ class Nearest(Solver[Nothing, None]):
         grid: What kept weights are rounded to.
     """
 
-    statistic: ClassVar = Nothing
-    grid: Grid
+    statistic: ClassVar = NoStatistics
+    grid: QuantScheme
 
-    def prepare(self, statistic: Nothing) -> None:
+    def prepare(self, statistic: NoStatistics) -> None:
         """Prepare nothing."""
 
     def solve(self, state: None, weight: Tensor, pattern: Pattern) -> Solution:
         """Zero the smallest weights, [rows, columns], and round the others."""
         kept = Magnitude().solve(None, weight, pattern).weight
-        levels = fit_levels(self.grid, kept)
-        return Solution(levels.round(kept), Outcome(), levels)
+        quant_params = fit_quant_params(self.grid, kept)
+        return Solution(quant_params.fake_quantize(kept), Outcome(), quant_params)
 
-    def work(self, rows: int, columns: int) -> Work:
+    def work(self, rows: int, columns: int) -> SolverCost:
         """What magnitude takes, and levels."""
-        return Work(0, 8 * rows * columns)
+        return SolverCost(0, 8 * rows * columns)

@@ -22,13 +22,13 @@ from typing import ClassVar
 from torch import Tensor
 from torch.linalg import solve_triangular, vector_norm
 
-from halve.grids import Grid, fit_levels
+from halve.calibration_stats import GramMatrix
+from halve.grids import QuantScheme, fit_quant_params
 from halve.patterns import Pattern
 from halve.solvers.factors import inverse_factor, scratch
 from halve.solvers.hessian import damping_of, factorise
-from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
-from halve.solvers.sweep import adaptive, sweep, turned
-from halve.statistics import Gram
+from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
+from halve.solvers.sweep import adaptive_mask, sweep, transposed_copy
 
 # Numbers of a matrix whose error is summed at once, and copies of them meanwhile.
 _STRIP, _COPIES = 2**23, 4
@@ -81,7 +81,7 @@ def _square(rows: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class SparseGPT(Solver[Gram, Prepared]):
+class SparseGPT(Solver[GramMatrix, Prepared]):
     """The published solver.
 
     Attributes:
@@ -93,13 +93,13 @@ class SparseGPT(Solver[Gram, Prepared]):
             weights. None where they are not rounded.
     """
 
-    statistic: ClassVar = Gram
+    statistic: ClassVar = GramMatrix
     widens: ClassVar = False
     damping: float = 0.01
     block_size: int = 128
-    grid: Grid | None = None
+    grid: QuantScheme | None = None
 
-    def prepare(self, statistic: Gram) -> Prepared:
+    def prepare(self, statistic: GramMatrix) -> Prepared:
         """Factorise the inverse Hessian.
 
         Costs 2/3 columns^3 operations; on the CPU in the memory of the Gram matrix.
@@ -114,21 +114,23 @@ class SparseGPT(Solver[Gram, Prepared]):
 
     def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
         """Prune [rows, columns] and compensate; rows * columns^2 operations."""
-        levels = None
+        quant_params = None
         if self.grid is not None:
-            levels = fit_levels(self.grid, widened(weight), state.diagonal)
-        remaining = turned(weight)
+            quant_params = fit_quant_params(
+                self.grid, as_float32(weight), state.diagonal
+            )
+        remaining = transposed_copy(weight)
         remaining[state.dead] = 0
-        rule = adaptive(pattern, self.block_size, levels)
+        rule = adaptive_mask(pattern, self.block_size, quant_params)
         lost = sweep(remaining, state.factor, rule)
         solution = remaining.T  # a copy in the usual order would be one matrix more
         error = state.relative(lost, weight, solution)
-        return Solution(solution, Outcome(error, state.damping), levels)
+        return Solution(solution, Outcome(error, state.damping), quant_params)
 
-    def work(self, rows: int, columns: int) -> Work:
+    def work(self, rows: int, columns: int) -> SolverCost:
         """A copy is swept and is the solution; the factor takes H's own place."""
         size = rows * columns
         # There is no solution yet while it factorises.
         peak = max(_COPIES * min(size, _STRIP), scratch(columns) - size)
         # Half a product while it sweeps, and as much for the error.
-        return Work(0, peak, columns**3 * 4 // 3, 2 * size * columns)
+        return SolverCost(0, peak, columns**3 * 4 // 3, 2 * size * columns)

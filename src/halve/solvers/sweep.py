@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halve.grids import Levels
+from halve.grids import QuantParams
+from halve.numerics.matmul import linear
 from halve.patterns import NM, Pattern, lowest
-from halve.products import linear
 
 # Columns swept one by one before the rest of their block is updated at once.
 CHUNK = 16
 
 
-def turned(weight: Tensor) -> Tensor:
+def transposed_copy(weight: Tensor) -> Tensor:
     """Return a copy of W^T to be swept, [columns, rows] in float32.
 
     There a column of W, [rows, columns], lies in one piece.
@@ -39,26 +39,30 @@ class Rule:
             rows], returns a mask of the same shape, True where pruned.
         size: Columns of a block.
         span: Columns over which one mask is chosen; the size, or a divisor of it.
-        levels: What kept weights are rounded to; None where they stay as they are.
+        quant_params: What kept weights are rounded to; None where they stay as they are.
     """
 
     choose: Callable[[int, Tensor], Tensor]
     size: int
     span: int
-    levels: Levels | None = None
+    quant_params: QuantParams | None = None
 
 
-def adaptive(pattern: Pattern, size: int, levels: Levels | None = None) -> Rule:
+def adaptive_mask(
+    pattern: Pattern, size: int, quant_params: QuantParams | None = None
+) -> Rule:
     """Return the rule by which the lowest scores go as the sweep meets them.
 
     Args:
         pattern: Unstructured chooses over a whole block, n:m group after group.
         size: Columns of a block; for n:m it is rounded to whole groups.
-        levels: As in `Rule`.
+        quant_params: As in `Rule`.
     """
     if isinstance(pattern, NM):
         whole = max(size // pattern.group, 1) * pattern.group
-        return Rule(lambda _, s: pattern.mask(s.T).T, whole, pattern.group, levels)
+        return Rule(
+            lambda _, s: pattern.mask(s.T).T, whole, pattern.group, quant_params
+        )
 
     def choose(first: int, scores: Tensor) -> Tensor:
         columns, rows = scores.shape
@@ -66,12 +70,16 @@ def adaptive(pattern: Pattern, size: int, levels: Levels | None = None) -> Rule:
         before, after = (pattern.count(n * rows) for n in (first, first + columns))
         return lowest(scores, after - before)
 
-    return Rule(choose, size, size, levels)
+    return Rule(choose, size, size, quant_params)
 
 
-def held(pruned: Tensor, size: int, levels: Levels | None = None) -> Rule:
+def fixed_mask(
+    pruned: Tensor, size: int, quant_params: QuantParams | None = None
+) -> Rule:
     """Return the rule by which a given mask, [columns, rows], is kept to."""
-    return Rule(lambda first, s: pruned[first : first + len(s)], size, size, levels)
+    return Rule(
+        lambda first, s: pruned[first : first + len(s)], size, size, quant_params
+    )
 
 
 def sweep(remaining: Tensor, factor: Tensor, rule: Rule) -> float:
@@ -137,11 +145,11 @@ class _Settling:
         """Choose the mask that begins at column j, and write the column's error."""
         if j % self.span == 0:
             self._choose(slice(j, j + self.span))
-        column, levels = self._block[j], self._rule.levels
-        if levels is None:
+        column, quant_params = self._block[j], self._rule.quant_params
+        if quant_params is None:
             torch.mul(column, self._scale[j], out=error)
             return
-        rounded = levels.round_column(column, self._first + j)
+        rounded = quant_params.fake_quantize_column(column, self._first + j)
         rounded.masked_fill_(self.pruned[j], 0)
         torch.sub(column, rounded, out=error).div_(self._diagonal[j])
         column.copy_(rounded)

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from halve.calibration_stats import ColumnNorms
 from halve.patterns import NM, Exact, Pattern, Unstructured
-from halve.solvers.interface import Outcome, Solution, Solver, Work, widened
-from halve.statistics import ColumnNorms
+from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
 
 
 class Wanda(Solver[ColumnNorms, Tensor]):
@@ -25,7 +25,7 @@ class Wanda(Solver[ColumnNorms, Tensor]):
 
     def solve(self, state: Tensor, weight: Tensor, pattern: Pattern) -> Solution:
         """Zero the lowest scores, [rows, columns]. Costs one sort of each row."""
-        weight = widened(weight)
+        weight = as_float32(weight)
         scores = weight.abs() * state
         if isinstance(pattern, NM):
             pruned = pattern.mask(scores)
@@ -33,9 +33,9 @@ class Wanda(Solver[ColumnNorms, Tensor]):
             pruned = _lowest_of_each_row(scores, pattern)
         return Solution(weight.masked_fill(pruned, 0), Outcome())
 
-    def work(self, rows: int, columns: int) -> Work:
+    def work(self, rows: int, columns: int) -> SolverCost:
         """Scores, and the second of two sorts with its 64-bit indices."""
-        return Work(columns, 8 * rows * columns)
+        return SolverCost(columns, 8 * rows * columns)
 
 
 def _lowest_of_each_row(scores: Tensor, pattern: Unstructured | Exact) -> Tensor:

@@ -1,0 +1,1 @@
+"""Halve inside other libraries: transformers' loader, servers, inference engines."""

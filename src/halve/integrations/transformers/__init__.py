@@ -1,0 +1,1 @@
+"""Packed checkpoints for `from_pretrained`: the import hook and the quantizer."""

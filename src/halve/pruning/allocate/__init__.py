@@ -1,0 +1,1 @@
+"""Sparsity per block and zeros per matrix: the allocation search and its arithmetic."""

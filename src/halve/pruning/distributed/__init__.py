@@ -1,0 +1,1 @@
+"""One run on several processes: assigned matrices, and output on rank 0."""

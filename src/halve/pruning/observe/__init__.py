@@ -1,0 +1,1 @@
+"""Calibration of one block: input groups, statistics, held-out and cached inputs."""

@@ -1,0 +1,1 @@
+"""Block-wise reconstruction of the dense outputs, after pruning."""

@@ -1,0 +1,1 @@
+"""Packed layers on the CPU: compiled kernels, torch operators, modules."""
