@@ -9,7 +9,6 @@ at all who takes in which batch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -29,11 +28,6 @@ class Statistic(ABC):
 
     @abstractmethod
     def __init__(self, columns: int, device: torch.device) -> None: ...
-
-    @classmethod
-    @abstractmethod
-    def of(cls, gram: Tensor) -> Self:
-        """Return the statistic of inputs whose X^T X is known; they share memory."""
 
     @abstractmethod
     def add(self, inputs: Tensor) -> None:
@@ -58,11 +52,6 @@ class NoStatistics(Statistic):
 
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
-    @classmethod
-    def of(cls, gram: Tensor) -> Self:
-        """Forget it."""
-        return cls(len(gram), gram.device)
-
     def add(self, inputs: Tensor) -> None:
         """Forget the inputs."""
 
@@ -79,13 +68,6 @@ class ColumnNorms(Statistic):
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._sum = CompensatedSum.zeros(columns, device=device)
-
-    @classmethod
-    def of(cls, gram: Tensor) -> Self:
-        """Take the diagonal."""
-        norms = cls(len(gram), gram.device)
-        norms._sum.high.copy_(gram.diagonal())
-        return norms
 
     @property
     def squares(self) -> Tensor:
@@ -121,15 +103,6 @@ class GramMatrix(Statistic):
         self._matrix = torch.zeros(columns, columns, device=device)
         self._starts = range(0, columns, size)
         self._low = torch.zeros(columns, size, device=device)
-        self._is_own = True
-
-    @classmethod
-    def of(cls, gram: Tensor) -> Self:
-        """Take it as it is; `matrix` gives it back."""
-        statistic = cls(0, gram.device)
-        statistic._matrix = gram
-        statistic._is_own = False
-        return statistic
 
     def _tiles(self) -> Iterator[tuple[slice, slice, CompensatedSum]]:
         """Yield rows and columns of the upper triangle, and their sums."""
@@ -167,21 +140,14 @@ class GramMatrix(Statistic):
         """Whether the diagonal is finite, and with it (Cauchy-Schwarz) all entries."""
         return bool(self._matrix.diagonal().isfinite().all())
 
-    def matrix(self) -> Tensor:
-        """Return the full symmetric matrix, [columns, columns]: not to be written to.
+    def take(self) -> Tensor:
+        """Return the full symmetric matrix, to be owned and written to by the caller.
 
-        The sums are finished, if they were not.
+        The sums are finished, if they were not. Nothing is left here afterwards.
         """
         self.finish()
-        return self._matrix
-
-    def release(self) -> Tensor:
-        """Return the full matrix, to be written to; a copy where it is shared.
-
-        Nothing is left here afterwards.
-        """
-        matrix, self._matrix = self.matrix(), torch.empty(0)
-        return matrix if self._is_own else matrix.clone()
+        matrix, self._matrix = self._matrix, torch.empty(0)
+        return matrix
 
 
 class CrossGram:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from halve.patterns import Pattern, parse_pattern
-from halve.solvers import SOLVERS, Solution, Solver
+from halve.solvers import SOLVERS, Hessian, Needs, Solution, Solver
+from halve.solvers.hessian import ALL_NEEDS
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,26 @@ class Problem:
     weight: Tensor
     inputs: Tensor
 
-    def solve(self, solver: str, pattern: Pattern | str, **options) -> Solution:
+    def solve(
+        self, solver: str, pattern: Pattern | str, damping: float = 0.01, **options
+    ) -> Solution:
         """Solve it with a row of the table of solvers."""
-        return self.solve_with(SOLVERS[solver](**options), pattern)
+        return self.solve_with(SOLVERS[solver](**options), pattern, damping)
 
-    def solve_with(self, made: Solver, pattern: Pattern | str) -> Solution:
+    def solve_with(
+        self, solver: Solver, pattern: Pattern | str, damping: float = 0.01
+    ) -> Solution:
         """Solve it with a solver."""
         if isinstance(pattern, str):
             pattern = parse_pattern(pattern)
-        statistic = made.statistic(self.inputs.shape[1], torch.device("cpu"))
+        hessian = self.hessian(solver.needs, damping)
+        return solver.solve(hessian, self.weight, pattern)
+
+    def hessian(self, needs: Needs = ALL_NEEDS, damping: float = 0.01) -> Hessian:
+        """Return the Hessian of its inputs, from the statistic that suffices."""
+        statistic = needs.statistic(self.inputs.shape[1], torch.device("cpu"))
         statistic.add(self.inputs)
-        return made.solve(made.prepare(statistic), self.weight, pattern)
+        return Hessian.of(statistic, damping, needs)
 
     def error(self, solution: Tensor) -> float:
         """Return the squared output error relative to the output, in float64."""

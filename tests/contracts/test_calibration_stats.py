@@ -23,7 +23,7 @@ def test_gram_is_the_product_of_all_inputs(columns):
     for batch in batches:
         gram.add(batch)
     inputs = torch.cat(batches).double()
-    matrix = gram.matrix()
+    matrix = gram.take()
     assert torch.allclose(matrix.double(), inputs.T @ inputs, rtol=1e-4, atol=1e-4)
     assert torch.equal(matrix, matrix.T)
 
@@ -39,7 +39,7 @@ def test_gram_in_float32_is_near_to_float64_where_inputs_hardly_differ():
         gram.add(batch)
         exact += batch.double().T @ batch.double()
     norms = exact.diagonal().sqrt()
-    off = (gram.matrix().double() - exact).abs() / norms / norms[:, None]
+    off = (gram.take().double() - exact).abs() / norms / norms[:, None]
     assert float(off.max()) < 1e-5
 
 
@@ -64,7 +64,7 @@ def test_who_takes_in_which_batch_does_not_show(columns):
             drift.add(inputs, dense)
         for each in (gram, norms, drift):
             each.finish(reduce)
-        return gram.matrix(), norms.squares, drift.pulled(0)
+        return gram.take(), norms.squares, drift.pulled(0)
 
     said: list[torch.Tensor] = []
     found(pairs[1::2], lambda own: said.append(own.clone()))
@@ -89,22 +89,12 @@ def test_a_sum_is_that_of_float64_rounded_once(terms):
     assert torch.equal(own.total(), (own.high.double() + own.low).float())
 
 
-def test_a_released_matrix_is_a_copy_where_it_is_shared():
-    own, inputs = GramMatrix(5, CPU), torch.randn(9, 5)
-    own.add(inputs)
-    whole = own.matrix()
-    lent = GramMatrix.of(whole).release()
-    assert torch.equal(lent, whole)
-    assert lent.data_ptr() != whole.data_ptr()
-    assert own.release().data_ptr() == whole.data_ptr()
-
-
 def test_column_norms_are_the_diagonal_of_the_gram_matrix():
     inputs = torch.randn(50, 12)
     gram, norms = GramMatrix(12, CPU), ColumnNorms(12, CPU)
     gram.add(inputs)
     norms.add(inputs)
-    assert torch.allclose(gram.matrix().diagonal(), norms.squares, rtol=1e-5)
+    assert torch.allclose(gram.take().diagonal(), norms.squares, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])

@@ -6,6 +6,7 @@ import torch
 from halve.calibration_stats import CrossGram, GramMatrix
 from halve.errors import NumericalError
 from halve.pruning.observe.collect import HeldOut
+from halve.solvers import Hessian
 from halve.solvers.correction import Correction
 from tests.contracts.problems import Problem, correlated, few_tokens, outliers
 
@@ -28,7 +29,8 @@ def corrected(problem: Problem, dense: torch.Tensor, damping: float = 0.01):
     for part, other in zip(problem.inputs.split(50), dense.split(50), strict=True):
         statistic.add(part)
         drift.add(part, other)
-    return Correction.of(statistic, drift, damping).target(0, problem.weight)
+    hessian = Hessian.of(statistic, damping)
+    return Correction.of(hessian, drift).target(0, problem.weight)
 
 
 @over_problems
@@ -81,7 +83,7 @@ def test_a_matrix_that_is_no_gram_matrix_is_refused():
     statistic.add(torch.randn(32, 8))
     statistic._matrix.neg_()
     with pytest.raises(NumericalError, match="not positive definite"):
-        Correction.of(statistic, drift, 0.01)
+        Correction.of(Hessian.of(statistic), drift)
 
 
 def test_held_out_error_is_the_error():

@@ -5,7 +5,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from halve.calibration_stats import GramMatrix
 from halve.grids import QuantParams, QuantScheme, fit_quant_params
 from halve.patterns import Unstructured, parse_pattern
 from halve.solvers import (
@@ -19,8 +18,7 @@ from halve.solvers import (
     Solver,
     SparseGPT,
 )
-from halve.solvers.hessian import damped
-from halve.solvers.rounding import coordinate_descent, round_with_mask
+from halve.solvers.quantized import coordinate_descent, round_with_mask
 from tests.contracts.problems import (
     Problem,
     correlated,
@@ -29,7 +27,7 @@ from tests.contracts.problems import (
     two_directions,
 )
 from tests.tables import GRIDS
-from tests.twins import rounding as twin
+from tests.twins import quantized as twin
 
 HARD = {
     "correlated": correlated(),
@@ -69,13 +67,11 @@ def levels_of(solution: Solution) -> QuantParams:
 
 
 def hessian_of(problem: Problem) -> torch.Tensor:
-    gram = problem.inputs.T @ problem.inputs
-    return damped(gram, gram.diagonal() == 0, 0.01)
+    return problem.hessian().damped
 
 
 def factor_of(problem: Problem) -> torch.Tensor:
-    gram = problem.inputs.T @ problem.inputs
-    return SparseGPT().prepare(GramMatrix.of(gram)).factor
+    return problem.hessian().factor
 
 
 @over_ways

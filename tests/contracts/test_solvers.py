@@ -8,8 +8,18 @@ import torch
 
 from halve.calibration_stats import GramMatrix
 from halve.errors import NumericalError
+from halve.grids import QuantScheme
 from halve.patterns import NM, Unstructured, parse_pattern
-from halve.solvers import ADMM, Magnitude, Refitted, SparseGPT
+from halve.solvers import (
+    ADMM,
+    Hessian,
+    Magnitude,
+    Quantized,
+    Refitted,
+    SparseGPT,
+    Wanda,
+    factors,
+)
 from halve.solvers import SOLVERS as SOLVER_CLASSES
 from tests.contracts.problems import (
     Problem,
@@ -225,10 +235,49 @@ def test_attempts_that_failed_leave_no_trace():
 
 def test_factorising_takes_no_second_matrix():
     problem = correlated()
+    hessian = problem.hessian(SparseGPT().needs)
+    place = hessian.gram.data_ptr()
+    assert hessian.factor.data_ptr() == place
+
+
+def test_an_overwritten_gram_matrix_cannot_be_read():
+    """Whether by one solver or by another: the factor is all that is left of it."""
+    hessian = correlated().hessian(SparseGPT().needs)
+    hessian.prepare(SparseGPT().needs)
+    for read in (lambda: hessian.gram, lambda: hessian.damped, lambda: hessian.scaled):
+        with pytest.raises(AssertionError, match="overwritten"):
+            read()
+
+
+def test_a_statistic_that_was_taken_over_is_empty():
     statistic = GramMatrix(160, torch.device("cpu"))
-    statistic.add(problem.inputs)
-    place = statistic.matrix().data_ptr()
-    assert SparseGPT().prepare(statistic).factor.data_ptr() == place
+    statistic.add(correlated().inputs)
+    Hessian.of(statistic)
+    assert statistic.take().numel() == 0
+
+
+@over_patterns
+def test_candidates_share_one_preparation(text, monkeypatch):
+    """Whatever was solved before on a Hessian, a solution has the same bits."""
+    solvers = [
+        ADMM(),
+        Refitted(Wanda()),
+        SparseGPT(),
+        *(Quantized(ADMM(), QuantScheme(bits)) for bits in (4, 3)),
+        Quantized(Magnitude(), QuantScheme(3)),
+    ]
+    problem, pattern = correlated(), parse_pattern(text)
+    factored = []
+    factor = factors.inverse_factor
+    monkeypatch.setattr(
+        "halve.solvers.hessian.inverse_factor",
+        lambda matrix: factored.append(len(matrix)) or factor(matrix),
+    )
+    shared = problem.hessian()
+    together = [s.solve(shared, problem.weight, pattern).weight for s in solvers]
+    assert factored == [160]
+    for solver, solution in zip(solvers, together, strict=True):
+        assert torch.equal(solution, problem.solve_with(solver, pattern).weight)
 
 
 @pytest.mark.parametrize("solver", [SparseGPT(), ADMM()])
@@ -236,8 +285,9 @@ def test_a_matrix_that_is_no_gram_matrix_is_refused(solver):
     statistic = GramMatrix(8, torch.device("cpu"))
     statistic.add(torch.randn(32, 8))
     statistic._matrix.neg_()
+    hessian = Hessian.of(statistic, needs=solver.needs)
     with pytest.raises(NumericalError, match="not positive definite"):
-        solver.solve(solver.prepare(statistic), torch.randn(4, 8), Unstructured(0.5))
+        solver.solve(hessian, torch.randn(4, 8), Unstructured(0.5))
 
 
 @over_solvers

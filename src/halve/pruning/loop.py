@@ -132,7 +132,8 @@ class Run:
         options = self.plan.options
         options = BlockOptions(
             candidates=self.candidates,
-            correction=options.damping if options.corrects else None,
+            damping=options.damping,
+            corrects=options.corrects,
             refining=TuneOptions(options.epochs, options.seed)
             if options.refine
             else None,

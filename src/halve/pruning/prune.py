@@ -14,7 +14,6 @@ from halve.calibration import (
     load_corpus,
     load_encoder,
 )
-from halve.calibration_stats import NoStatistics
 from halve.checkpoint import (
     Workspace,
     check_space,
@@ -31,6 +30,7 @@ from halve.plan import Plan, make_plan
 from halve.pruning.distributed.output import RankZeroOutput, open_output
 from halve.pruning.loop import Run
 from halve.pruning.select.candidates import candidates
+from halve.pruning.select.selection import combined_needs
 from halve.records import (
     AllocationRecord,
     BlockRecord,
@@ -173,7 +173,7 @@ def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
     options = plan.options
     ways = candidates(options, plan.layout.dtype)
     asks = options.has_dense or options.held_out or options.allocation_held_out
-    if {way.solver.statistic for way in ways} == {NoStatistics} and not asks:
+    if not combined_needs(ways) and not asks:
         return None
     assert options.seq_len is not None
     size = (options.samples, options.seq_len)

@@ -1,7 +1,8 @@
-"""One block: what its matrices see, each matrix in turn, the block as a whole."""
+"""Prune one block: observe its inputs, solve each matrix, tune, and propagate."""
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halve.calibration_stats import GramMatrix, NoStatistics, Statistic
+from halve.calibration_stats import NoStatistics, Statistic
 from halve.errors import NumericalError
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.numerics.finite import is_finite
@@ -25,10 +26,16 @@ from halve.pruning.observe.block_state import BlockState, Streams, weight_path
 from halve.pruning.observe.collect import GroupInputs, accumulate_deferred, collect
 from halve.pruning.observe.dense_inputs import cache_dense_inputs
 from halve.pruning.observe.input_groups import Group, stages
-from halve.pruning.select.selection import Candidate, CandidateSet, Selected
+from halve.pruning.select.selection import (
+    Candidate,
+    CandidateSet,
+    Selected,
+    combined_needs,
+)
 from halve.pruning.tune.block_reconstruction import TuneOptions, TuneResult, refine
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.malloc_trim import malloc_trim
+from halve.solvers import Hessian, Needs
 from halve.solvers.correction import Correction
 
 
@@ -37,19 +44,24 @@ class BlockOptions:
     """What is done to every block.
 
     Attributes:
-        candidates: Ways to prune a matrix; of several the best on held-out inputs wins.
-        correction: Damping of error-corrected targets; None to prune all matrices of a
-            block at once, for the targets of the dense block on the same inputs.
-        refining: How the block is tuned afterwards, if it is.
-        budget: Bytes of the dense model's inputs that may live in memory.
-        folder: Where a mapped file lies past that.
-        report: Told of each phase.
-        patterns: What single matrices shall obey, in place of the candidates' own.
-        deferred: As of `MemoryPlan`.
+        candidates: Ways to prune a matrix; of several, the one with the lowest error on
+            held-out inputs is selected.
+        damping: Fraction of the mean diagonal that is added to Gram matrices.
+        corrects: Whether the groups of a block are pruned in order, for error-corrected
+            targets; else all at once, for the outputs of the dense matrices on the same
+            inputs.
+        refining: How the block is tuned after pruning; None to leave it.
+        budget: Bytes of the dense model's inputs that may be cached in memory.
+        folder: Where memory-mapped files are created past that; None for the system's
+            temporary folder.
+        report: Called with the name of each phase.
+        patterns: Tensor -> what it must obey, in place of the candidates' patterns.
+        deferred: Whether the widest inputs are spilled and summed later (`MemoryPlan`).
     """
 
     candidates: tuple[Candidate, ...]
-    correction: float | None
+    damping: float
+    corrects: bool
     refining: TuneOptions | None
     budget: int
     folder: Path | None
@@ -58,11 +70,15 @@ class BlockOptions:
     deferred: bool = False
 
     @property
+    def needs(self) -> Needs:
+        """What solvers and corrections read of the inputs."""
+        needs = combined_needs(self.candidates)
+        return needs | Needs.GRAM if self.corrects else needs
+
+    @property
     def statistic(self) -> type[Statistic]:
-        """What the solvers need to know of the inputs."""
-        if self.correction is not None or len(self.candidates) > 1:
-            return GramMatrix
-        return next(iter(self.candidates)).solver.statistic
+        """The calibration statistic that suffices for that."""
+        return self.needs.statistic
 
 
 @dataclass(frozen=True)
@@ -70,10 +86,12 @@ class PrunedBlock:
     """A block after pruning.
 
     Attributes:
-        tensors: What has changed in it, as it will be stored.
-        selected_by_tensor: For each matrix the solution that was taken.
-        error: ||Y - Y'|| / ||Y|| of the outputs of the first batch; None without text.
-        refined: What refining brought, if it was asked for.
+        tensors: Checkpoint name -> tensor, for all that has changed, in the
+            checkpoint's dtype.
+        selected_by_tensor: The solution that was selected for each matrix.
+        error: ||Y - Y'|| / ||Y|| of the outputs of the first batch; None without
+            calibration text.
+        refined: Errors before and after tuning; None where the block was not tuned.
         seconds: Wall time.
     """
 
@@ -95,8 +113,8 @@ def prune_block(
 
     Args:
         model: Holds the dense weights.
-        streams: Hidden states that enter the block; afterwards those that leave it. None
-            where the solver needs no text.
+        streams: Hidden states that enter the block; afterwards those that leave it.
+            None where the solver needs no calibration text.
         planned: The block.
         options: What to do to it.
 
@@ -120,10 +138,10 @@ def prune_block(
 
 
 def _observe(state: BlockState, options: BlockOptions) -> Iterator[list[GroupInputs]]:
-    """Yield groups that are pruned together, with what is known of their inputs.
+    """Yield the groups that are pruned together, with statistics of their inputs.
 
-    Where targets are corrected that is only gathered once the stages before it are
-    pruned, and so by a pass for each; else by one pass of the dense block.
+    With error-corrected targets, a stage is observed once the stages before it are
+    pruned, by a pass over all windows for each; else all groups in one pass.
     """
     if state.streams is None:
         nothing = NoStatistics(0, torch.device("cpu"))
@@ -138,39 +156,39 @@ def _observe(state: BlockState, options: BlockOptions) -> Iterator[list[GroupInp
         return
     for stage in stages(groups, state.width):
         options.report("collecting")
-        found = collect(state, stage, options.statistic, dense)
+        observed = collect(state, stage, options.statistic, dense)
         options.report("solving")
-        yield found
+        yield observed
 
 
 def _all_at_once(
     state: BlockState, groups: list[Group], options: BlockOptions
 ) -> Iterator[list[GroupInputs]]:
-    """Yield all groups; by themselves those whose inputs are summed later."""
+    """Yield all groups, then one by one those whose inputs were deferred."""
     wide = [g for g in groups if options.deferred and is_wide(g.columns, state.width)]
     deferred = ActivationCache.memory_plan(
         state.stream, state.planned.name, wide, 0, options.folder
     )
     options.report("collecting")
-    found = collect(state, groups, options.statistic, deferred=deferred)
+    observed = collect(state, groups, options.statistic, deferred=deferred)
     options.report("solving")
-    yield found
+    yield observed
     for group in wide:
         options.report("summing")
-        found = [accumulate_deferred(state, group, options.statistic, deferred)]
+        observed = [accumulate_deferred(state, group, options.statistic, deferred)]
         options.report("solving")
-        yield found
+        yield observed
 
 
 def _dense_inputs(
     state: BlockState, groups: list[Group], options: BlockOptions
 ) -> ActivationCache | None:
-    """Carry the dense stream on, if there is one; keep what corrections need."""
+    """Advance the dense stream, if there is one; cache what corrections need."""
     if not state.has_dense:
         return None
-    wanted = groups if options.correction is not None else []
-    kept = cache_dense_inputs(state, wanted, options.budget, options.folder)
-    return kept if wanted else None
+    needed = groups if options.corrects else []
+    cache = cache_dense_inputs(state, needed, options.budget, options.folder)
+    return cache if needed else None
 
 
 def _solve_stage(
@@ -179,22 +197,22 @@ def _solve_stage(
     stage: list[GroupInputs],
     options: BlockOptions,
 ) -> dict[str, Selected]:
-    """Prune groups, each matrix where it is dealt to; afterwards all ranks have all."""
+    """Prune the groups of a stage, each matrix on its owner; broadcast the solutions."""
     matrices = [m for group_inputs in stage for m in group_inputs.group.matrices]
     owners = assign_matrices(stage, state.ranks)
     stage = reduce_to_owners(stage, owners, state.ranks)
-    own: dict[str, Selected] = {}
-    while stage:  # what a group's solutions needed is gone when the next is begun
-        own |= _solve_group(state, model, stage.pop(0), options, owners)
+    solved: dict[str, Selected] = {}
+    while stage:  # popped, so that a group's Hessian is freed before the next one
+        solved |= _solve_group(state, model, stage.pop(0), options, owners)
         malloc_trim()
     selected_by_tensor: dict[str, Selected] = {}
     for planned in matrices:
         dtype, owner = _dtype(model, planned), owners[planned.tensor]
         selected = broadcast_selected(
-            own.get(planned.tensor), dtype, owner, state.ranks
+            solved.get(planned.tensor), dtype, owner, state.ranks
         )
         if owner != state.ranks.rank:
-            selected = _put(state, model, planned, selected)
+            selected = _install_solution(state, model, planned, selected)
         selected_by_tensor[planned.tensor] = selected
     return selected_by_tensor
 
@@ -206,66 +224,82 @@ def _solve_group(
     options: BlockOptions,
     owners: Owners,
 ) -> dict[str, Selected]:
-    """Prune this rank's matrices of a group, and put them into the block so."""
-    name = f"{state.planned.name}.{group_inputs.group.leader}"
-    try:
-        correction = _correction(group_inputs, options)
-        candidate_set = CandidateSet.prepare(options.candidates, group_inputs)
-    except NumericalError as error:
-        raise NumericalError(f"{name}: {error.problem}", error.remedy) from error
+    """Prune this rank's matrices of a group, and install the solutions in the block."""
+    hessian = Hessian.of(group_inputs.statistic, options.damping, options.needs)
+    candidates = CandidateSet(options.candidates, hessian, group_inputs.held_out)
     selected_by_tensor: dict[str, Selected] = {}
+    with _naming_group(state, group_inputs.group):
+        correction = _correction(hessian, group_inputs, options)
+        hessian.prepare(options.needs)
     for index, planned in enumerate(group_inputs.group.matrices):
         if owners[planned.tensor] == state.ranks.rank:
-            target = partial(correction.target, index) if correction else None
-            pattern = options.patterns.get(planned.tensor)
-            selected = _solve(state.weight(planned), target, candidate_set, pattern)
-            selected_by_tensor[planned.tensor] = _put(state, model, planned, selected)
-            del selected  # in float32, while the next one is looked for
+            with _naming_group(state, group_inputs.group):
+                target = partial(correction.target, index) if correction else None
+                pattern = options.patterns.get(planned.tensor)
+                selected = _solve(state.weight(planned), target, candidates, pattern)
+            selected_by_tensor[planned.tensor] = _install_solution(
+                state, model, planned, selected
+            )
+            del selected  # it holds a float32 matrix while the next one is solved
     return selected_by_tensor
+
+
+@contextmanager
+def _naming_group(state: BlockState, group: Group) -> Iterator[None]:
+    """Put the group's name in front of numerical errors."""
+    try:
+        yield
+    except NumericalError as error:
+        name = f"{state.planned.name}.{group.leader}"
+        raise NumericalError(f"{name}: {error.problem}", error.remedy) from error
 
 
 def _solve(
     stored: Tensor,
     target: Callable[[Tensor], Tensor] | None,
-    candidate_set: CandidateSet,
+    candidates: CandidateSet,
     pattern: Pattern | None,
 ) -> Selected:
-    """Prune one matrix, given as it lies in the block."""
-    return candidate_set.solve(stored, target(stored) if target else stored, pattern)
+    """Prune one matrix, [rows, columns], given in the dtype that it has in the block.
+
+    The target is computed in the call, so that no reference to it outlives the solvers.
+    """
+    return candidates.solve(stored, target(stored) if target else stored, pattern)
 
 
-def _correction(group_inputs: GroupInputs, options: BlockOptions) -> Correction | None:
-    if group_inputs.drift is None or options.correction is None:
+def _correction(
+    hessian: Hessian, group_inputs: GroupInputs, options: BlockOptions
+) -> Correction | None:
+    if group_inputs.drift is None or not options.corrects:
         return None
-    assert isinstance(group_inputs.statistic, GramMatrix)
-    return Correction.of(group_inputs.statistic, group_inputs.drift, options.correction)
+    return Correction.of(hessian, group_inputs.drift)
 
 
-def _put(
+def _install_solution(
     state: BlockState, model: BlockwiseModel, planned: PlannedMatrix, selected: Selected
 ) -> Selected:
-    """Put a matrix into the block, rounded to what will be stored.
+    """Install a solution in the block, in the dtype in which it will be stored.
 
     Returns:
-        The choice, whose weights are those in the block: there is no second copy.
+        The selection, its weights being those of the block: there is no second copy.
     """
     dtype, path = _dtype(model, planned), weight_path(planned)
-    own, solution = planned.matrix.as_rows, selected.solution
-    state.release(path)  # before there is another: matrices are dear
-    # In one piece at once, since copies of such a matrix are dear.
-    rounded = own(solution.weight).to(dtype, memory_format=torch.contiguous_format)
-    rounded = rounded.contiguous()  # where it had that dtype
-    if not is_finite(rounded):
+    as_rows, solution = planned.matrix.as_rows, selected.solution
+    state.release(path)  # first: old, new and float32 copies would raise the peak
+    # Converted and made contiguous in one step, since each copy is a whole matrix.
+    stored = as_rows(solution.weight).to(dtype, memory_format=torch.contiguous_format)
+    stored = stored.contiguous()  # `to` copies nothing where the dtype is the same
+    if not is_finite(stored):
         raise NumericalError(
             f"The solution for {planned.tensor} is not finite in {dtype}.",
             "Raise --damping, or calibrate on other text.",
         )
-    state.exchange(path, rounded)
-    # Where none is pruned, a weight that was rounded to 0 may come back.
+    state.exchange(path, stored)
+    # At a sparsity of 0, a weight that was rounded to 0 may become another value.
     state.solved[path] = selected.candidate.pattern.sparsity > 0
-    if (quant_params := solution.quant_params) is not None:
-        state.quant_params[path] = lambda values: own(
-            quant_params.fake_quantize(own(values))
+    if (params := solution.quant_params) is not None:
+        state.quant_params[path] = lambda values: as_rows(
+            params.fake_quantize(as_rows(values))
         ).contiguous()
     return replace(selected, solution=replace(solution, weight=state.weight(planned)))
 
@@ -284,7 +318,7 @@ def _refine(
 
 
 def _stored(state: BlockState, model: BlockwiseModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield what has changed in a block: tensors of the checkpoint, in its dtype."""
+    """Yield the tensors that have changed in a block, in the checkpoint's dtype."""
     for path in sorted(state.changed):
         tensor = model.tensors[f"{state.planned.name}.{path}"]
         dtype = model.checkpoint.tensors[tensor].dtype
@@ -294,8 +328,8 @@ def _stored(state: BlockState, model: BlockwiseModel) -> Iterator[tuple[str, Ten
 def install(
     state: BlockState, model: BlockwiseModel, stored: dict[str, Tensor]
 ) -> None:
-    """Put what an earlier run has stored into a block that is dense."""
+    """Install the tensors that an earlier run has stored in a dense block."""
     for path, parameter in state.block.named_parameters():
         tensor = model.tensors[f"{state.planned.name}.{path}"]
-        if tensor in stored:  # what other blocks share lies in the shard of the first
+        if tensor in stored:  # tensors shared by blocks are in the first one's shard
             state.exchange(path, stored[tensor].to(parameter.device))

@@ -1,13 +1,14 @@
 """How a matrix is pruned: one algorithm a file.
 
-A solver is one row of `SOLVERS`; its tests come from the same table.
+A solver is one row of `SOLVERS`; its tests run over the same table.
 """
 
 from halve.solvers.admm import ADMM
+from halve.solvers.hessian import Hessian, Needs
 from halve.solvers.interface import Outcome, Solution, Solver, SolverCost
 from halve.solvers.magnitude import Magnitude
+from halve.solvers.quantized import Quantized, RoundToNearest
 from halve.solvers.refit import Refitted
-from halve.solvers.rounding import Quantized, RoundToNearest
 from halve.solvers.sparsegpt import SparseGPT
 from halve.solvers.wanda import Wanda
 
@@ -21,7 +22,9 @@ SOLVERS: dict[str, type[Solver]] = {
 __all__ = [
     "ADMM",
     "SOLVERS",
+    "Hessian",
     "Magnitude",
+    "Needs",
     "Outcome",
     "Quantized",
     "Refitted",

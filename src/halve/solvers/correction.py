@@ -1,14 +1,14 @@
-"""Error-corrected targets: what a matrix should be, now that its inputs have changed.
+"""Error-corrected targets: what to prune a matrix to, now that its inputs have changed.
 
 Pruning what comes before a matrix changes its inputs from X_dense to X. Its outputs are
-nearest to those of the dense model, X_dense W^T, with
+closest to those of the dense model, X_dense W^T, with
 
     W' = argmin ||X_dense W^T - X Z^T||^2 + damping ||W - Z||^2
        = W + W (X_dense - X)^T X (H + damping)^-1,   H = X^T X,
 
-and up to a constant that error is that of pruning W' on X. So a solver is given W' in
-the place of W, and need not know. (Frantar and Alistarh's problem with other targets,
-as in Li et al., "GPTAQ" (2025), there column by column.)
+and up to a constant that error is the error of pruning W' on X. So a solver is given W'
+in place of W, and needs no change. (Frantar and Alistarh's problem with other targets,
+as in Li et al., "GPTAQ" (2025), where it is done column by column.)
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halve.calibration_stats import CrossGram, GramMatrix
-from halve.solvers.hessian import factorise
+from halve.calibration_stats import CrossGram
+from halve.solvers.hessian import Hessian, factorize
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Correction:
     """What the matrices of a group share.
 
     Attributes:
-        drift: W (X_dense - X)^T X for each.
+        drift: W (X_dense - X)^T X of each matrix W.
         factor: Lower Cholesky factor of the damped H, [columns, columns].
     """
 
@@ -33,22 +33,18 @@ class Correction:
     factor: Tensor
 
     @classmethod
-    def of(
-        cls, statistic: GramMatrix, drift: CrossGram, damping: float
-    ) -> "Correction":
-        """Factorise; 1/3 columns^3 operations.
+    def of(cls, hessian: Hessian, drift: CrossGram) -> "Correction":
+        """Factorize; 1/3 columns^3 operations.
 
         Args:
-            statistic: H.
+            hessian: H, and the damping that pulls towards W; raised tenfold, up to 1,
+                where the factorization fails.
             drift: Of the same inputs.
-            damping: Share of the mean diagonal of H that pulls towards W; raised
-                tenfold, up to 1, where the factorisation fails.
 
         Raises:
             NumericalError: Not positive definite with any damping up to 1.
         """
-        own = statistic.matrix().clone()  # the solvers want it too
-        factor, _ = factorise(own, damping, _cholesky)
+        factor, _ = factorize(hessian.gram.clone(), hessian.damping, _cholesky)
         return cls(drift, factor)
 
     def target(self, index: int, weight: Tensor) -> Tensor:
@@ -65,5 +61,4 @@ class Correction:
 def _cholesky(hessian: Tensor) -> Tensor | None:
     """Return the lower Cholesky factor, None where there is none."""
     factor, failed = torch.linalg.cholesky_ex(hessian)
-    sound = not failed and factor.diagonal().isfinite().all()
-    return factor if sound else None
+    return None if failed or not factor.diagonal().isfinite().all() else factor

@@ -1,32 +1,253 @@
-"""The Hessian of a layer problem, and the error that it measures."""
+"""The Hessian of a layer problem, shared by all matrices and candidates of a group.
+
+Pruning a matrix W [rows, columns] to Z costs the squared output error
+
+    ||X (W - Z)^T||^2 = trace (W - Z) H (W - Z)^T,    H = X^T X,
+
+on calibration inputs X [tokens, columns]. Matrices with the same inputs (q, k, v; gate,
+up) have the same H. `Hessian` holds it, and what solvers derive from it: each derived
+matrix is computed once, when a solver first asks for it, and serves all of them.
+"""
 
 from collections.abc import Callable, Iterator
+from enum import Flag, auto
+from functools import cached_property
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from halve.calibration_stats import ColumnNorms, GramMatrix, NoStatistics, Statistic
 from halve.errors import NumericalError
 from halve.numerics.matmul import linear
+from halve.solvers.factors import inverse_factor, scratch
 
-# Up to this share of the mean diagonal the damping is raised.
+# The damping is raised up to this fraction of the mean diagonal.
 _MAX_DAMPING = 1.0
 # Rows and columns that are mirrored at once.
 _TILE = 1024
+# Bytes of shifted inverses that are cached for the next matrix of the group.
+_MAX_CACHED_BYTES = 2**30
+# Values of rho that ADMM visits in a group, as a rule.
+_SHIFTS = 8
 
 Factor = TypeVar("Factor")
 
 
-def factorise(
+class Needs(Flag):
+    """What a solver reads of a group's inputs.
+
+    The union over all candidates decides which statistic is accumulated, whether the
+    Gram matrix may be overwritten by its factor, and what the memory forecast counts.
+    """
+
+    NOTHING = 0
+    DIAGONAL = auto()
+    """||x_j||^2 of each input feature."""
+    GRAM = auto()
+    """X^T X itself."""
+    DAMPED = auto()
+    """X^T X with damping on its diagonal."""
+    FACTOR = auto()
+    """The upper Cholesky factor of the inverse of the damped matrix."""
+    SCALED = auto()
+    """The damped matrix scaled to a unit diagonal, and its shifted inverses."""
+
+    @property
+    def statistic(self) -> type[Statistic]:
+        """The smallest calibration statistic that suffices."""
+        if self == Needs.NOTHING:
+            return NoStatistics
+        return ColumnNorms if self == Needs.DIAGONAL else GramMatrix
+
+    @property
+    def overwrites_gram(self) -> bool:
+        """Whether the factor may be computed in the memory of X^T X."""
+        others = Needs.GRAM | Needs.DAMPED | Needs.SCALED
+        return Needs.FACTOR in self and not self & others
+
+
+ALL_NEEDS = ~Needs.NOTHING
+
+
+class Hessian:
+    """H = X^T X of one group of matrices, its damped forms and factors.
+
+    Matrices are [columns, columns] float32, must not be written to, and are cached:
+    the first access to each costs its computation. Where only the factor is needed it
+    is computed in place of X^T X, which cannot be read afterwards.
+
+    Attributes:
+        damping: Fraction of the mean diagonal that is added to the diagonal.
+    """
+
+    def __init__(
+        self,
+        gram: Tensor | None,
+        diagonal: Tensor | None,
+        damping: float,
+        overwrites_gram: bool,
+    ) -> None:
+        self.damping = damping
+        self._gram = gram
+        self._diagonal = diagonal
+        self._overwrites_gram = overwrites_gram
+        self._inverses: dict[float, Tensor] = {}
+
+    @classmethod
+    def of(
+        cls, statistic: Statistic, damping: float = 0.01, needs: Needs = ALL_NEEDS
+    ) -> "Hessian":
+        """Take over what a statistic has accumulated; the statistic is empty then.
+
+        Args:
+            statistic: A `GramMatrix` for everything; `ColumnNorms` for the diagonal
+                alone; `NoStatistics` where nothing is read.
+            damping: Fraction of the mean diagonal that is added to the diagonal.
+            needs: What will be read.
+        """
+        if isinstance(statistic, GramMatrix):
+            gram = statistic.take()
+            return cls(gram, gram.diagonal().clone(), damping, needs.overwrites_gram)
+        if isinstance(statistic, ColumnNorms):
+            return cls(None, statistic.squares, damping, False)
+        return cls(None, None, damping, False)
+
+    def prepare(self, needs: Needs) -> None:
+        """Compute now what will be read, before solvers allocate memory of their own.
+
+        Raises:
+            NumericalError: Not positive definite with any damping up to 1.
+        """
+        if Needs.FACTOR in needs:
+            _ = self.factor
+        if Needs.DAMPED in needs:
+            _ = self.damped
+        if Needs.SCALED in needs:
+            _ = self.scaled
+
+    @property
+    def diagonal(self) -> Tensor:
+        """[columns], the diagonal of X^T X; zero for features that are always zero."""
+        assert self._diagonal is not None, "no statistic of the inputs was accumulated"
+        return self._diagonal
+
+    @cached_property
+    def dead(self) -> Tensor:
+        """[columns], True for input features that are zero in every token."""
+        return self.diagonal == 0
+
+    @property
+    def gram(self) -> Tensor:
+        """X^T X, undamped."""
+        assert self._gram is not None, "X^T X was overwritten, or never accumulated"
+        return self._gram
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """H of the published code, up to its scale, on which no solution depends.
+
+        The diagonal of a dead feature is 1, so that the matrix is invertible.
+        """
+        damped = self.gram.clone()
+        diagonal = damped.diagonal()
+        diagonal[self.dead] = 1
+        diagonal += added_damping(self.diagonal, self.damping)
+        return damped
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """[columns], square roots of the diagonal of `damped`."""
+        return self.damped.diagonal().sqrt()
+
+    @cached_property
+    def scaled(self) -> Tensor:
+        """`damped`, its rows and columns scaled so that the diagonal is 1."""
+        return self.damped / self.scale / self.scale[:, None]
+
+    def shifted_inverse(self, rho: float) -> Tensor:
+        """Return (scaled + rho I)^-1; columns^3 operations where it is not cached.
+
+        Raises:
+            NumericalError: The shifted matrix is not positive definite.
+        """
+        if rho in self._inverses:
+            return self._inverses[rho]
+        shifted = self.scaled.clone()
+        shifted.diagonal().add_(rho)
+        lower, failed = torch.linalg.cholesky_ex(shifted)
+        if failed or not lower.diagonal().isfinite().all():
+            raise NumericalError(
+                "The Gram matrix is not positive definite.",
+                "Raise --damping, or calibrate on other or more text.",
+            )
+        inverse = torch.cholesky_inverse(lower)
+        if (len(self._inverses) + 1) * inverse.nbytes <= _MAX_CACHED_BYTES:
+            self._inverses[rho] = inverse
+        return inverse
+
+    @property
+    def factor(self) -> Tensor:
+        """U, upper triangular with U^T U = H^-1 for the damped H.
+
+        Raises:
+            NumericalError: Not positive definite with any damping up to 1.
+        """
+        return self._factorized[0]
+
+    @property
+    def factor_damping(self) -> float:
+        """The damping with which `factor` was found: raised tenfold until it was."""
+        return self._factorized[1]
+
+    @cached_property
+    def _factorized(self) -> tuple[Tensor, float]:
+        if not self._overwrites_gram:
+            return factorize(self.gram.clone(), self.damping, inverse_factor)
+        gram, self._gram = self.gram, None
+        return factorize(gram, self.damping, inverse_factor)
+
+
+def state_size(columns: int, needs: Needs) -> int:
+    """Return how many numbers a `Hessian` holds beside X^T X, once all are computed.
+
+    Args:
+        columns: Width of the inputs.
+        needs: What is read of it.
+    """
+    square = columns**2
+    inverses = min(_SHIFTS * square, _MAX_CACHED_BYTES // 4)
+    return (
+        square * bool(needs & (Needs.DAMPED | Needs.SCALED))
+        + square * (Needs.FACTOR in needs and not needs.overwrites_gram)
+        + (square + inverses) * (Needs.SCALED in needs)
+    )
+
+
+def scratch_size(columns: int, needs: Needs) -> int:
+    """Return how many further numbers are in memory while a `Hessian` is computed."""
+    # A shifted matrix, its Cholesky factor and its inverse.
+    shifted = 3 * columns**2 * (Needs.SCALED in needs)
+    return max(shifted, scratch(columns) * (Needs.FACTOR in needs))
+
+
+def preparation_operations(columns: int, needs: Needs) -> int:
+    """Return the multiplications and additions that computing a `Hessian` takes."""
+    factor = columns**3 * 4 // 3 * (Needs.FACTOR in needs)
+    return factor + 2 * _SHIFTS * columns**3 * (Needs.SCALED in needs)
+
+
+def factorize(
     gram: Tensor, damping: float, attempt: Callable[[Tensor], Factor | None]
 ) -> tuple[Factor, float]:
-    """Factorise a damped Hessian, with ten times the damping until that succeeds.
+    """Factorize a damped Hessian, with ten times the damping until that succeeds.
 
     Args:
         gram: X^T X, [columns, columns]; overwritten.
-        damping: Share of the mean diagonal to begin with.
-        attempt: Given the damped Hessian, returns a factor, which may lie in its place.
-            Or returns None where it is not positive definite, and has overwritten no
-            more than the diagonal and what is above it.
+        damping: Fraction of the mean diagonal to begin with.
+        attempt: Given the damped Hessian, returns a factor, which may lie in its
+            memory. Or returns None where it is not positive definite, and has then
+            overwritten no more than the diagonal and what is above it.
 
     Returns:
         The factor, and the damping with which it was found.
@@ -35,13 +256,13 @@ def factorise(
         NumericalError: Not positive definite with any damping up to 1.
     """
     diagonal = gram.diagonal().clone()
-    for share in _dampings(damping):
+    for fraction in _dampings(damping):
         gram.diagonal().copy_(diagonal).masked_fill_(diagonal == 0, 1)
-        gram.diagonal().add_(damping_of(diagonal, share))
+        gram.diagonal().add_(added_damping(diagonal, fraction))
         factor = attempt(gram)
         if factor is not None:
-            return factor, share
-        _mirror(gram)
+            return factor, fraction
+        _mirror(gram)  # the lower triangle is intact: restore the upper one from it
     raise NumericalError(
         "The Gram matrix is not positive definite, even with all of its mean diagonal "
         "added.",
@@ -50,12 +271,13 @@ def factorise(
 
 
 def _dampings(first: float) -> Iterator[float]:
+    """Yield the damping that was asked for, then ten times as much each, up to 1."""
     yield first
-    share = max(first * 10, 1e-4)
+    raised = max(first * 10, 1e-4)
     while first < _MAX_DAMPING:
-        first = min(share, _MAX_DAMPING)
+        first = min(raised, _MAX_DAMPING)
         yield first
-        share *= 10
+        raised *= 10
 
 
 def _mirror(matrix: Tensor) -> None:
@@ -67,30 +289,14 @@ def _mirror(matrix: Tensor) -> None:
         matrix[start:stop, stop:] = matrix[stop:, start:stop].T
 
 
-def damping_of(diagonal: Tensor, damping: float) -> float:
-    """Return what is added to the diagonal of X^T X, [columns].
+def added_damping(diagonal: Tensor, damping: float) -> float:
+    """Return what damping adds to the diagonal of X^T X.
 
     Args:
-        diagonal: Zero for inputs that are always zero, which count as 1.
-        damping: Share of the mean.
+        diagonal: [columns], of X^T X; features that are always zero count as 1.
+        damping: Fraction of the mean diagonal.
     """
     return damping * float(diagonal.masked_fill(diagonal == 0, 1).mean())
-
-
-def damped(gram: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """Return H of the published code, up to its scale, on which nothing depends.
-
-    Args:
-        gram: X^T X, [columns, columns].
-        dead: [columns], True for inputs that are always zero.
-        damping: Share of the mean diagonal that is added to the diagonal.
-    """
-    hessian = gram.clone()
-    diagonal = hessian.diagonal()
-    added = damping_of(diagonal, damping)
-    diagonal[dead] = 1
-    diagonal += added
-    return hessian
 
 
 def relative_error(gram: Tensor, weight: Tensor, solution: Tensor) -> float:
@@ -104,11 +310,12 @@ def relative_error(gram: Tensor, weight: Tensor, solution: Tensor) -> float:
     Returns:
         0 where both are zero, and infinity where only the dense output is.
     """
-    lost, kept = (_energy(gram, m) for m in (weight - solution, weight))
-    if kept == 0:
-        return 0.0 if lost == 0 else float("inf")
-    return max(lost, 0.0) / kept
+    error, energy = (_energy(gram, matrix) for matrix in (weight - solution, weight))
+    if energy == 0:
+        return 0.0 if error == 0 else float("inf")
+    return max(error, 0.0) / energy
 
 
 def _energy(gram: Tensor, matrix: Tensor) -> float:
+    """Return trace M X^T X M^T = ||X M^T||^2."""
     return float((linear(matrix, gram) * matrix).sum())

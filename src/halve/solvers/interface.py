@@ -1,31 +1,28 @@
-"""What every solver is: two verbs and two results.
+"""The interface of solvers: one verb, its result, and what it costs.
 
-One Gram matrix serves several matrices (q, k and v see the same input), so the work
-that depends on the inputs alone is done once, in `prepare`.
+Matrices with the same inputs (q, k and v) share a `Hessian`, so whatever depends on the
+inputs alone is computed once for all of them, and for all solvers that are tried.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from halve.calibration_stats import Statistic
 from halve.grids import QuantParams
 from halve.patterns import Pattern
-
-S = TypeVar("S", bound=Statistic)
-State = TypeVar("State")
+from halve.solvers.hessian import Hessian, Needs
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a solver can say of its solution.
+    """What a solver reports of its solution.
 
     Attributes:
         error: ||X (W - Z)^T||^2 / ||X W^T||^2 over the calibration inputs X, for dense
-            weights W and the solution Z; None where the solver does not know X^T X.
-        damping: Share of the mean diagonal that was added to the Gram matrix; None
+            weights W and the solution Z; None where the solver does not read X^T X.
+        damping: Fraction of the mean diagonal that was added to the Gram matrix; None
             where none is used.
     """
 
@@ -38,10 +35,10 @@ class Solution:
     """A pruned matrix.
 
     Attributes:
-        weight: [rows, columns], float32, zero where pruned; in any order in memory.
-        outcome: What the solver knows about it.
-        quant_params: What its weights were rounded to, and all lie on; None where they were
-            not rounded.
+        weight: [rows, columns], float32, zero where pruned; any memory layout.
+        outcome: What the solver reports of it.
+        quant_params: Scales and zero points of the grid on which all weights lie; None
+            where they were not quantized.
     """
 
     weight: Tensor
@@ -50,35 +47,29 @@ class Solution:
 
 
 def as_float32(weight: Tensor) -> Tensor:
-    """Return a matrix in float32, row after row; itself, where it is so."""
+    """Return a matrix in float32 and row-major; itself, where it already is."""
     return weight.float().contiguous()
 
 
 @dataclass(frozen=True)
 class SolverCost:
-    """What a solver takes for matrices of one shape.
+    """What a solver takes for one matrix, beside its group's `Hessian`.
 
     Attributes:
-        state: Numbers in memory, beside the statistic and the dense matrix, from
-            `prepare` to the last `solve`.
-        peak: Numbers on top of that and of one solution, at most, while it prepares or
-            solves.
-        once: Multiplications and additions of `prepare`.
-        each: Those of one `solve`.
+        peak: Numbers in memory at most while it solves, beside the `Hessian`, the dense
+            matrix and one solution.
+        operations: Multiplications and additions.
     """
 
-    state: int
     peak: int
-    once: int = 0
-    each: int = 0
+    operations: int = 0
 
 
-class Solver(ABC, Generic[S, State]):
+class Solver(ABC):
     """Prunes the matrices of a group that share their inputs.
 
     Attributes:
-        statistic: What it needs to know of the inputs.
-        widens: Whether a matrix of 16 bits lies beside itself in float32 while it is
+        widens: Whether a 16-bit matrix is copied to float32 beside itself while it is
             solved.
 
     Laws: the pattern holds exactly; the same arguments give the same bits;
@@ -86,25 +77,27 @@ class Solver(ABC, Generic[S, State]):
     pattern is n:m.
     """
 
-    statistic: ClassVar[type[Statistic]]
     widens: ClassVar[bool] = True
 
+    @property
     @abstractmethod
-    def prepare(self, statistic: S) -> State:
-        """Do, once, what all matrices with these inputs share.
+    def needs(self) -> Needs:
+        """What it reads of the inputs; reading anything else is a defect."""
 
-        The statistic is used up: nothing may be added to it or asked of it afterwards.
-        Raises NumericalError where it cannot be computed with.
+    @abstractmethod
+    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+        """Prune one matrix and leave it unchanged.
+
+        Args:
+            hessian: Of the matrix's inputs; shared, and not written to.
+            weight: [rows, columns]; any memory layout and floating dtype. Computation
+                is in float32.
+            pattern: What the solution must obey.
+
+        Raises:
+            NumericalError: The Hessian is not positive definite.
         """
 
     @abstractmethod
-    def solve(self, state: State, weight: Tensor, pattern: Pattern) -> Solution:
-        """Prune one matrix, [rows, columns], and leave it as it was.
-
-        It may lie in memory in any order and be of fewer bits than float32, in which
-        all is computed.
-        """
-
-    @abstractmethod
-    def work(self, rows: int, columns: int) -> SolverCost:
-        """Return the memory and the operations it takes for matrices of one shape."""
+    def cost(self, rows: int, columns: int) -> SolverCost:
+        """Return the memory and the operations for a matrix of one shape."""

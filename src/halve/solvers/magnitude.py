@@ -1,24 +1,28 @@
 """Magnitude pruning: the smallest weights of a matrix go. The baseline of the field."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from halve.calibration_stats import NoStatistics
 from halve.patterns import NM, Pattern, lowest
-from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
+from halve.solvers.hessian import Hessian, Needs
+from halve.solvers.interface import (
+    Outcome,
+    Solution,
+    Solver,
+    SolverCost,
+    as_float32,
+)
 
 
-class Magnitude(Solver[NoStatistics, None]):
+class Magnitude(Solver):
     """Prunes by |w| over the whole matrix. Needs no calibration, changes no weight."""
 
-    statistic: ClassVar = NoStatistics
+    @property
+    def needs(self) -> Needs:
+        """Nothing: it looks at weights alone."""
+        return Needs.NOTHING
 
-    def prepare(self, statistic: NoStatistics) -> None:
-        """Prepare nothing."""
-
-    def solve(self, state: None, weight: Tensor, pattern: Pattern) -> Solution:
-        """Zero the smallest weights, [rows, columns]."""
+    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+        """Zero the smallest weights, [rows, columns]; one selection, no sort."""
         weight = as_float32(weight)
         scores = weight.abs()
         if isinstance(pattern, NM):
@@ -27,6 +31,6 @@ class Magnitude(Solver[NoStatistics, None]):
             pruned = lowest(scores, pattern.count(scores.numel()))
         return Solution(weight.masked_fill(pruned, 0), Outcome())
 
-    def work(self, rows: int, columns: int) -> SolverCost:
+    def cost(self, rows: int, columns: int) -> SolverCost:
         """Scores, and a selection with its 64-bit indices."""
-        return SolverCost(0, 5 * rows * columns)
+        return SolverCost(5 * rows * columns)

@@ -1,22 +1,20 @@
 """Refit: the best values for the weights that a mask keeps, by conjugate gradients.
 
-For a mask M the layer problem min ||X (W - Z)^T||^2 over Z = Z * M falls apart into one
-linear system a row, over that row's kept columns. All rows are solved at once by
-conjugate gradients whose residuals are masked, preconditioned by the diagonal; ten
+For a mask M the layer problem min ||X (W - Z)^T||^2 over Z = Z * M separates into one
+linear system for each row, over that row's kept columns. All rows are solved at once by
+conjugate gradients whose residuals are masked, with the diagonal as preconditioner; ten
 steps come within a few per cent of the exact solution (Meng et al., "ALPS" (2024),
 section 3.3).
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from halve.calibration_stats import GramMatrix
 from halve.numerics.matmul import linear
 from halve.patterns import Pattern
-from halve.solvers.hessian import damped, relative_error
+from halve.solvers.hessian import Hessian, Needs, relative_error
 from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
 
 STEPS = 10
@@ -25,10 +23,10 @@ STEPS = 10
 def refit(
     hessian: Tensor, weight: Tensor, solution: Tensor, steps: int = STEPS
 ) -> Tensor:
-    """Return the kept weights of a solution, tuned to the dense matrix's outputs.
+    """Return a solution whose kept weights are tuned to the dense matrix's outputs.
 
     Args:
-        hessian: X^T X with damping, [columns, columns].
+        hessian: H = X^T X with damping, [columns, columns].
         weight: W, the dense matrix, [rows, columns].
         solution: Z, [rows, columns]; where it is zero it stays zero.
         steps: Of conjugate gradients.
@@ -37,27 +35,30 @@ def refit(
         [rows, columns]; its error on this Hessian is at most that of the solution.
 
     Cost:
-        One product of the matrix with the Hessian a step.
+        One product of the matrix with the Hessian for each step.
     """
-    found = solution.clone(memory_format=torch.contiguous_format)
-    kept = found != 0
-    scale = 1 / hessian.diagonal()
-    residual = linear(weight - found, hessian).mul_(kept)
+    refitted = solution.clone(memory_format=torch.contiguous_format)
+    kept = refitted != 0
+    scale = 1 / hessian.diagonal()  # the preconditioner
+    # r = (W - Z) H on the kept columns: minus half the gradient of the error.
+    residual = linear(weight - refitted, hessian).mul_(kept)
     preconditioned = residual * scale
     direction = preconditioned.clone()
     power = _dot(residual, preconditioned)
     for _ in range(steps):
         image = linear(direction, hessian)
+        # alpha = r.z / p.Hp, row by row; 0 where a row has converged (0 / 0).
         curvature = _dot(direction, image)
         length = torch.where(curvature > 0, power / curvature, 0)
-        found.addcmul_(direction, length)
+        refitted.addcmul_(direction, length)
         residual.addcmul_(image.mul_(kept), length, value=-1)
         torch.mul(residual, scale, out=preconditioned)
+        # beta = r'.z' / r.z; the next direction is conjugate to those before.
         new_power = _dot(residual, preconditioned)
         ratio = torch.where(power > 0, new_power / power, 0)
         direction.mul_(ratio).add_(preconditioned)
         power = new_power
-    return found
+    return refitted
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -66,58 +67,37 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What the matrices of a group share.
-
-    Attributes:
-        gram: X^T X, [columns, columns], undamped.
-        hessian: The same, damped.
-        own: The state of the solver whose masks are refitted.
-    """
-
-    gram: Tensor
-    hessian: Tensor
-    own: Any
-
-
-@dataclass(frozen=True)
-class Refitted(Solver[GramMatrix, Prepared]):
+class Refitted(Solver):
     """Another solver's masks with refitted values.
 
     Attributes:
         solver: Chooses the masks.
-        damping: Share of the mean diagonal of H that is added to its diagonal.
     """
 
-    statistic: ClassVar = GramMatrix
     solver: Solver
-    damping: float = 0.01
 
-    def prepare(self, statistic: GramMatrix) -> Prepared:
-        """Let the solver prepare with as much of the Gram matrix as it wants."""
-        gram = statistic.matrix()
-        hessian = damped(gram, gram.diagonal() == 0, self.damping)
-        own = self.solver.prepare(self.solver.statistic.of(gram))
-        return Prepared(gram, hessian, own)
+    @property
+    def needs(self) -> Needs:
+        """X^T X to measure errors, damped to refit, and what the solver reads."""
+        return Needs.GRAM | Needs.DAMPED | self.solver.needs
 
-    def solve(self, state: Prepared, weight: Tensor, pattern: Pattern) -> Solution:
+    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
         """Prune [rows, columns], refit, and keep whichever has the lower error."""
         weight = as_float32(weight)
-        first = self.solver.solve(state.own, weight, pattern)
-        tuned = refit(state.hessian, weight, first.weight)
+        first = self.solver.solve(hessian, weight, pattern)
+        refitted = refit(hessian.damped, weight, first.weight)
         errors = [
-            relative_error(state.gram, weight, found) for found in (first.weight, tuned)
+            relative_error(hessian.gram, weight, solution)
+            for solution in (first.weight, refitted)
         ]
-        damping = first.outcome.damping or self.damping
-        best = tuned if errors[1] < errors[0] else first.weight
+        damping = first.outcome.damping or hessian.damping
+        best = refitted if errors[1] < errors[0] else first.weight
         return Solution(best, Outcome(min(errors), damping))
 
-    def work(self, rows: int, columns: int) -> SolverCost:
-        """A Hessian; the vectors of conjugate gradients, or what the solver takes."""
-        own = self.solver.work(rows, columns)
+    def cost(self, rows: int, columns: int) -> SolverCost:
+        """The vectors of conjugate gradients, or what the solver takes."""
+        inner = self.solver.cost(rows, columns)
+        products = 2 * (STEPS + 4) * rows * columns**2
         return SolverCost(
-            state=columns**2 + own.state,
-            peak=max(own.peak, 8 * rows * columns),
-            once=own.once,
-            each=own.each + 2 * (STEPS + 4) * rows * columns**2,
+            max(inner.peak, 8 * rows * columns), inner.operations + products
         )

@@ -4,43 +4,47 @@ Sun, Liu, Bair and Kolter, "A Simple and Effective Pruning Approach for Large La
 Models" (2023), equation 1.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from halve.calibration_stats import ColumnNorms
 from halve.patterns import NM, Exact, Pattern, Unstructured
-from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
+from halve.solvers.hessian import Hessian, Needs
+from halve.solvers.interface import (
+    Outcome,
+    Solution,
+    Solver,
+    SolverCost,
+    as_float32,
+)
 
 
-class Wanda(Solver[ColumnNorms, Tensor]):
+class Wanda(Solver):
     """Prunes by |w_ij| ||x_j|| among the weights of each output."""
 
-    statistic: ClassVar = ColumnNorms
+    @property
+    def needs(self) -> Needs:
+        """The norm of each input feature."""
+        return Needs.DIAGONAL
 
-    def prepare(self, statistic: ColumnNorms) -> Tensor:
-        """Return the norm of each input feature, [columns]."""
-        return statistic.squares.sqrt()
-
-    def solve(self, state: Tensor, weight: Tensor, pattern: Pattern) -> Solution:
-        """Zero the lowest scores, [rows, columns]. Costs one sort of each row."""
+    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+        """Zero the lowest scores, [rows, columns]; one sort of each row."""
         weight = as_float32(weight)
-        scores = weight.abs() * state
+        scores = weight.abs() * hessian.diagonal.sqrt()
         if isinstance(pattern, NM):
             pruned = pattern.mask(scores)
         else:
             pruned = _lowest_of_each_row(scores, pattern)
         return Solution(weight.masked_fill(pruned, 0), Outcome())
 
-    def work(self, rows: int, columns: int) -> SolverCost:
+    def cost(self, rows: int, columns: int) -> SolverCost:
         """Scores, and the second of two sorts with its 64-bit indices."""
-        return SolverCost(columns, 8 * rows * columns)
+        return SolverCost(8 * rows * columns)
 
 
 def _lowest_of_each_row(scores: Tensor, pattern: Unstructured | Exact) -> Tensor:
     """Return a mask whose rows differ by one at most and add up to the exact count."""
     rows, columns = scores.shape
+    # Weights pruned in the first `row` rows together; their differences are the rows'.
     totals = torch.tensor(
         [pattern.count(row * columns) for row in range(rows + 1)], device=scores.device
     )

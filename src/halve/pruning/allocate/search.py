@@ -130,11 +130,12 @@ class AllocationSearch:
 
     def _task(self, patterns: Patterns) -> BlockOptions:
         options = self.plan.options
-        solver = SparseGPT(options.damping, options.block_size)
+        solver = SparseGPT(options.block_size)
         pattern = parse_pattern(options.sparsity)
         return BlockOptions(
             candidates=(Candidate("sparsegpt", solver, pattern),),
-            correction=None,
+            damping=options.damping,
+            corrects=False,
             refining=None,
             budget=self._budget,
             folder=self.folder,

@@ -9,11 +9,13 @@ import resource
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
+from operator import or_
 from pathlib import Path
 
 from halve.calibration import default_budget
-from halve.calibration_stats import MAX_TILE, GramMatrix, NoStatistics
+from halve.calibration_stats import MAX_TILE, GramMatrix
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.numerics.matmul import NARROW, WIDENED
 from halve.plan import Plan
@@ -21,7 +23,8 @@ from halve.pruning.observe.activation_cache import is_wide
 from halve.pruning.observe.collect import HELD_OUT_TOKENS
 from halve.pruning.select.candidates import candidates
 from halve.runtime.blockwise_model import BATCH_TOKENS
-from halve.solvers import Solver, SolverCost
+from halve.solvers import Needs, Solver
+from halve.solvers.hessian import preparation_operations, scratch_size, state_size
 
 _FLOAT = 4
 # Groups of matrices as wide as hidden states: into attention, out of it, feed-forward.
@@ -161,18 +164,21 @@ class _Estimate:
     deferred: bool
 
     @property
+    def needs(self) -> Needs:
+        return reduce(or_, (solver.needs for solver in self.solvers))
+
+    @property
     def corrects(self) -> bool:
         return self.plan.options.corrects
 
     @property
     def sums_grams(self) -> bool:
-        several = self.corrects or len(self.solvers) > 1
-        return several or self.solvers[0].statistic is GramMatrix
+        return self.corrects or self.needs.statistic is GramMatrix
 
     @property
     def runs_text(self) -> bool:
         options = self.plan.options
-        return options.has_dense or self.solvers[0].statistic is not NoStatistics
+        return options.has_dense or bool(self.needs) or options.held_out > 0
 
     def activations(self) -> Iterator[tuple[int, int]]:
         """Yield the bytes of hidden states and kept inputs, and their parts' number."""
@@ -219,14 +225,15 @@ class _Estimate:
 
     def _solvers(self, block: PlannedBlock) -> int:
         """Return the operations that do not depend on the number of tokens."""
-        once = each = 0
-        for matrix in block.matrices:
-            works = [solver.work(*matrix.matrix.shape) for solver in self.solvers]
-            each += sum(work.each for work in works)
-        for columns, groups in _groups(block).items():
-            works = [solver.work(1, columns) for solver in self.solvers]
-            once += groups * sum(work.once for work in works)
-        return once + each
+        preparation = sum(
+            groups * preparation_operations(columns, self.needs)
+            for columns, groups in _groups(block).items()
+        )
+        return preparation + sum(
+            solver.cost(*matrix.matrix.shape).operations
+            for matrix in block.matrices
+            for solver in self.solvers
+        )
 
     def phases(self) -> Iterator[Phase]:
         """Yield what is in memory, block after block."""
@@ -263,17 +270,18 @@ class _Estimate:
     def _solving(self, block: PlannedBlock, matrix: PlannedMatrix) -> Phase:
         """Return what is in memory while a matrix is solved."""
         rows, columns = matrix.matrix.shape
-        works = [solver.work(rows, columns) for solver in self.solvers]
-        if self.corrects:  # a factor stays, which is made from a copy
-            works.append(SolverCost(columns**2, columns**2))
+        solving = max(solver.cost(rows, columns).peak for solver in self.solvers)
         solutions = (len(self.solvers) + self.corrects) * rows * columns
+        preparing = scratch_size(columns, self.needs)
+        # A correction keeps a Cholesky factor, which is computed from a copy.
+        correction = columns**2 * self.corrects
         return _phase(
             "solving",
             weights=self._weights(block),
             as_float32=self._beside(matrix),
             grams=self._sums(block, columns, running=False),
-            factors=sum(work.state for work in works),
-            matrices=max(work.peak for work in works) + solutions,
+            factors=state_size(columns, self.needs) + correction,
+            matrices=max(solving + solutions, preparing, correction),
         )
 
     def _wide(self, groups: Counter[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The ways to prune a matrix that settings name; `CandidateSet` chooses from several."""
+"""From options to the candidates that `CandidateSet` selects from."""
 
 import torch
 
@@ -7,7 +7,6 @@ from halve.options import PruneOptions
 from halve.patterns import Pattern
 from halve.pruning.select.selection import Candidate
 from halve.solvers import (
-    ADMM,
     SOLVERS,
     Magnitude,
     Quantized,
@@ -17,26 +16,26 @@ from halve.solvers import (
     SparseGPT,
 )
 
-# Solvers that `auto` chooses from, and whether their masks are refitted.
+# Solvers that `auto` selects from, and whether their masks are refitted.
 _AUTO = (("admm", False), ("wanda", True))
 
 
 def candidates(options: PruneOptions, dtype: torch.dtype) -> tuple[Candidate, ...]:
-    """Return the ways that settings name.
+    """Return the candidates that the options name.
 
     Args:
-        options: Several for `auto`, and where bits a weight are given.
-        dtype: What the matrices are stored in; the values of a grid are numbers of it.
+        options: They name several with `auto`, and where bits a weight are given.
+        dtype: Of the stored matrices; grid values must be exact in it.
 
     Raises:
-        GridError: They cannot be.
+        QuantizationError: They cannot be.
     """
     auto = options.solver == "auto"
     named = _AUTO if auto else ((options.solver, options.refit),)
     return tuple(
         _candidate(options, name, pattern, grid and grid.exact_in(dtype))
         for pattern, grid in options.pairs
-        # Where all weights are kept there is no mask to choose.
+        # Where all weights are kept there is no mask to choose: one is enough.
         for name in (named if pattern.sparsity else named[:1])
     )
 
@@ -50,32 +49,29 @@ def _candidate(
     name, refit = named
     title = f"{name} --refit" if refit else name
     if grid is None:
-        return Candidate(title, _plain(options, name, refit), pattern)
+        return Candidate(title, _solver(options, name, refit), pattern)
     title = f"{title}, {pattern} zeros, {grid}" if pattern.sparsity else f"gptq, {grid}"
-    return Candidate(title, _rounding(options, named, pattern, grid), pattern, grid)
+    solver = _quantizing_solver(options, named, pattern, grid)
+    return Candidate(title, solver, pattern, grid)
 
 
-def _plain(options: PruneOptions, name: str, refit: bool) -> Solver:
-    if name == "sparsegpt":
-        solver = SparseGPT(options.damping, options.block_size)
-    elif name == "admm":
-        solver = ADMM(options.damping)
-    else:
-        solver = SOLVERS[name]()
-    return Refitted(solver, options.damping) if refit else solver
+def _solver(options: PruneOptions, name: str, refit: bool) -> Solver:
+    is_sparsegpt = name == "sparsegpt"
+    solver = SparseGPT(options.block_size) if is_sparsegpt else SOLVERS[name]()
+    return Refitted(solver) if refit else solver
 
 
-def _rounding(
+def _quantizing_solver(
     options: PruneOptions, named: tuple[str, bool], pattern: Pattern, grid: QuantScheme
 ) -> Solver:
-    """Return a solver that rounds: as published where it was, else with the mask held.
+    """Return a solver that quantizes: as published, or with a fixed mask.
 
-    Magnitude knows no inputs, so nothing makes up for its rounding; SparseGPT rounds
-    while it prunes.
+    Magnitude reads no inputs, so nothing can compensate for its rounding; SparseGPT
+    quantizes in the pass that prunes.
     """
     if named == ("magnitude", False):
         return RoundToNearest(grid)
     if named == ("sparsegpt", False):
-        return SparseGPT(options.damping, options.block_size, grid)
-    inner = _plain(options, *named) if pattern.sparsity else Magnitude()
-    return Quantized(inner, grid, options.damping)
+        return SparseGPT(options.block_size, grid)
+    inner = _solver(options, *named) if pattern.sparsity else Magnitude()
+    return Quantized(inner, grid)

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import reduce
+from operator import or_
 
 from torch import Tensor
 
-from halve.calibration_stats import GramMatrix, Statistic
 from halve.grids import QuantScheme
 from halve.patterns import Pattern
-from halve.pruning.observe.collect import GroupInputs
-from halve.solvers import Outcome, Solution, Solver
+from halve.pruning.observe.collect import HeldOut
+from halve.solvers import Hessian, Needs, Outcome, Solution, Solver
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Candidate:
     """A way to prune a matrix.
 
     Attributes:
-        name: As it will stand in the record.
-        solver: What prunes it.
-        pattern: What the solution shall obey.
-        grid: What its weights are rounded to, if they are.
+        name: As the record will show it.
+        solver: What prunes the matrix.
+        pattern: What the solution must obey.
+        grid: Quantization scheme of its weights; None where they are not quantized.
     """
 
     name: str
@@ -30,12 +30,17 @@ class Candidate:
     grid: QuantScheme | None = None
 
 
+def combined_needs(candidates: Iterable[Candidate]) -> Needs:
+    """Return what the solvers of all candidates together read of the inputs."""
+    return reduce(or_, (c.solver.needs for c in candidates), Needs.NOTHING)
+
+
 @dataclass(frozen=True)
 class Selected:
-    """A solution, and how it fared against the others.
+    """The solution that was selected for a matrix, and how it compares.
 
     Attributes:
-        solution: The one that was taken.
+        solution: The solution.
         candidate: Where it comes from.
         held_out: Its error on held-out inputs, relative to the dense outputs; None
             where no inputs are held out.
@@ -49,76 +54,52 @@ class Selected:
 
     @property
     def outcome(self) -> Outcome:
-        """What the solver knows of it."""
+        """What the solver reports of the solution."""
         return self.solution.outcome
 
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """Candidates that have seen the same inputs.
+    """Candidates for the matrices of one group.
 
     Attributes:
-        states: Each candidate and what its solver prepared.
-        group_inputs: The inputs.
+        candidates: The ways to prune a matrix.
+        hessian: Of the group's inputs, shared by all candidates.
+        held_out: Inputs that no candidate is fitted to, and that decide between them.
     """
 
-    states: list[tuple[Candidate, Any]]
-    group_inputs: GroupInputs
-
-    @classmethod
-    def prepare(
-        cls, candidates: Iterable[Candidate], group_inputs: GroupInputs
-    ) -> "CandidateSet":
-        """Let every solver prepare.
-
-        Raises:
-            NumericalError: One of them cannot.
-        """
-        ways = tuple(candidates)
-        shared, statistic = len(ways) > 1, group_inputs.statistic
-        return cls(
-            [(c, _prepare(c.solver, statistic, shared)) for c in ways], group_inputs
-        )
+    candidates: tuple[Candidate, ...]
+    hessian: Hessian
+    held_out: HeldOut
 
     def solve(
         self, weight: Tensor, target: Tensor, pattern: Pattern | None = None
     ) -> Selected:
-        """Prune one matrix in every way and take the best.
+        """Prune one matrix with every candidate and select the best solution.
 
         Args:
             weight: The dense matrix, [rows, columns], as it is stored.
             target: What the solvers are given in its place.
-            pattern: What solutions shall obey, in place of the candidates' own.
+            pattern: What solutions must obey, in place of the candidates' patterns.
 
-        Costs, beside the solvers, one product with the held-out inputs a solution.
+        Cost:
+            Beside the solvers, one product with the held-out inputs for each solution.
         """
-        states = self.states
-        if pattern is not None:
-            states = [(replace(c, pattern=pattern), state) for c, state in states]
-        found = [
-            Selected(
-                candidate.solver.solve(state, target, candidate.pattern), candidate
-            )
-            for candidate, state in states
+        solved = [
+            self._solve(candidate, target, pattern or candidate.pattern)
+            for candidate in self.candidates
         ]
-        if not self.group_inputs.held_out.pairs:
-            assert len(found) == 1, "several solutions and nothing to judge them by"
-            return found[0]
-        solutions = [selected.solution.weight for selected in found]
-        errors = self.group_inputs.held_out.errors(weight, solutions)
-        first, *others = sorted(range(len(found)), key=errors.__getitem__)
+        if not self.held_out.pairs:
+            assert len(solved) == 1, "several candidates and nothing to select them by"
+            return solved[0]
+        solutions = [selected.solution.weight for selected in solved]
+        errors = self.held_out.errors(weight, solutions)
+        first, *others = sorted(range(len(solved)), key=errors.__getitem__)
         second = errors[others[0]] if others else None
-        return replace(found[first], held_out=errors[first], runner_up=second)
+        return replace(solved[first], held_out=errors[first], runner_up=second)
 
-
-def _prepare(solver: Solver, statistic: Statistic, shared: bool) -> Any:  # noqa: ANN401
-    """Let a solver prepare with as much of a statistic as it wants.
-
-    Where others want it too, it is lent one that it may not take for itself.
-    """
-    if shared or not isinstance(statistic, solver.statistic):
-        assert isinstance(statistic, GramMatrix), (
-            "only a Gram matrix knows all the others"
-        )
-        statistic = solver.statistic.of(statistic.matrix())
-    return solver.prepare(statistic)
+    def _solve(
+        self, candidate: Candidate, target: Tensor, pattern: Pattern
+    ) -> Selected:
+        solution = candidate.solver.solve(self.hessian, target, pattern)
+        return Selected(solution, replace(candidate, pattern=pattern))
