@@ -29,7 +29,7 @@ from halve.grids import schemes_for_bits
 BUDGETS = {2.4: ("int2", 40), 3.125: ("int3", 128), 4.125: ("int4", 128)}
 
 
-def run(task: argparse.Namespace, title: str, **options: Any) -> None:  # noqa: ANN401
+def run(task: argparse.Namespace, title: str, **options: Any) -> None:
     """Prune, judge and print one row."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"

@@ -368,7 +368,7 @@ def _extremes(masks: dict[str, Any]) -> tuple[float, float]:
     return min(shares), max(shares)
 
 
-def _share(mask: Any) -> float:  # noqa: ANN401
+def _share(mask: Any) -> float:
     return int(mask.sum()) / mask.numel()
 
 

@@ -193,7 +193,7 @@ class CrossGram:
         self._sum = CompensatedSum(self._sum.high, torch.empty(0))
         self._is_finished = True
 
-    def pulled(self, index: int) -> Tensor:
+    def drift(self, index: int) -> Tensor:
         """Return W (X_dense - X)^T X of one of the matrices, [rows, columns].
 
         The sum is finished, if it was not.

@@ -64,7 +64,7 @@ def test_who_takes_in_which_batch_does_not_show(columns):
             drift.add(inputs, dense)
         for each in (gram, norms, drift):
             each.finish(reduce)
-        return gram.take(), norms.squares, drift.pulled(0)
+        return gram.take(), norms.squares, drift.drift(0)
 
     said: list[torch.Tensor] = []
     found(pairs[1::2], lambda own: said.append(own.clone()))

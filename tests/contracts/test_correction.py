@@ -7,7 +7,7 @@ from halve.calibration_stats import CrossGram, GramMatrix
 from halve.errors import NumericalError
 from halve.pruning.observe.collect import HeldOut
 from halve.solvers import Hessian
-from halve.solvers.correction import Correction
+from halve.solvers.correction import corrected_target
 from tests.contracts.problems import Problem, correlated, few_tokens, outliers
 
 PROBLEMS = {"correlated": correlated(), "few": few_tokens(), "outliers": outliers()}
@@ -30,7 +30,7 @@ def corrected(problem: Problem, dense: torch.Tensor, damping: float = 0.01):
         statistic.add(part)
         drift.add(part, other)
     hessian = Hessian.of(statistic, damping)
-    return Correction.of(hessian, drift).target(0, problem.weight)
+    return corrected_target(hessian, problem.weight, drift.drift(0))
 
 
 @over_problems
@@ -57,7 +57,7 @@ def test_drift_is_the_same_whichever_way_it_is_summed(heights):
         drift.add(part, other)
     for index, weight in enumerate(weights):
         expected = weight.double() @ (dense - inputs).double().T @ inputs.double()
-        assert torch.allclose(drift.pulled(index).double(), expected, atol=1e-3)
+        assert torch.allclose(drift.drift(index).double(), expected, atol=1e-3)
 
 
 @over_problems
@@ -83,7 +83,7 @@ def test_a_matrix_that_is_no_gram_matrix_is_refused():
     statistic.add(torch.randn(32, 8))
     statistic._matrix.neg_()
     with pytest.raises(NumericalError, match="not positive definite"):
-        Correction.of(Hessian.of(statistic), drift)
+        corrected_target(Hessian.of(statistic), torch.ones(4, 8), drift.drift(0))
 
 
 def test_held_out_error_is_the_error():

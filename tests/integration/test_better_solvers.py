@@ -131,7 +131,7 @@ def test_evidence_sums_the_windows_that_are_fitted_to(pico):
     assert isinstance(group_inputs.statistic, GramMatrix)
     for found, expected in (
         (group_inputs.statistic.take(), x.T @ x),
-        (group_inputs.drift.pulled(0), weight @ (other - x).T @ x),
+        (group_inputs.drift.drift(0), weight @ (other - x).T @ x),
     ):
         assert float((found - expected).norm()) <= 1e-3 * float(expected.norm()) > 0
     held_out = torch.cat([pair[0] for pair in group_inputs.held_out.pairs])

@@ -161,17 +161,17 @@ def test_a_dense_matrix_is_gone_before_its_solution_is_checked(
 ):
     dense: list[StorageWeakRef] = []
     gone: list[bool] = []
-    solve, is_finite = block_module._solve, block_module.is_finite
+    select, is_finite = block_module._select, block_module.is_finite
 
-    def solved(stored, *rest):
+    def selected(candidates, stored, *rest):
         dense.append(StorageWeakRef(stored.untyped_storage()))
-        return solve(stored, *rest)
+        return select(candidates, stored, *rest)
 
     def checked(rounded):
         gone.append(dense[-1].expired())
         return is_finite(rounded)
 
-    monkeypatch.setattr(block_module, "_solve", solved)
+    monkeypatch.setattr(block_module, "_select", selected)
     monkeypatch.setattr(block_module, "is_finite", checked)
     sizes: dict[str, Any] = {"samples": 8, "seq_len": 64, "calibration": str(text)}
     model = pico("opt", dtype=torch.bfloat16)

@@ -4,13 +4,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from halve.calibration_stats import NoStatistics, Statistic
+from halve.calibration_stats import CrossGram, NoStatistics, Statistic
 from halve.errors import NumericalError
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.numerics.finite import is_finite
@@ -36,7 +35,7 @@ from halve.pruning.tune.block_reconstruction import TuneOptions, TuneResult, ref
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.malloc_trim import malloc_trim
 from halve.solvers import Hessian, Needs
-from halve.solvers.correction import Correction
+from halve.solvers.correction import corrected_target
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class BlockOptions:
     def needs(self) -> Needs:
         """What solvers and corrections read of the inputs."""
         needs = combined_needs(self.candidates)
-        return needs | Needs.GRAM if self.corrects else needs
+        return needs | Needs.FACTOR if self.corrects else needs
 
     @property
     def statistic(self) -> type[Statistic]:
@@ -229,18 +228,19 @@ def _solve_group(
     candidates = CandidateSet(options.candidates, hessian, group_inputs.held_out)
     selected_by_tensor: dict[str, Selected] = {}
     with _naming_group(state, group_inputs.group):
-        correction = _correction(hessian, group_inputs, options)
         hessian.prepare(options.needs)
     for index, planned in enumerate(group_inputs.group.matrices):
-        if owners[planned.tensor] == state.ranks.rank:
-            with _naming_group(state, group_inputs.group):
-                target = partial(correction.target, index) if correction else None
-                pattern = options.patterns.get(planned.tensor)
-                selected = _solve(state.weight(planned), target, candidates, pattern)
-            selected_by_tensor[planned.tensor] = _install_solution(
-                state, model, planned, selected
+        if owners[planned.tensor] != state.ranks.rank:
+            continue
+        with _naming_group(state, group_inputs.group):
+            pattern = options.patterns.get(planned.tensor)
+            selected = _select(
+                candidates, state.weight(planned), group_inputs.drift, index, pattern
             )
-            del selected  # it holds a float32 matrix while the next one is solved
+        selected_by_tensor[planned.tensor] = _install_solution(
+            state, model, planned, selected
+        )
+        del selected  # it holds a float32 matrix while the next one is solved
     return selected_by_tensor
 
 
@@ -254,25 +254,24 @@ def _naming_group(state: BlockState, group: Group) -> Iterator[None]:
         raise NumericalError(f"{name}: {error.problem}", error.remedy) from error
 
 
-def _solve(
-    stored: Tensor,
-    target: Callable[[Tensor], Tensor] | None,
+def _select(
     candidates: CandidateSet,
+    weight: Tensor,
+    drift: CrossGram | None,
+    index: int,
     pattern: Pattern | None,
 ) -> Selected:
-    """Prune one matrix, [rows, columns], given in the dtype that it has in the block.
+    """Prune one matrix with every candidate and select the best solution.
 
-    The target is computed in the call, so that no reference to it outlives the solvers.
+    A function, so that no reference to the dense weight outlives it.
     """
-    return candidates.solve(stored, target(stored) if target else stored, pattern)
 
+    def target() -> Tensor:
+        if drift is None:
+            return weight
+        return corrected_target(candidates.hessian, weight, drift.drift(index))
 
-def _correction(
-    hessian: Hessian, group_inputs: GroupInputs, options: BlockOptions
-) -> Correction | None:
-    if group_inputs.drift is None or not options.corrects:
-        return None
-    return Correction.of(hessian, group_inputs.drift)
+    return candidates.solve(weight, target, pattern)
 
 
 def _install_solution(

@@ -11,54 +11,23 @@ in place of W, and needs no change. (Frantar and Alistarh's problem with other t
 as in Li et al., "GPTAQ" (2025), where it is done column by column.)
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from halve.calibration_stats import CrossGram
-from halve.solvers.hessian import Hessian, factorize
+from halve.numerics.matmul import linear
+from halve.solvers.hessian import Hessian
 
 
-@dataclass(frozen=True)
-class Correction:
-    """What the matrices of a group share.
+def corrected_target(hessian: Hessian, weight: Tensor, drift: Tensor) -> Tensor:
+    """Return W' for W, [rows, columns] in float32; 4 rows * columns^2 operations.
 
-    Attributes:
-        drift: W (X_dense - X)^T X of each matrix W.
-        factor: Lower Cholesky factor of the damped H, [columns, columns].
+    Args:
+        hessian: Of X; its factor U is shared with the solvers, U^T U = (H + damping)^-1.
+        weight: W, of any floating dtype.
+        drift: W (X_dense - X)^T X, as `CrossGram.drift` returns it.
+
+    Raises:
+        NumericalError: H is not positive definite with any damping up to 1.
     """
-
-    drift: CrossGram
-    factor: Tensor
-
-    @classmethod
-    def of(cls, hessian: Hessian, drift: CrossGram) -> "Correction":
-        """Factorize; 1/3 columns^3 operations.
-
-        Args:
-            hessian: H, and the damping that pulls towards W; raised tenfold, up to 1,
-                where the factorization fails.
-            drift: Of the same inputs.
-
-        Raises:
-            NumericalError: Not positive definite with any damping up to 1.
-        """
-        factor, _ = factorize(hessian.gram.clone(), hessian.damping, _cholesky)
-        return cls(drift, factor)
-
-    def target(self, index: int, weight: Tensor) -> Tensor:
-        """Return W' for W, [rows, columns]; 2 to 3 rows * columns^2 operations.
-
-        Args:
-            index: Which matrix of the group W is.
-            weight: W.
-        """
-        pulled = self.drift.pulled(index)
-        return weight + torch.cholesky_solve(pulled.T, self.factor).T
-
-
-def _cholesky(hessian: Tensor) -> Tensor | None:
-    """Return the lower Cholesky factor, None where there is none."""
-    factor, failed = torch.linalg.cholesky_ex(hessian)
-    return None if failed or not factor.diagonal().isfinite().all() else factor
+    # Without a copy of U^T, as large as H, which `linear` would make for the second.
+    return weight + torch.mm(linear(drift, hessian.factor), hessian.factor)

@@ -165,7 +165,8 @@ class _Estimate:
 
     @property
     def needs(self) -> Needs:
-        return reduce(or_, (solver.needs for solver in self.solvers))
+        needs = reduce(or_, (solver.needs for solver in self.solvers))
+        return needs | Needs.FACTOR if self.corrects else needs
 
     @property
     def corrects(self) -> bool:
@@ -273,15 +274,13 @@ class _Estimate:
         solving = max(solver.cost(rows, columns).peak for solver in self.solvers)
         solutions = (len(self.solvers) + self.corrects) * rows * columns
         preparing = scratch_size(columns, self.needs)
-        # A correction keeps a Cholesky factor, which is computed from a copy.
-        correction = columns**2 * self.corrects
         return _phase(
             "solving",
             weights=self._weights(block),
             as_float32=self._beside(matrix),
             grams=self._sums(block, columns, running=False),
-            factors=state_size(columns, self.needs) + correction,
-            matrices=max(solving + solutions, preparing, correction),
+            factors=state_size(columns, self.needs),
+            matrices=max(solving + solutions, preparing),
         )
 
     def _wide(self, groups: Counter[int]) -> list[int]:

@@ -1,6 +1,6 @@
 """Which of several solutions of one matrix is taken: the best on held-out inputs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -73,22 +73,23 @@ class CandidateSet:
     held_out: HeldOut
 
     def solve(
-        self, weight: Tensor, target: Tensor, pattern: Pattern | None = None
+        self,
+        weight: Tensor,
+        target: Callable[[], Tensor],
+        pattern: Pattern | None = None,
     ) -> Selected:
         """Prune one matrix with every candidate and select the best solution.
 
         Args:
             weight: The dense matrix, [rows, columns], as it is stored.
-            target: What the solvers are given in its place.
+            target: Returns what the solvers are given in its place. Called here, so
+                that no reference to it outlives the solvers.
             pattern: What solutions must obey, in place of the candidates' patterns.
 
         Cost:
             Beside the solvers, one product with the held-out inputs for each solution.
         """
-        solved = [
-            self._solve(candidate, target, pattern or candidate.pattern)
-            for candidate in self.candidates
-        ]
+        solved = self._solutions(target(), pattern)
         if not self.held_out.pairs:
             assert len(solved) == 1, "several candidates and nothing to select them by"
             return solved[0]
@@ -98,8 +99,11 @@ class CandidateSet:
         second = errors[others[0]] if others else None
         return replace(solved[first], held_out=errors[first], runner_up=second)
 
-    def _solve(
-        self, candidate: Candidate, target: Tensor, pattern: Pattern
-    ) -> Selected:
-        solution = candidate.solver.solve(self.hessian, target, pattern)
-        return Selected(solution, replace(candidate, pattern=pattern))
+    def _solutions(self, target: Tensor, pattern: Pattern | None) -> list[Selected]:
+        candidates = self.candidates
+        if pattern is not None:
+            candidates = tuple(replace(c, pattern=pattern) for c in candidates)
+        return [
+            Selected(c.solver.solve(self.hessian, target, c.pattern), c)
+            for c in candidates
+        ]
