@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halve.checkpoint import RECORD, Checkpoint, locate, sha256
 from halve.errors import CheckpointError, PatternError, QuantizationError
-from halve.grids import QuantScheme
+from halve.grids import QuantScheme, grid_shortfall
 from halve.measure.inspection import matrices_of
 from halve.patterns import NM, parse_pattern
 from halve.records import (
@@ -66,7 +66,7 @@ class _Promise:
             self.pattern.check_fits(name, weight.shape[1])
             if (lost := self.pattern.shortfall(weight)) is not None:
                 return lost
-        return self.grid and self.grid.shortfall(weight)
+        return self.grid and grid_shortfall(self.grid, weight)
 
 
 @dataclass(frozen=True)

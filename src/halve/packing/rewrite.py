@@ -23,7 +23,7 @@ from halve.checkpoint import (
 )
 from halve.errors import HalveError, OutputError, QuantizationError
 from halve.formats import quantization_config, store
-from halve.grids import QuantScheme
+from halve.grids import QuantScheme, grid_shortfall
 from halve.layout import Layout, make_layout
 from halve.models import Matrix, build_meta_model
 from halve.options import PackOptions
@@ -202,7 +202,7 @@ class _Rewriter:
             grid = QuantScheme(**self.grids[name])
         except (LookupError, TypeError, QuantizationError):
             return None
-        return None if grid.shortfall(weight) else asdict(grid)
+        return None if grid_shortfall(grid, weight) else asdict(grid)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

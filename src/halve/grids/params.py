@@ -1,0 +1,76 @@
+"""Scales and zero points of one matrix: quantize, dequantize, fake-quantize."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.grids.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """The values that the weights of one matrix may take: (code - zero) * scale.
+
+    Laws: `dequantize(quantize(z))` is z, bit for bit, for every z that `fake_quantize`
+    returns; 0 is a value of every group; no other value is nearer to a weight than the
+    one it is rounded to.
+
+    Attributes:
+        grid: Bits and groups.
+        scale: [rows, groups], float32, not 0; a float16 number of `grid.precision`
+            significant bits. Negative where the grid is symmetric and the largest
+            weight of the group is positive.
+        zero: [rows, groups], float32, the code of 0: an integer, 0 where symmetric.
+    """
+
+    grid: QuantScheme
+    scale: Tensor
+    zero: Tensor
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Return the nearest codes, [rows, columns] in int8."""
+        scale, zero = self._of_columns(weight.shape[1])
+        return nearest_codes(self.grid, weight, scale, zero).to(torch.int8)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Return the values of codes, [rows, columns] in float32; without rounding.
+
+        A scale has 11 significant bits and a code less its zero point at most 9.
+        """
+        scale, zero = self._of_columns(codes.shape[1])
+        return values_of(codes.float(), scale, zero)
+
+    def fake_quantize(self, weight: Tensor) -> Tensor:
+        """Return the nearest values of the grid, [rows, columns] in float32."""
+        scale, zero = self._of_columns(weight.shape[1])
+        return values_of(nearest_codes(self.grid, weight, scale, zero), scale, zero)
+
+    def fake_quantize_column(self, values: Tensor, column: int) -> Tensor:
+        """Return the nearest values of one column's grid, [rows]."""
+        group = column // self.grid.group_size
+        scale, zero = self.scale[:, group], self.zero[:, group]
+        return values_of(nearest_codes(self.grid, values, scale, zero), scale, zero)
+
+    def _of_columns(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of each weight, [rows, columns]."""
+        size = self.grid.group_size
+        return (
+            self.scale.repeat_interleave(size, dim=1)[:, :columns],
+            self.zero.repeat_interleave(size, dim=1)[:, :columns],
+        )
+
+
+def nearest_codes(
+    grid: QuantScheme, values: Tensor, scale: Tensor, zero: Tensor
+) -> Tensor:
+    """Return round(value / scale) + zero, clamped to the codes of a grid, as floats."""
+    codes = (values / scale).round_().add_(zero)
+    return codes.clamp_(grid.lowest, grid.highest)
+
+
+def values_of(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Return (codes - zero) * scale, in the memory of the codes."""
+    # A negative scale makes -0 of 0, and a packed matrix, which drops a weight only
+    # where all its bits are zero, would store it.
+    return codes.sub_(zero).mul_(scale).add_(0.0)
