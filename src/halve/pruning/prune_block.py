@@ -196,7 +196,7 @@ def _solve_stage(
     stage: list[GroupInputs],
     options: BlockOptions,
 ) -> dict[str, Selected]:
-    """Prune the groups of a stage, each matrix on its owner; broadcast the solutions."""
+    """Prune a stage's groups, each matrix on its owner, and broadcast the solutions."""
     matrices = [m for group_inputs in stage for m in group_inputs.group.matrices]
     owners = assign_matrices(stage, state.ranks)
     stage = reduce_to_owners(stage, owners, state.ranks)

@@ -22,7 +22,7 @@ def corrected_target(hessian: Hessian, weight: Tensor, drift: Tensor) -> Tensor:
     """Return W' for W, [rows, columns] in float32; 4 rows * columns^2 operations.
 
     Args:
-        hessian: Of X; its factor U is shared with the solvers, U^T U = (H + damping)^-1.
+        hessian: Of X; solvers share its factor U, U^T U = (H + damping)^-1.
         weight: W, of any floating dtype.
         drift: W (X_dense - X)^T X, as `CrossGram.drift` returns it.
 

@@ -117,7 +117,7 @@ class _Descent:
         block = self.hessian[start:stop, start:stop]
         diagonal = block.diagonal()
 
-        def settle(j: int, move: Tensor) -> None:
+        def fix(j: int, move: Tensor) -> None:
             column = self.solution[start + j]
             best = torch.add(column, residual[j] / diagonal[j])
             best = self.quant_params.fake_quantize_column(best, start + j)
@@ -125,7 +125,7 @@ class _Descent:
             torch.sub(best, column, out=move)
             column.copy_(best)
 
-        return carry(residual, block, settle)
+        return carry(residual, block, fix)
 
 
 @dataclass(frozen=True)

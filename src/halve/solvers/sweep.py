@@ -1,10 +1,10 @@
-"""The sweep: settle column after column, and let those to the right make up for it.
+"""The sweep: fix column after column, and let the columns to the right compensate.
 
 Algorithm 1 of Frantar and Alistarh, "SparseGPT" (2023), which is that of Frantar et
-al., "GPTQ" (2022), with a mask. Where w is a column as it has become by then and q what
-it is settled at, the columns to its right are changed by -(w - q) / U_jj * U_j,. Here q
-is 0 where a weight is pruned, and elsewhere w itself or the level nearest to it. Within
-a block the update is carried in small chunks, so that most of it is a matrix product.
+al., "GPTQ" (2022), with a mask. With w a column after the updates so far and q its
+final value, the columns to its right are changed by -(w - q) / U_jj * U_j,. Here q is 0
+where a weight is pruned, and elsewhere w itself or the grid value nearest to it. Within
+a block the update is applied in small chunks, so that most of it is a matrix product.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ CHUNK = 16
 def transposed_copy(weight: Tensor) -> Tensor:
     """Return a copy of W^T to be swept, [columns, rows] in float32.
 
-    There a column of W, [rows, columns], lies in one piece.
+    A column of W, [rows, columns], is contiguous there.
     """
     order = torch.contiguous_format
     return weight.T.to(torch.float32, memory_format=order, copy=True)
@@ -32,14 +32,15 @@ def transposed_copy(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """How columns are settled.
+    """How the final values of columns are chosen.
 
     Attributes:
-        choose: Given the first of some columns and their scores w^2 / U_jj^2, [columns,
-            rows], returns a mask of the same shape, True where pruned.
+        choose: Given the index of the first of some columns and their scores
+            w^2 / U_jj^2, [columns, rows], returns a mask of the same shape, True where
+            pruned.
         size: Columns of a block.
         span: Columns over which one mask is chosen; the size, or a divisor of it.
-        quant_params: What kept weights are rounded to; None where they stay as they are.
+        quant_params: The grid of the kept weights; None where they are not quantized.
     """
 
     choose: Callable[[int, Tensor], Tensor]
@@ -51,7 +52,7 @@ class Rule:
 def adaptive_mask(
     pattern: Pattern, size: int, quant_params: QuantParams | None = None
 ) -> Rule:
-    """Return the rule by which the lowest scores go as the sweep meets them.
+    """Return the rule that prunes the lowest scores as the sweep reaches them.
 
     Args:
         pattern: Unstructured chooses over a whole block, n:m group after group.
@@ -66,7 +67,7 @@ def adaptive_mask(
 
     def choose(first: int, scores: Tensor) -> Tensor:
         columns, rows = scores.shape
-        # Counts up to each block, not in it: roundings do not add up.
+        # Counted up to each block, and not within it: roundings do not add up.
         before, after = (pattern.count(n * rows) for n in (first, first + columns))
         return lowest(scores, after - before)
 
@@ -76,58 +77,58 @@ def adaptive_mask(
 def fixed_mask(
     pruned: Tensor, size: int, quant_params: QuantParams | None = None
 ) -> Rule:
-    """Return the rule by which a given mask, [columns, rows], is kept to."""
+    """Return the rule that keeps a given mask, [columns, rows]."""
     return Rule(
         lambda first, s: pruned[first : first + len(s)], size, size, quant_params
     )
 
 
 def sweep(remaining: Tensor, factor: Tensor, rule: Rule) -> float:
-    """Settle all columns, in place; rows * columns^2 operations.
+    """Fix all columns, in place; rows * columns^2 operations.
 
     Args:
-        remaining: W^T, [columns, rows]: a column of the matrix lies in one piece.
+        remaining: W^T, [columns, rows]: a column of the matrix is contiguous.
         factor: U, [columns, columns], upper triangular with U^T U = H^-1.
-        rule: How.
+        rule: How final values are chosen.
 
     Returns:
-        trace (W - Z) H (W - Z)^T for the solution Z. Where E are the errors of all
-        columns, W - Z = E U, so that this is ||E||^2.
+        trace (W - Z) H (W - Z)^T for the solution Z. With E the errors of all columns,
+        W - Z = E U, so that this is ||E||^2.
     """
     columns = len(remaining)
-    lost = remaining.new_zeros((), dtype=torch.float64)
+    error = remaining.new_zeros((), dtype=torch.float64)
     for start in range(0, columns, rule.size):
         stop = min(start + rule.size, columns)
-        block, own = remaining[start:stop], factor[start:stop, start:stop]
-        errors = _sweep_block(block, own, rule, start)
-        lost += torch.linalg.vector_norm(errors).double().square()
-        # Added in place: the product alone would be as large as the matrix.
+        block, triangle = remaining[start:stop], factor[start:stop, start:stop]
+        errors = _sweep_block(block, triangle, rule, start)
+        error += torch.linalg.vector_norm(errors).double().square()
+        # In place: the product alone would be as large as the matrix.
         remaining[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return float(lost)
+    return float(error)
 
 
 def _sweep_block(block: Tensor, factor: Tensor, rule: Rule, first: int) -> Tensor:
-    """Settle a block in place and return its errors.
+    """Fix the columns of a block in place and return their errors.
 
     Args:
         block: [size, rows], columns of the matrix as rows; changed in place.
         factor: [size, size], the block's part of U.
-        rule: How.
-        first: Of the block's columns, its number in the matrix.
+        rule: How final values are chosen.
+        first: Index of the block's first column in the matrix.
 
     Returns:
-        [size, rows]: for each column (w - q) / U_jj, to be carried to its right.
+        [size, rows]: for each column (w - q) / U_jj, to be propagated to its right.
     """
-    settling = _Settling(block, factor.diagonal()[:, None], rule, first)
-    span = settling.span
+    columns = _BlockColumns(block, factor.diagonal()[:, None], rule, first)
+    span = columns.span
     chunk = max(CHUNK // span, 1) * span if span < len(block) else CHUNK
-    errors = carry(block, factor, settling.settle, chunk)
-    block.masked_fill_(settling.pruned, 0)
+    errors = carry(block, factor, columns.fix, chunk)
+    block.masked_fill_(columns.pruned, 0)
     return errors
 
 
-class _Settling:
-    """The columns of a block, and what becomes of each.
+class _BlockColumns:
+    """The columns of a block, their mask and their errors.
 
     Attributes:
         span: Columns of this block over which one mask is chosen.
@@ -141,15 +142,17 @@ class _Settling:
         self.pruned = torch.empty_like(block, dtype=torch.bool)
         self._scale = torch.empty_like(block)  # 1 / U_jj where pruned, 0 where kept
 
-    def settle(self, j: int, error: Tensor) -> None:
+    def fix(self, j: int, error: Tensor) -> None:
         """Choose the mask that begins at column j, and write the column's error."""
         if j % self.span == 0:
             self._choose(slice(j, j + self.span))
-        column, quant_params = self._block[j], self._rule.quant_params
-        if quant_params is None:
+        column, params = self._block[j], self._rule.quant_params
+        if params is None:
+            # w - q is w where pruned and 0 where kept; pruned weights are zeroed when
+            # the whole block is done.
             torch.mul(column, self._scale[j], out=error)
             return
-        rounded = quant_params.fake_quantize_column(column, self._first + j)
+        rounded = params.fake_quantize_column(column, self._first + j)
         rounded.masked_fill_(self.pruned[j], 0)
         torch.sub(column, rounded, out=error).div_(self._diagonal[j])
         column.copy_(rounded)
@@ -163,17 +166,17 @@ class _Settling:
 def carry(
     block: Tensor,
     coefficients: Tensor,
-    settle: Callable[[int, Tensor], None],
+    fix: Callable[[int, Tensor], None],
     chunk: int = CHUNK,
 ) -> Tensor:
-    """Settle the columns of a block in turn, each one's error taken from those after.
+    """Fix the columns of a block in turn, propagating each one's error to those after.
 
-    Column k loses coefficients[j, k] * error_j for every column j before it.
+    Column k changes by -coefficients[j, k] * error_j for every column j before it.
 
     Args:
         block: [size, rows], columns of a matrix as rows; changed in place.
         coefficients: [size, size].
-        settle: Given j and where to put it, [rows], writes the error of column j.
+        fix: Given j and an output tensor, [rows], writes the error of column j to it.
         chunk: Columns after which the rest of the block is updated by one product.
 
     Returns:
@@ -184,7 +187,8 @@ def carry(
         stop = min(start + chunk, len(block))
         for j in range(start, stop):
             error = errors[j]
-            settle(j, error)
+            fix(j, error)
+            # A rank-one update within the chunk; the columns after it wait.
             block[j + 1 : stop].addr_(coefficients[j, j + 1 : stop], error, alpha=-1)
         block[stop:] -= linear(coefficients[start:stop, stop:].T, errors[start:stop].T)
     return errors
