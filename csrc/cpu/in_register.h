@@ -1,11 +1,11 @@
-// Makes a value opaque to the compiler, which undoes two things that AVX-512's expand
-// needs on AMD:
+// Makes a value opaque to the compiler. Otherwise its optimizations undo two things
+// that make AVX-512's expand fast on AMD:
 //
-// - An expand whose source is memory is microcode; a load and an expand are not, and
-//   the compiler joins them. Hence in_register(load).
-// - An expand that zeroes what its mask leaves out waits for the last value of its
-//   destination all the same (Zen 5). Merging into a register of zeros does not: the
-//   product with one vector took half the time, from the cache. Hence
+// - An expand from memory is microcoded; a load and an expand from a register are not,
+//   but the compiler fuses them. Hence in_register(load).
+// - A zero-masking expand still waits for the previous value of its destination
+//   (Zen 5). A merge-masking expand into a register of zeros does not: with the weights
+//   in the cache, the product with one vector took half the time. Hence
 //   in_register(zeros).
 
 #ifndef HALVE_IN_REGISTER_H

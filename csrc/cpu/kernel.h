@@ -1,6 +1,6 @@
-// What a kernel is: the few functions that one instruction set offers for one dtype.
-// Everything here is plain data, shared by files that are compiled for different CPUs;
-// an inline function would be a trap (see generic.h).
+// The interface of a kernel: the functions that one instruction set provides for one
+// dtype. Files that are compiled for different CPUs include this header, so it declares
+// plain data only; inline functions would be unsafe here (see generic.h).
 
 #ifndef HALVE_KERNEL_H
 #define HALVE_KERNEL_H
@@ -14,7 +14,7 @@ namespace halve {
 
 constexpr int dtype_count = 3;
 
-// Rows expanded together when x is a batch; threads get a multiple of it.
+// Rows expanded together when x is a batch; a thread gets a multiple of it.
 constexpr int64_t tile_rows = 8;
 
 struct Range {
@@ -26,39 +26,41 @@ struct Dense {
   int64_t rows, columns;
 };
 
-// What a product needs besides its weights.
+// The operands of a product besides its weights.
 struct Operands {
-  const void* x;  // as `arrange` left it
+  const void* x;  // in the layout that `arrange` writes
   int64_t batch;
   const void* bias;  // NULL: none
   void* y;
 };
 
-// Every `workspace` is 64-byte aligned, private to the calling thread, and holds what
-// `workspace_bytes` said; likewise `arranged` and `arranged_bytes`.
+// Every `workspace` is 64-byte aligned, private to the calling thread, and at least as
+// large as `workspace_bytes` returns; likewise `arranged` and `arranged_bytes`, except
+// that all threads read it.
 struct Kernel {
-  // Sizes in bytes as floating-point numbers: they cannot overflow, and the caller
-  // compares them with what can be allocated before it trusts them.
+  // Sizes in bytes. They are floating-point numbers so that they cannot overflow; the
+  // caller checks them against a limit before it converts them.
   double (*arranged_bytes)(int64_t batch, int64_t columns);
   double (*workspace_bytes)(int64_t batch, int64_t columns);
 
-  // Copies x into the order and the type in which the kernel reads it, padded with
-  // zeros to whole words, so that no kernel ever reads past the end of x.
+  // Copies x into the order and the type in which the kernel reads it, with columns
+  // padded with zeros to whole words of the mask, so that no kernel reads past the end
+  // of x.
   void (*arrange)(const void* x, int64_t batch, int64_t columns, void* arranged);
 
   void (*packed)(const halve_packed&, const Operands&, Range rows, void* workspace);
   void (*dense)(const Dense&, const Operands&, Range rows, void* workspace);
 
-  // Writes rows [rows.first, rows.last) to `out`, which begins with row rows.first.
+  // Writes rows [rows.first, rows.last) to `out`, whose first row is rows.first.
   void (*unpack)(const halve_packed&, Range rows, void* out, void* workspace);
 };
 
-// Indexed by dtype. Only those of the target architecture are defined.
+// Indexed by dtype. Only the kernels of the target architecture are defined.
 extern const Kernel reference_kernels[dtype_count];
 extern const Kernel avx2_kernels[dtype_count];
 extern const Kernel avx512f_kernels[dtype_count];
 extern const Kernel neon_kernels[dtype_count];
-// The other dtypes gain nothing from this instruction set.
+// There are none for the other dtypes, which gain nothing from this instruction set.
 extern const Kernel avx512bf16_bf16_kernel;
 
 }  // namespace halve
