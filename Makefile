@@ -1,11 +1,12 @@
-# Each target sets up what it needs on a machine with Python 3.11 and a C++ compiler.
+# Every target first sets up .venv, which needs Python 3.11 and a C++ compiler.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench bench-quality bench-frontier fuzz format clean
+.PHONY: demo test check bench bench-quality bench-frontier bench-ranks bench-scale \
+  bench-all fuzz format clean
 
 demo: $(READY)
 	$(BIN)/halve demo
@@ -19,8 +20,8 @@ check: $(READY)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# One script a claim; see benchmarks/README.md. prune_speed.py makes a second virtual
-# environment for its rival.
+# benchmarks/README.md lists the claims and the target that checks each.
+# prune_speed.py creates a second virtual environment for its rival.
 bench: $(READY)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/faults.py
@@ -35,8 +36,16 @@ bench-quality: $(READY)
 bench-frontier: $(READY)
 	$(BIN)/python benchmarks/frontier.py
 
-# Every reader of files from strangers in turn; needs atheris, which not every machine has
-# a wheel of.
+bench-ranks: $(READY)
+	$(BIN)/python benchmarks/ranks.py
+
+bench-scale: $(READY)
+	$(BIN)/python benchmarks/scale.py --config opt-175b --blocks 1 --samples 2 --limit 22
+
+bench-all: bench bench-quality bench-frontier bench-ranks bench-scale
+
+# Fuzzes every parser of untrusted files in turn. Needs atheris, which has no wheel for
+# some platforms.
 FUZZ_SECONDS ?= 600
 READERS := safetensors index packed pickle config txt jsonl parquet record pack-record ledger
 fuzz: $(READY)
@@ -49,7 +58,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"

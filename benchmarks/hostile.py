@@ -1,8 +1,9 @@
-"""Claim: no damaged or hostile file crashes, hangs, or takes more than its memory.
+"""Claim: no damaged or hostile file makes a reader crash, hang or exceed its memory.
 
-Changes good files of every kind at random, and reads each in a process of its own: what
-does not end in a HalveError or a reading, within twenty seconds and twice the file's
-size plus 192 MiB, is printed with its seed, and the exit code is 1.
+Mutates valid files of every kind at random, and reads each in a separate process. A
+reader must either read the file or raise a HalveError, within twenty seconds and in
+memory of twice the file's size plus 192 MiB. Prints the seed of each file for which it
+does not, and exits with 1 if there is one.
 
     python benchmarks/hostile.py [--each 200] [--seed 0] [--only NAME]
 """
@@ -25,8 +26,8 @@ from tests.fuzz.targets import TARGETS
 seeds_of = cache(lambda name: TARGETS[name].seeds())
 
 
-def tried(name: str, seed: int) -> Verdict:
-    """Change one of a reader's seeds, and read it."""
+def attempt(name: str, seed: int) -> Verdict:
+    """Mutate one of a reader's valid files, and read it."""
     rng = random.Random(f"{name} {seed}")
     target = TARGETS[name]
     data = mutated(rng.choice(seeds_of(name)), rng)
@@ -35,7 +36,7 @@ def tried(name: str, seed: int) -> Verdict:
 
 
 def main() -> int:
-    """Try, count, tell."""
+    """Try all readers and print how many files each read or refused."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--each", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -45,18 +46,18 @@ def main() -> int:
     bad = 0
     for name in [options.only] if options.only else TARGETS:
         seeds = range(options.seed, options.seed + options.each)
-        verdicts = {seed: tried(name, seed) for seed in seeds}
+        verdicts = {seed: attempt(name, seed) for seed in seeds}
         counts = Counter(verdict.outcome for verdict in verdicts.values())
         peak = max(verdict.peak for verdict in verdicts.values())
-        told = ", ".join(
+        summary = ", ".join(
             f"{count} {outcome}" for outcome, count in sorted(counts.items())
         )
-        print(f"{name}: {told}; at most {peak / 2**20:.0f} MiB", flush=True)
+        print(f"{name}: {summary}; at most {peak / 2**20:.0f} MiB", flush=True)
         for seed, verdict in verdicts.items():
             if not verdict.is_good:
                 bad += 1
                 print(f"  seed {seed}: {verdict.outcome}: {verdict.detail}", flush=True)
-    print(f"{bad} were neither read nor refused")
+    print(f"{bad} files were neither read nor refused")
     return int(bad > 0)
 
 

@@ -1,8 +1,9 @@
-"""Claim: a packed product is faster than a dense one, on this machine, at batch 1.
+"""Claim: at batch 1 a packed product is faster than a dense one on this machine.
 
-One [11008 x 4096] bfloat16 matrix with 50 % zeros: packed in Halve's kernel against
-dense in Halve's kernel, and against torch, in interleaved rounds over so many copies
-that none is in a cache. Exits with 1 where packed is not faster than our own dense.
+Multiplies one [11008 x 4096] bfloat16 matrix with 50 % zeros: packed with Halve's
+kernel, dense with Halve's kernel, and dense with torch, in interleaved rounds over
+enough copies that none stays in a cache. Exits with 1 unless the packed product is
+faster than Halve's dense one.
 """
 
 import argparse
@@ -18,20 +19,21 @@ from torch.nn import functional
 from halve.formats import pack
 from halve.runtime.cpu.kernels import Kernels, kernels
 
-_CACHED = 300e6  # bytes of copies, well past the last cache
+_COPIES_BYTES = 300e6  # well past the size of the last-level cache
 
 
 def copies(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Return a matrix's tensors as many times as no cache can hold."""
+    """Return so many copies of a matrix's tensors that no cache holds them."""
     size = sum(tensor.nbytes for tensor in tensors)
-    count = max(int(_CACHED / size), 2)
+    count = max(int(_COPIES_BYTES / size), 2)
     return [tuple(tensor.clone() for tensor in tensors) for _ in range(count)]
 
 
 def alternate(rivals: dict[str, tuple[Callable, list]], rounds: int) -> dict:
-    """Return each rival's median seconds; in every round each runs all its copies.
+    """Return the median seconds of each rival, which take turns in every round.
 
-    Each call is timed alone: a thread that loses its core spoils one, not a round.
+    Each call is timed separately, so that a thread that is preempted distorts one
+    measurement and not a whole round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
@@ -40,25 +42,31 @@ def alternate(rivals: dict[str, tuple[Callable, list]], rounds: int) -> dict:
                 started = time.perf_counter()
                 multiply(matrix)
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def compare(found: Kernels, rows: int, columns: int, batch: int, rounds: int) -> float:
-    """Print packed against our dense kernel and torch; return the first ratio."""
+def compare(
+    library: Kernels, rows: int, columns: int, batch: int, rounds: int
+) -> float:
+    """Print the packed product against Halve's dense one and torch's.
+
+    Returns:
+        How many times as fast as Halve's dense product it is.
+    """
     weight = torch.randn(rows, columns).bfloat16()
     weight.masked_fill_(torch.rand(weight.shape) < 0.5, 0)
     p = pack(weight)
     x = torch.randn(batch, columns).bfloat16()
     dense = copies(weight)
     packed = (
-        lambda q: found.packed_linear(x, q[0], q[1], q[2], None, columns),
+        lambda q: library.packed_linear(x, q[0], q[1], q[2], None, columns),
         copies(p.values, p.mask, p.offsets),
     )
-    own = (lambda q: found.dense_linear(x, q[0], None), dense)
-    torchs = (lambda q: functional.linear(x, q[0]), dense)
-    # Two at a time: what ran before decides what the caches hold.
-    first = alternate({"packed": packed, "rival": own}, rounds)
-    second = alternate({"packed": packed, "rival": torchs}, rounds)
+    halve_dense = (lambda q: library.dense_linear(x, q[0], None), dense)
+    torch_dense = (lambda q: functional.linear(x, q[0]), dense)
+    # Two at a time, since what ran before decides what is in the caches.
+    first = alternate({"packed": packed, "rival": halve_dense}, rounds)
+    second = alternate({"packed": packed, "rival": torch_dense}, rounds)
     ratios = [times["rival"] / times["packed"] for times in (first, second)]
     print(
         f"[{rows} x {columns}] batch {batch:2}: "
@@ -71,24 +79,24 @@ def compare(found: Kernels, rows: int, columns: int, batch: int, rounds: int) ->
 
 
 def main() -> int:
-    """Print the table; 1 where packed is not faster than our own dense at batch 1."""
+    """Print the table; return 1 unless packed beats Halve's dense at batch 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=11008)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=41)
     options = parser.parse_args()
     print(describe_machine())
-    found = kernels()
-    if found is None:
-        print("FAILED: there are no kernels here")
+    library = kernels()
+    if library is None:
+        print("FAILED: Halve was installed without its kernels")
         return 1
-    print(f"kernel: {found.name}")
+    print(f"kernel: {library.name}")
     ratios = [
-        compare(found, options.rows, options.columns, batch, options.rounds)
+        compare(library, options.rows, options.columns, batch, options.rounds)
         for batch in (1, 4, 16)
     ]
     if ratios[0] <= 1:
-        print("FAILED: packed is not faster than our dense kernel at batch 1")
+        print("FAILED: packed is not faster than Halve's dense kernel at batch 1")
     return int(ratios[0] <= 1)
 
 

@@ -1,4 +1,4 @@
-"""What a figure was measured on: printed above every benchmark's results."""
+"""Describes the machine and the versions, which every benchmark prints first."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import torch
 
 
 def describe_machine() -> str:
-    """Return processor, cores, threads, versions and commit, in one line each."""
+    """Return three lines: the processor and its memory, the commit, the versions."""
     return "\n".join(
         [
             f"machine: {_processor()}, {os.cpu_count()} cores, "

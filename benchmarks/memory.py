@@ -1,9 +1,9 @@
-"""Claims: the dry run foretells peak memory, and depth does not change it.
+"""Claims: the dry run predicts peak memory, which does not grow with depth.
 
-Prunes models of several shapes, the bundled one and random ones, each in a process of
-its own, and compares the peak of its resident set with what `halve prune --dry-run`
-said. Exits with 1 where they differ by more than 15 %, or where a model of 24 blocks
-needs over 10 % more than one of 6.
+Prunes models of several shapes, the bundled one and random ones, each in a separate
+process, and compares the peak of its resident set with the prediction of `halve prune
+--dry-run`. Exits with 1 if any differs by more than 15 %, or if a model of 24 blocks
+takes over 10 % more than one of 6.
 
     python benchmarks/memory.py [--solvers sparsegpt auto] [--shapes bundled small]
 """
@@ -24,8 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import halve
 
 BUNDLED = files("halve") / "data" / "pycode-opt"
-FARTHEST, DEEPEST = 0.15, 1.10
-# Name -> family, width, inner width, blocks, samples, tokens in each.
+# The largest relative error of a prediction, and the most that 24 blocks take of 6.
+MAX_ERROR, MAX_GROWTH = 0.15, 1.10
+# Name -> family, width, inner width, blocks, samples, tokens per sample.
 SHAPES: dict[str, tuple[str, int, int, int, int, int]] = {
     "small": ("opt", 512, 2048, 4, 64, 256),
     "6 blocks": ("llama", 1024, 4096, 6, 32, 256),
@@ -36,16 +37,16 @@ SHAPES: dict[str, tuple[str, int, int, int, int, int]] = {
 
 
 def save_model(folder: Path, shape: tuple[str, int, int, int, int, int]) -> None:
-    """Write a random model in bfloat16."""
+    """Save a random model in bfloat16."""
     family, width, inner, depth, _, _ = shape
-    own = {"opt": {"ffn_dim": inner, "word_embed_proj_dim": width}}
+    options = {"opt": {"ffn_dim": inner, "word_embed_proj_dim": width}}
     config = AutoConfig.for_model(
         family,
         vocab_size=4096,
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=width // 64,
-        **own.get(family, {"intermediate_size": inner}),
+        **options.get(family, {"intermediate_size": inner}),
     )
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -54,24 +55,24 @@ def save_model(folder: Path, shape: tuple[str, int, int, int, int, int]) -> None
 
 
 def peak_of(command: list[str]) -> tuple[int, str]:
-    """Run Halve in a process of its own; return its peak resident set and output."""
+    """Run Halve in a separate process; return its peak resident set and its output."""
     program = (
         "import sys; from halve.cli.app import main; sys.argv[0] = 'halve'\n"
         "try: main()\n"
         "finally: print(open('/proc/self/status').read(), file=sys.stderr)"
     )
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", program, *command],
         check=True,
         capture_output=True,
         text=True,
     )
-    line = next(x for x in done.stderr.splitlines() if x.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024, done.stdout
+    line = next(x for x in finished.stderr.splitlines() if x.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024, finished.stdout
 
 
 def measure(name: str, solver: str) -> tuple[int, int]:
-    """Return the peak that was foretold for a shape, and the one that was measured."""
+    """Return the predicted and the measured peak of a shape, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         model, size = Path(folder) / "model", (128, 256)
         if name == "bundled":
@@ -88,30 +89,30 @@ def measure(name: str, solver: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Measure all shapes and compare."""
+    """Compare prediction and measurement of all shapes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--solvers", nargs="+", default=["sparsegpt", "auto"])
     parser.add_argument("--shapes", nargs="+", default=["bundled", *SHAPES])
     options = parser.parse_args()
     print(describe_machine(), f"halve {halve.__version__}", sep="\n")
-    kept = True
+    holds = True
     for solver in options.solvers:
         peaks: dict[str, int] = {}
         for name in options.shapes:
-            foretold, peaks[name] = measure(name, solver)
-            off = foretold / peaks[name] - 1
-            kept &= abs(off) <= FARTHEST
+            predicted, peaks[name] = measure(name, solver)
+            error = predicted / peaks[name] - 1
+            holds &= abs(error) <= MAX_ERROR
             print(
-                f"{solver:10} {name:14} foretold {foretold / 2**20:7.0f} MiB, "
-                f"measured {peaks[name] / 2**20:7.0f} MiB: {100 * off:+.1f} %",
+                f"{solver:10} {name:14} predicted {predicted / 2**20:7.0f} MiB, "
+                f"measured {peaks[name] / 2**20:7.0f} MiB: {100 * error:+.1f} %",
                 flush=True,
             )
         if {"6 blocks", "24 blocks"} <= peaks.keys():
-            deeper = peaks["24 blocks"] / peaks["6 blocks"]
-            print(f"{solver:10} 24 blocks take {deeper:.3f} times what 6 blocks take")
-            kept &= deeper <= DEEPEST
-    print("kept" if kept else "MISSED")
-    return int(not kept)
+            growth = peaks["24 blocks"] / peaks["6 blocks"]
+            print(f"{solver:10} 24 blocks take {growth:.3f} times what 6 blocks take")
+            holds &= growth <= MAX_GROWTH
+    print("held" if holds else "MISSED")
+    return int(not holds)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
-"""Claim: Halve prunes faster than llm-compressor, at the same work, on this machine.
+"""Claim: Halve prunes at least twice as fast as llm-compressor, on the same work.
 
-The work: SparseGPT to 50 % of all 72 linear layers of a random model of the shape of
+Work: SparseGPT to 50 % of all 72 linear layers of a random model of the shape of
 OPT-125M (float32, tied head), calibrated on 32 windows of 512 tokens, on the CPU.
 llm-compressor 0.14.0.1 runs `SparseGPTModifier(sparsity=0.5, ignore=["re:.*lm_head"])`;
-the pattern keeps it from pruning the embeddings, which are the head here.
+the pattern excludes the head, which shares its weights with the embeddings here.
 
-The same tokens: Halve draws its windows from a .jsonl of this Python's own library, by
-seed. The windows that it will draw are worked out beforehand and given to
-llm-compressor as `input_ids`; the digest in Halve's record must be theirs. So Halve
-tokenizes inside its time and llm-compressor does not.
+Tokens: Halve draws its windows by seed from a .jsonl of this Python's standard library.
+The same windows are computed beforehand and passed to llm-compressor as `input_ids`,
+and their digest must equal the one in Halve's record. So Halve's time includes
+tokenization and llm-compressor's does not.
 
-The clock runs from the call with a model's folder to the return with the new folder
-written: loading, calibration, pruning, saving; imports are left out on both sides. The
-tools take turns, each round in a process of its own, which also reports its seconds of
-processor (core s), less at the mercy of other work on the machine, and its peak of
-resident memory. This process imports nothing heavy: on Linux a child's peak begins at
-its parent's.
+Time: from the call with a model's folder to the return with the new folder written:
+loading, calibration, pruning, saving. Imports are excluded for both. The tools take
+turns, each run in a separate process, which also reports its processor time (core s),
+which depends less on other load, and its peak resident memory. This process imports
+nothing heavy, because on Linux the peak of a child starts at that of its parent.
 
-Afterwards both folders are read: every linear layer must be half zeros and everything
-else dense, or the script fails. How far the two masks agree is printed too.
+Result: every linear layer of both outputs must be half zeros and everything else dense,
+or the script fails. Prints how far the two masks agree. It prints the ratio of times
+and leaves the comparison with the claim to the reader.
 
     python benchmarks/prune_speed.py [--rounds 3] [--rival-venv FOLDER] [--json FILE]
 
-The rival lives in a virtual environment of its own, made on first use (1.5 GB).
+The rival is installed into a separate virtual environment on first use (1.5 GB).
 """
 # ruff: noqa: PLC0415  (each step runs in its own process and imports what it needs)
 
@@ -55,7 +55,7 @@ _DOCUMENTS, _CHARACTERS = 64, 20_000
 
 
 def main() -> None:
-    """Measure; or, as a process of its own, do one step of that."""
+    """Measure; or, in a child process, do one step of the measurement."""
     options = _options()
     if options.step:
         result = _STEPS[options.step](options.folder)
@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
 
 
 def _rival_python(venv: Path) -> str:
-    """Return the rival's interpreter; install the rival where it is not there."""
+    """Return the rival's interpreter, after installing the rival if it is missing."""
     python = str(venv.absolute() / "bin" / "python")
     if any(venv.glob("lib/python*/site-packages/llmcompressor")):
         return python
@@ -118,15 +118,15 @@ def _measure(folder: Path, rival: str, rounds: int) -> dict[str, Any]:
 
 
 def _run(python: str, step: str, folder: Path) -> dict[str, Any]:
-    """Do one step in a process of its own and return what it found."""
+    """Do one step in a separate process and return its result."""
     log = folder / "log.txt"
     command = [python, __file__, "--step", step, "--folder", str(folder)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     with log.open("w", encoding="utf-8") as output:
-        done = subprocess.run(
+        finished = subprocess.run(
             command, env=environment, stdout=output, stderr=output, check=False
         )
-    if done.returncode:
+    if finished.returncode:
         sys.exit(f"The step {step} failed:\n{log.read_text('utf-8')[-3000:]}")
     return json.loads((folder / "result.json").read_text("utf-8"))
 
@@ -143,7 +143,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Return the commit, marked where files in the checkout differ from it."""
+    """Return the commit, marked `-dirty` if the checkout has changes."""
     command = [
         "git",
         "-C",
@@ -161,15 +161,17 @@ def _faults(
     runs: dict[str, list[dict[str, Any]]],
     checks: list[dict[str, Any]],
 ) -> list[str]:
-    """Return why the figures must not be believed; nothing where they may."""
+    """Return why the figures are invalid; empty if they are valid."""
     faults = [fault for check in checks for fault in check["faults"]]
     if any(run["windows"] != prepared["windows"] for run in runs["halve"]):
-        faults.append("Halve was calibrated on other tokens than llm-compressor.")
+        faults.append("Halve and llm-compressor were calibrated on different tokens.")
     for pin in _PINS:
         package, _, version = pin.partition("==")
-        found = runs[_RIVAL][0]["versions"][package]
-        if found.partition("+")[0] != version:
-            faults.append(f"The rival's environment has {package} {found}, not {pin}.")
+        installed = runs[_RIVAL][0]["versions"][package]
+        if installed.partition("+")[0] != version:
+            faults.append(
+                f"The rival's environment has {package} {installed}, not {pin}."
+            )
     return faults
 
 
@@ -191,9 +193,11 @@ def _show(report: dict[str, Any]) -> None:
     _row("median", [_times(*pair) for pair in zip(medians, cores, strict=True)])
     _row("peak", [f"{peak / 2**20:.0f} MiB" for peak in peaks])
     print(f"\nHalve is {medians[1] / medians[0]:.2f} times as fast as {_RIVAL}.")
-    print(f"Its peak of memory is {peaks[0] / peaks[1]:.0%} of the other's.")
-    for tool, (least, most) in report["checks"][-1]["zeros"].items():
-        print(f"{tool}: {least:.4%} to {most:.4%} zeros in {_MATRICES} linear layers")
+    print(f"Its peak memory is {peaks[0] / peaks[1]:.0%} of the rival's.")
+    for tool, (lowest, highest) in report["checks"][-1]["zeros"].items():
+        print(
+            f"{tool}: {lowest:.4%} to {highest:.4%} zeros in {_MATRICES} linear layers"
+        )
     print(f"The masks agree on {report['checks'][-1]['agreement']:.2%} of the weights.")
 
 
@@ -205,11 +209,11 @@ def _times(wall: float, cores: float) -> str:
     return f"{wall:.1f} s ({cores:.0f} core s)"
 
 
-# The steps, each in a process of its own.
+# The steps, each of which runs in a separate process.
 
 
 def _prepare(folder: Path) -> dict[str, Any]:
-    """Make the model, the text, and the windows that Halve will draw from it."""
+    """Save the model, the text, and the windows that Halve will draw from it."""
     from halve.calibration import draw_windows, load_corpus, load_encoder
 
     _make_model(folder / "model")
@@ -245,7 +249,7 @@ def _make_model(folder: Path) -> None:
 
 
 def _make_text(path: Path) -> None:
-    """Write long modules of the standard library, one a document."""
+    """Save long modules of the standard library, each as one document."""
     from halve.calibration import load_corpus
 
     modules = load_corpus("stdlib", "calibration").documents
@@ -297,12 +301,12 @@ def _rival(folder: Path) -> dict[str, Any]:
 
 
 def _clocks() -> tuple[float, float]:
-    """Return seconds on the wall and on all cores."""
+    """Return wall-clock seconds and processor seconds."""
     return time.perf_counter(), time.process_time()
 
 
 def _cost(started: tuple[float, float], package: str) -> dict[str, Any]:
-    """Return what this process took since then, its peak, and what it ran on."""
+    """Return the time since `started`, the peak memory, threads and versions."""
     ended = _clocks()
     import torch
 
@@ -317,25 +321,26 @@ def _cost(started: tuple[float, float], package: str) -> dict[str, Any]:
 
 
 def _check(folder: Path) -> dict[str, Any]:
-    """Read both folders: linear layers half zeros, all else dense, like masks."""
+    """Compare the zeros of both folders with the claim and with each other."""
     zeros: dict[str, dict[str, Any]] = {}
     faults: list[str] = []
     for tool in _TOOLS:
         masks = _zero_masks(folder / tool)
         linear = {name: mask for name, mask in masks.items() if ".layers." in name}
-        faults += _unlike_the_claim(tool, masks, linear)
+        faults += _wrong_sparsity(tool, masks, linear)
         zeros[tool] = linear
-    ours, theirs = (zeros[tool] for tool in _TOOLS)
-    alike = sum(int((ours[n] == theirs[n]).sum()) for n in ours.keys() & theirs.keys())
+    first, second = (zeros[tool] for tool in _TOOLS)
+    names = first.keys() & second.keys()
+    same = sum(int((first[name] == second[name]).sum()) for name in names)
     return {
         "faults": faults,
         "zeros": {tool: _extremes(linear) for tool, linear in zeros.items()},
-        "agreement": alike / sum(mask.numel() for mask in ours.values()),
+        "agreement": same / sum(mask.numel() for mask in first.values()),
     }
 
 
 def _zero_masks(folder: Path) -> dict[str, Any]:
-    """Return the name of every matrix with where it is zero."""
+    """Return name -> mask of its zeros, for every matrix of a folder."""
     from safetensors import safe_open
 
     masks = {}
@@ -348,27 +353,27 @@ def _zero_masks(folder: Path) -> dict[str, Any]:
     return masks
 
 
-def _unlike_the_claim(
+def _wrong_sparsity(
     tool: str, masks: dict[str, Any], linear: dict[str, Any]
 ) -> list[str]:
     faults = []
     if len(linear) != _MATRICES:
         faults.append(f"{tool}: {len(linear)} linear layers, not {_MATRICES}.")
     for name, mask in masks.items():
-        share = _share(mask)
-        # The rival's threshold takes a weight more of each block of columns.
+        fraction = _fraction(mask)
+        # The rival's threshold prunes one weight more in each block of columns.
         low, high = (_SPARSITY, _SPARSITY + 1e-3) if name in linear else (0, 1e-3)
-        if not low <= share <= high:
-            faults.append(f"{tool}: {name} has {share:.3%} zeros.")
+        if not low <= fraction <= high:
+            faults.append(f"{tool}: {name} has {fraction:.3%} zeros.")
     return faults
 
 
 def _extremes(masks: dict[str, Any]) -> tuple[float, float]:
-    shares = [_share(mask) for mask in masks.values()]
-    return min(shares), max(shares)
+    fractions = [_fraction(mask) for mask in masks.values()]
+    return min(fractions), max(fractions)
 
 
-def _share(mask: Any) -> float:
+def _fraction(mask: Any) -> float:
     return int(mask.sum()) / mask.numel()
 
 

@@ -1,14 +1,14 @@
-"""Claim: several processes prune as one does, and each of them needs less memory.
+"""Claim: several processes prune as one does, and each of them takes less memory.
 
 Prunes the bundled model, and a random one of the shape of OPT-1.3B cut to two blocks
-(bfloat16), with one process and with several under torchrun, all on this machine and
-with one thread each. Prints on how many weights the masks agree, both perplexities, and
-each process's peak resident set (VmHWM).
+(bfloat16), with one process and with several under torchrun, all on this machine with
+one thread each. Prints the fraction of weights on which the masks agree, both
+perplexities, and the peak resident set of each process (VmHWM).
 
-Solvers amplify the last bits of their sums: one pruned weight more or less changes what
-comes after it. So masks agree only as long as sums do, to the bit. Exits with 1 where
-masks agree on less than 99.9 % of the weights, where perplexities differ by more than
-0.1 %, or where a process needs as much memory as one alone.
+Solvers amplify differences in the last bits of their sums, since a weight that is
+pruned or not changes all that follow. So masks agree only where sums do, to the bit.
+Exits with 1 if masks agree on less than 99.9 % of the weights, if perplexities differ
+by more than 0.1 %, or if a process takes as much memory as one alone.
 
     python benchmarks/ranks.py [--ranks 2] [--solver auto] [--samples 32]
         [--seq-len 512] [--only bundled|opt-1.3b]
@@ -33,12 +33,19 @@ import halve
 from halve.cli import main as halve_main
 
 BUNDLED = Path(halve.__file__).parent / "data/pycode-opt"
-AGREEMENT, DIFFERENCE = 0.999, 0.001
+# The least agreement of masks, and the largest relative difference of perplexity.
+MIN_AGREEMENT, MAX_DIFFERENCE = 0.999, 0.001
 
 
 @dataclass(frozen=True)
-class PrunedBlock:
-    """What some processes made of a model: the folder, MiB of each, and seconds."""
+class Run:
+    """One pruning run.
+
+    Attributes:
+        folder: The pruned model.
+        peaks: Peak resident set of each process, in MiB.
+        seconds: Wall time.
+    """
 
     folder: Path
     peaks: list[float]
@@ -46,7 +53,7 @@ class PrunedBlock:
 
 
 def save_model(folder: Path) -> None:
-    """Write two random blocks of the shape of OPT-1.3B, and its embeddings."""
+    """Save two random blocks of the shape of OPT-1.3B, and its embeddings."""
     config = OPTConfig(
         hidden_size=2048,
         ffn_dim=8192,
@@ -60,22 +67,20 @@ def save_model(folder: Path) -> None:
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
 
 
-def prune_and_tell(*arguments: str) -> None:
-    """Run `halve`, and leave its peak in MiB in PEAKS."""
+def prune_and_measure(*arguments: str) -> None:
+    """Run `halve`, and write its peak in MiB into the folder $PEAKS."""
     sys.argv[1:] = arguments
     try:
         halve_main()
     finally:
         status = Path("/proc/self/status").read_text("utf-8").splitlines()
         (peak,) = [int(x.split()[1]) for x in status if x.startswith("VmHWM:")]
-        place = Path(os.environ["PEAKS"]) / os.environ.get("RANK", "0")
-        place.write_text(str(peak / 1024))
+        file = Path(os.environ["PEAKS"]) / os.environ.get("RANK", "0")
+        file.write_text(str(peak / 1024))
 
 
-def prune(
-    model: Path, out: Path, ranks: int, options: argparse.Namespace
-) -> PrunedBlock:
-    """Prune a model with so many processes."""
+def prune(model: Path, out: Path, ranks: int, options: argparse.Namespace) -> Run:
+    """Prune a model with a number of processes."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
@@ -88,28 +93,28 @@ def prune(
     with tempfile.TemporaryDirectory() as peaks:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PEAKS": peaks}
         subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
-        every = [float(path.read_text()) for path in sorted(Path(peaks).iterdir())]
-    return PrunedBlock(out, every, time.perf_counter() - started)
+        peaks_mib = [float(path.read_text()) for path in sorted(Path(peaks).iterdir())]
+    return Run(out, peaks_mib, time.perf_counter() - started)
 
 
 def agreement(one: Path, other: Path) -> float:
-    """Return the share of prunable weights on whose pruning two folders agree."""
+    """Return the fraction of prunable weights on which two folders' masks agree."""
     same = total = 0
-    for ours, theirs in _both(one, other):
-        same += int(((ours == 0) == (theirs == 0)).sum())
-        total += ours.numel()
+    for first, second in _both(one, other):
+        same += int(((first == 0) == (second == 0)).sum())
+        total += first.numel()
     return same / total
 
 
 def _both(one: Path, other: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    wanted = {matrix.tensor for matrix in halve.inspect(one).matrices}
+    names = {matrix.tensor for matrix in halve.inspect(one).matrices}
     for path in sorted(one.glob("*.safetensors")):
-        ours, theirs = load_file(path), load_file(other / path.name)
-        yield from ((ours[name], theirs[name]) for name in wanted & ours.keys())
+        first, second = load_file(path), load_file(other / path.name)
+        yield from ((first[name], second[name]) for name in names & first.keys())
 
 
 def compare(name: str, model: Path, options: argparse.Namespace) -> bool:
-    """Print what one process and several make of a model; return whether all holds."""
+    """Prune a model with one process and with several; return if the claim holds."""
     length = min(options.seq_len, 256 if model == BUNDLED else 2048)
     options = argparse.Namespace(**vars(options) | {"seq_len": length})
     with tempfile.TemporaryDirectory() as root:
@@ -117,7 +122,7 @@ def compare(name: str, model: Path, options: argparse.Namespace) -> bool:
             prune(model, Path(root) / str(ranks), ranks, options)
             for ranks in (1, options.ranks)
         ]
-        share = agreement(*(run.folder for run in runs))
+        fraction = agreement(*(run.folder for run in runs))
         first, second = (
             halve.perplexity(
                 run.folder, data="stdlib", seq_len=length, segments=16, device="cpu"
@@ -126,19 +131,19 @@ def compare(name: str, model: Path, options: argparse.Namespace) -> bool:
         )
     print(f"{name}, --solver {options.solver}, {options.samples} windows of {length}:")
     for run in runs:
-        every = ", ".join(f"{peak:.0f}" for peak in run.peaks)
-        print(f"  {len(run.peaks)} processes: {run.seconds:.0f} s, peaks {every} MiB")
-    print(f"  masks agree on {share:.4%} of the weights")
+        peaks = ", ".join(f"{peak:.0f}" for peak in run.peaks)
+        print(f"  {len(run.peaks)} processes: {run.seconds:.0f} s, peaks {peaks} MiB")
+    print(f"  masks agree on {fraction:.4%} of the weights")
     print(f"  perplexity {first:.6g} and {second:.6g}: {second / first - 1:+.4%}")
     return (
-        share >= AGREEMENT
-        and abs(second / first - 1) <= DIFFERENCE
+        fraction >= MIN_AGREEMENT
+        and abs(second / first - 1) <= MAX_DIFFERENCE
         and max(runs[1].peaks) < runs[0].peaks[0]
     )
 
 
 def main() -> int:
-    """Compare both models."""
+    """Compare runs on both models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--solver", default="auto")
@@ -147,18 +152,18 @@ def main() -> int:
     parser.add_argument("--only", choices=["bundled", "opt-1.3b"])
     options = parser.parse_args()
     print(describe_machine())
-    fine = True
+    holds = True
     if options.only != "opt-1.3b":
-        fine &= compare("pycode-opt", BUNDLED, options)
+        holds &= compare("pycode-opt", BUNDLED, options)
     if options.only != "bundled":
         with tempfile.TemporaryDirectory() as folder:
             save_model(Path(folder))
-            fine &= compare("OPT-1.3B's shape, 2 blocks", Path(folder), options)
-    return int(not fine)
+            holds &= compare("OPT-1.3B's shape, 2 blocks", Path(folder), options)
+    return int(not holds)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        prune_and_tell(*sys.argv[2:])
+        prune_and_measure(*sys.argv[2:])
     else:
         sys.exit(main())

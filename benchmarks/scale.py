@@ -1,11 +1,11 @@
-"""Question: what do the largest models take, one true-size block at a time?
+"""Claim: one block of OPT-175B's size is pruned within 22 GiB.
 
-Writes a model with blocks of a published shape (random weights in float16, a small
-vocabulary), prunes it through the real executor in a process of its own, and prints the
-seconds and the peak memory of each phase. From them it works out the whole model on the
-paper's 128 windows of 2048 tokens: passes grow with the tokens, solving and writing do
-not, and blocks are alike. Exits with 1 where the peak passes `--limit`, which the run
-is given as its `--memory`.
+Saves a model with few blocks of a published shape (random weights in float16, a small
+vocabulary), prunes it in a separate process, and prints the seconds and the peak memory
+of each phase. Extrapolates them to the whole model on the paper's 128 windows of 2048
+tokens: forward passes grow with the tokens, solving and writing do not, and all blocks
+take the same. Exits with 1 if the peak exceeds `--limit`, which is passed to the run as
+its `--memory`.
 
     python benchmarks/scale.py --config opt-175b --blocks 1 [--samples 4] [--limit 22]
 """
@@ -31,7 +31,7 @@ from halve.records import Progress
 
 BUNDLED = Path(str(files("halve") / "data" / "pycode-opt"))
 PAPER_TOKENS = 128 * 2048
-# Phases whose time grows with the tokens.
+# Phases whose time is proportional to the tokens.
 BY_TOKENS = ("collecting", "summing", "propagating", "refining")
 # Name -> family, width, inner width, heads, blocks.
 CONFIGS = {
@@ -48,7 +48,7 @@ CONFIGS = {
 def config_of(name: str, blocks: int) -> PretrainedConfig:
     """Return the config of a published shape with few blocks and a small vocabulary."""
     family, width, inner, heads, _ = CONFIGS[name]
-    own = {
+    options = {
         "opt": {"ffn_dim": inner, "word_embed_proj_dim": width},
         "llama": {"intermediate_size": inner, "num_key_value_heads": 8},
         "bloom": {},
@@ -60,33 +60,33 @@ def config_of(name: str, blocks: int) -> PretrainedConfig:
         num_hidden_layers=blocks,
         num_attention_heads=heads,
         max_position_embeddings=2048,
-        **own[family],
+        **options[family],
     )
 
 
 def save_model(folder: Path, config: PretrainedConfig) -> None:
-    """Write random weights, one tensor a file, so that no more is in memory."""
+    """Save random weights, one tensor per file, so that only one is in memory."""
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
     tensors = build_meta_model(folder).model.state_dict()
-    where = {}
+    files_by_tensor = {}
     for number, (name, meta) in enumerate(tensors.items()):
         if name == "lm_head.weight":  # tied to the embedding
             continue
-        where[name] = f"model-{number:05}.safetensors"
+        files_by_tensor[name] = f"model-{number:05}.safetensors"
         value = torch.empty(meta.shape, dtype=torch.float16)
         if meta.dim() > 1:
             for row in value.split(1024):
                 row.normal_(std=0.02)
         else:
             value.fill_(float(name.endswith("weight")))
-        save_file({name: value}, folder / where[name], {"format": "pt"})
-    index = {"metadata": {}, "weight_map": where}
+        save_file({name: value}, folder / files_by_tensor[name], {"format": "pt"})
+    index = {"metadata": {}, "weight_map": files_by_tensor}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def peak() -> float:
-    """Return the most memory that was resident since the last call, in GiB."""
+    """Return the peak resident set since the last call, in GiB."""
     status = Path("/proc/self/status").read_text("ascii").splitlines()
     (line,) = [line for line in status if line.startswith("VmHWM:")]
     Path("/proc/self/clear_refs").write_text("5")
@@ -94,10 +94,10 @@ def peak() -> float:
 
 
 def prune(folder: Path, options: argparse.Namespace) -> None:
-    """Prune in this process; print each phase's block, seconds and peak, as JSON."""
+    """Prune in this process; print the name, seconds and peak of each phase as JSON."""
     started, last = time.perf_counter(), "starting"
 
-    def note(progress: Progress) -> None:
+    def report_phase(progress: Progress) -> None:
         nonlocal started, last
         now = time.perf_counter()
         print(json.dumps([last, now - started, peak()]), flush=True)
@@ -112,13 +112,13 @@ def prune(folder: Path, options: argparse.Namespace) -> None:
         seq_len=options.seq_len,
         device=options.device,
         memory=int(options.limit * 2**30),
-        progress=note,
+        progress=report_phase,
     )
-    note(Progress(0, 1, "finished"))
+    report_phase(Progress(0, 1, "finished"))
 
 
 def measured(folder: str, options: argparse.Namespace) -> Iterator[tuple]:
-    """Prune in a process of its own and yield its phases as they end."""
+    """Prune in a separate process and yield its phases as they end."""
     command = [sys.executable, __file__, *sys.argv[1:], "--child", folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -129,25 +129,25 @@ def measured(folder: str, options: argparse.Namespace) -> Iterator[tuple]:
 
 
 def report(phases: list[tuple], options: argparse.Namespace) -> None:
-    """Print each kind of phase, and what the whole model would take."""
-    grown = PAPER_TOKENS / (options.samples * options.seq_len)
-    whole = 0.0
+    """Print the total of each phase, and the extrapolation to the whole model."""
+    token_ratio = PAPER_TOKENS / (options.samples * options.seq_len)
+    total = 0.0
     depth = CONFIGS[options.config][-1] / options.blocks
     for name in dict.fromkeys(name for name, *_ in phases):
         seconds = sum(s for n, s, _ in phases if n == name)
-        most = max(m for n, _, m in phases if n == name)
-        print(f"  {name:12} {seconds:8.1f} s  peak {most:6.2f} GiB")
+        peak_gib = max(m for n, _, m in phases if n == name)
+        print(f"  {name:12} {seconds:8.1f} s  peak {peak_gib:6.2f} GiB")
         if name != "starting":
-            whole += seconds * depth * (grown if name in BY_TOKENS else 1)
+            total += seconds * depth * (token_ratio if name in BY_TOKENS else 1)
     hidden = PAPER_TOKENS * CONFIGS[options.config][1] * 4 / 2**30
     print(
-        f"the whole model on 128 windows of 2048 tokens: {whole / 3600:.1f} h, memory "
-        f"as here, and {hidden:.0f} GiB of hidden states that may lie in a mapped file"
+        f"the whole model on 128 windows of 2048 tokens: {total / 3600:.1f} h, the "
+        f"same memory, and {hidden:.0f} GiB of hidden states in memory or on disk"
     )
 
 
 def main() -> int:
-    """Measure one shape."""
+    """Measure one shape and compare its peak with the limit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", choices=CONFIGS, default="opt-175b")
     parser.add_argument("--blocks", type=int, default=1)
@@ -167,9 +167,9 @@ def main() -> int:
         save_model(Path(folder) / "model", config_of(options.config, options.blocks))
         phases = list(measured(folder, options))
     report(phases, options)
-    most = max(memory for *_, memory in phases)
-    print(f"peak {most:.2f} GiB of {options.limit:g} GiB")
-    return int(most > options.limit)
+    highest = max(memory for *_, memory in phases)
+    print(f"peak {highest:.2f} GiB of {options.limit:g} GiB")
+    return int(highest > options.limit)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables that tests run over: a new solver, pattern or family is one row here."""
+"""Tables that tests are parametrized with: a new solver or family is one row here."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ VOCABULARY = 4096
 
 SOLVERS = ("magnitude", "wanda", "sparsegpt", "admm")
 PATTERNS = ("50%", "0.3", "0.9", "2:4", "4:8", "1:4")
-# Group sizes that divide 160 columns, that do not, and that no row fills.
+# Group sizes that divide the tests' 160 columns, that do not, and that exceed them.
 GRIDS = tuple(
     QuantScheme(bits, size, symmetric)
     for bits in BITS
@@ -26,7 +26,7 @@ GRIDS = tuple(
 )
 
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 2}
-_NEW = {  # the names of Llama and its heirs
+_LLAMA = {  # option names of Llama and the families that follow it
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -34,9 +34,14 @@ _NEW = {  # the names of Llama and its heirs
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-_OLD = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_GPT2 = {  # option names of GPT-2 and the families that follow it
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+}
 
-# Row -> (model type, what its config is told).
+# Row -> (model type, options of its config).
 FAMILIES: dict[str, tuple[str, dict]] = {
     "opt": (
         "opt",
@@ -49,7 +54,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "word_embed_proj_dim": 64,
         },
     ),
-    "opt-350m": (  # norms after the layers, embeddings of another width
+    "opt-350m": (  # post-norm, embeddings narrower than the hidden states
         "opt",
         {
             "hidden_size": 64,
@@ -62,25 +67,25 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "bloom": ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
-    "gpt2": ("gpt2", _OLD),
-    "gptj": ("gptj", _OLD | {"rotary_dim": 8}),
-    "gpt_neox": ("gpt_neox", _NEW),
-    "gpt_bigcode": ("gpt_bigcode", _OLD),
-    "codegen": ("codegen", _OLD | {"rotary_dim": 8}),
-    "llama": ("llama", _NEW),
-    "mistral": ("mistral", _NEW | {"sliding_window": 16}),
-    "qwen2": ("qwen2", _NEW),
-    "qwen3": ("qwen3", _NEW | {"head_dim": 16}),
-    "gemma": ("gemma", _NEW | {"head_dim": 16}),
-    "gemma2": ("gemma2", _NEW | {"head_dim": 16, "sliding_window": 16}),
-    "gemma3": ("gemma3_text", _NEW | {"head_dim": 16, "sliding_window": 16}),
-    "phi": ("phi", _NEW),
-    "phi3": ("phi3", _NEW | {"pad_token_id": 0}),
+    "gpt2": ("gpt2", _GPT2),
+    "gptj": ("gptj", _GPT2 | {"rotary_dim": 8}),
+    "gpt_neox": ("gpt_neox", _LLAMA),
+    "gpt_bigcode": ("gpt_bigcode", _GPT2),
+    "codegen": ("codegen", _GPT2 | {"rotary_dim": 8}),
+    "llama": ("llama", _LLAMA),
+    "mistral": ("mistral", _LLAMA | {"sliding_window": 16}),
+    "qwen2": ("qwen2", _LLAMA),
+    "qwen3": ("qwen3", _LLAMA | {"head_dim": 16}),
+    "gemma": ("gemma", _LLAMA | {"head_dim": 16}),
+    "gemma2": ("gemma2", _LLAMA | {"head_dim": 16, "sliding_window": 16}),
+    "gemma3": ("gemma3_text", _LLAMA | {"head_dim": 16, "sliding_window": 16}),
+    "phi": ("phi", _LLAMA),
+    "phi3": ("phi3", _LLAMA | {"pad_token_id": 0}),
     "falcon": (
         "falcon",
         {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     ),
-    "falcon-40b": (  # two norms, grouped keys
+    "falcon-40b": (  # two norms, grouped-query attention
         "falcon",
         {
             "hidden_size": 64,
@@ -91,18 +96,21 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}),
-    "stablelm": ("stablelm", _NEW),
-    "starcoder2": ("starcoder2", _NEW),
-    "olmo2": ("olmo2", _NEW),
+    "stablelm": ("stablelm", _LLAMA),
+    "starcoder2": ("starcoder2", _LLAMA),
+    "olmo2": ("olmo2", _LLAMA),
 }
 MIXTURES: dict[str, tuple[str, dict]] = {
-    "mixtral": ("mixtral", _NEW | {"num_local_experts": 4}),
-    "qwen3_moe": ("qwen3_moe", _NEW | {"num_experts": 4, "moe_intermediate_size": 32}),
+    "mixtral": ("mixtral", _LLAMA | {"num_local_experts": 4}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _LLAMA | {"num_experts": 4, "moe_intermediate_size": 32},
+    ),
 }
 
 
 def family_config(row: str, **changes: object) -> PretrainedConfig:
-    """Return the config of a row of two layers, with changes."""
+    """Return the two-layer config of a row, with some options changed."""
     kind, options = (FAMILIES | MIXTURES)[row]
     return AutoConfig.for_model(kind, **(_TOKENS | options | changes))
 
@@ -115,7 +123,7 @@ def save_pico(
     shard_size: str = "50GB",
     **changes: object,
 ) -> Path:
-    """Write a random model of a family to disk, with the bundled tokenizer."""
+    """Save a random model of a family, with the bundled tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config(row, **changes)).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard_size)

@@ -1,7 +1,8 @@
-"""Which weights may stay: a share of them, a number of them, or n:m.
+"""Sparsity patterns: a fraction of the weights, an exact number of them, or n:m.
 
-A pattern chooses a mask from scores and verifies a matrix. Matrices are seen as
-[rows = outputs, columns = inputs]. Masks are boolean, True where a weight is pruned.
+A pattern says how many weights of a matrix are pruned, chooses n:m masks from scores,
+and verifies a pruned matrix. Matrices are [rows, columns] = [outputs, inputs]. Masks
+are boolean, True where a weight is pruned.
 """
 
 import re
@@ -17,11 +18,11 @@ from halve.errors import PatternError
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weight may go; a share of them does.
+    """Prunes a fraction of a matrix's weights, wherever they are.
 
     Attributes:
-        sparsity: Share of weights pruned, in [0, 1); with 0 all stay, which makes sense
-            only where they are rounded.
+        sparsity: Fraction of the weights that are pruned, in [0, 1). With 0 none is,
+            which is useful only where the weights are quantized.
     """
 
     sparsity: float
@@ -35,22 +36,26 @@ class Unstructured:
     def count(self, elements: int) -> int:
         """Return how many of `elements` weights are pruned, rounded down.
 
-        Rounded by a hair upwards first, so that 0.7 of 10 is 7 in binary as well.
+        1e-9 of them is added before rounding, since binary floating point may put a
+        product such as 0.7 * 10 just below the integer that is meant.
         """
         return int(elements * self.sparsity + 1e-9 * elements)
 
     def shortfall(self, weight: Tensor) -> str | None:
-        """Return what is missing in a [rows, columns] matrix, None where it obeys."""
+        """Describe how a [rows, columns] matrix violates the pattern, or return None.
+
+        More zeros than `count` are allowed: the dense matrix may have had them.
+        """
         return _too_few(weight, self.count(weight.numel()))
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Any weight of one matrix may go; a number of them does.
+    """Prunes an exact number of one matrix's weights, wherever they are.
 
     Attributes:
-        zeros: Weights pruned, 0 to `elements`.
-        elements: Weights in the matrix, 1 or more.
+        zeros: Number of weights that are pruned, 0 to `elements`.
+        elements: Number of weights in the matrix, 1 or more.
     """
 
     zeros: int
@@ -61,7 +66,7 @@ class Exact:
 
     @property
     def sparsity(self) -> float:
-        """Share of weights pruned."""
+        """Fraction of the weights that are pruned."""
         return self.zeros / self.elements
 
     def check_fits(self, name: str, columns: int) -> None:
@@ -75,24 +80,27 @@ class Exact:
         return elements * self.zeros // self.elements
 
     def shortfall(self, weight: Tensor) -> str | None:
-        """Return what is missing in a [rows, columns] matrix, None where it obeys."""
+        """Describe how a [rows, columns] matrix violates the pattern, or return None.
+
+        More zeros than `count` are allowed: the dense matrix may have had them.
+        """
         return _too_few(weight, self.count(weight.numel()))
 
 
-def _too_few(weight: Tensor, wanted: int) -> str | None:
-    found = int((weight == 0).sum())
-    if found >= wanted:
+def _too_few(weight: Tensor, expected: int) -> str | None:
+    zeros = int((weight == 0).sum())
+    if zeros >= expected:
         return None
-    return f"{found} of {weight.numel()} weights are zero, not {wanted}"
+    return f"{zeros} of {weight.numel()} weights are zero, not {expected}"
 
 
 @dataclass(frozen=True)
 class NM:
-    """n kept of every m consecutive inputs, as NVIDIA counts it.
+    """Keeps n of every m consecutive weights of a row: the n:m of NVIDIA.
 
     Attributes:
-        kept: n, weights kept in each group.
-        group: m, weights in a group.
+        kept: n, the number of weights in each group that are not pruned, 0 < n < m.
+        group: m, the number of weights in a group.
     """
 
     kept: int
@@ -103,11 +111,11 @@ class NM:
 
     @property
     def sparsity(self) -> float:
-        """Share of weights pruned."""
+        """Fraction of the weights that are pruned."""
         return 1 - self.kept / self.group
 
     def check_fits(self, name: str, columns: int) -> None:
-        """Raise PatternError where the matrix `name` cannot be cut into groups."""
+        """Raise PatternError where m does not divide the width of the matrix `name`."""
         if columns % self.group:
             raise PatternError(
                 f"Matrix {name} has {columns} inputs, which {self.group} does not "
@@ -116,14 +124,21 @@ class NM:
             )
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Return the mask that prunes the lowest scores of each group.
+        """Return the mask that prunes the m - n lowest scores of each group.
+
+        The count is exact: of equal scores, those of the lowest columns are pruned.
 
         Args:
-            scores: [rows, columns], m divides columns. Ties prune the first.
+            scores: [rows, columns], without NaN; m divides columns.
+
+        Cost:
+            m (m - 1) comparisons for each group, no sort.
         """
-        groups = [part.contiguous() for part in scores.reshape(-1, self.group).T]
+        # One contiguous tensor for each position within a group, [rows * groups].
+        members = [part.contiguous() for part in scores.reshape(-1, self.group).T]
         pruned = [
-            _rank(index, groups) < self.group - self.kept for index in range(self.group)
+            _rank(index, members) < self.group - self.kept
+            for index in range(self.group)
         ]
         return torch.stack(pruned, dim=1).view(scores.shape)
 
@@ -132,7 +147,11 @@ class NM:
         return elements // self.group * (self.group - self.kept)
 
     def shortfall(self, weight: Tensor) -> str | None:
-        """Return what is missing in a [rows, columns] matrix, None where it obeys."""
+        """Describe how a [rows, columns] matrix violates the pattern, or return None.
+
+        Groups with fewer than n nonzero weights are allowed: the dense matrix may have
+        had zeros.
+        """
         groups = weight.reshape(-1, self.group)
         broken = int(((groups != 0).sum(dim=1) > self.kept).sum())
         if not broken:
@@ -141,48 +160,56 @@ class NM:
 
 
 def _rank(index: int, members: list[Tensor]) -> Tensor:
-    """Return how many members of each group come before one of them, ties in order.
+    """Return the rank of one member of each group when scores are sorted, stably.
 
-    Comparing all pairs is several times faster than sorting groups of a few.
+    Comparing all pairs is several times faster than sorting groups of few members.
+
+    Args:
+        index: Position of the member within its group.
+        members: The scores at each position, [groups] each.
+
+    Returns:
+        [groups], int16: how many members of the group are pruned before this one.
     """
-    own = members[index]
-    rank = torch.zeros_like(own, dtype=torch.int16)
-    for other, scores in enumerate(members):
-        if other != index:
-            rank += scores <= own if other < index else scores < own
+    scores = members[index]
+    rank = torch.zeros_like(scores, dtype=torch.int16)
+    for position, others in enumerate(members):
+        if position != index:
+            # Of equal scores the first has the lower rank, so ranks are distinct.
+            rank += others <= scores if position < index else others < scores
     return rank
 
 
 Pattern = Unstructured | Exact | NM
-# Tensor name -> the pattern it must obey, for the matrices of one block.
+# Tensor name -> exact count of zeros, for the matrices of one block.
 Patterns = Mapping[str, Exact]
 
 
 def parse_pattern(text: str | float, allow_dense: bool = False) -> Pattern:
-    """Read a pattern: `0.5`, `50%` or `2:4`.
+    """Parse a pattern: `0.5`, `50%` or `2:4`.
 
     Args:
         text: The pattern.
-        allow_dense: Whether a share of 0 is one.
+        allow_dense: Whether a sparsity of 0 is accepted.
 
     Raises:
-        PatternError: The text is no pattern, or its sparsity is not in (0, 1).
+        PatternError: The text is not a pattern, or its sparsity is not in (0, 1).
     """
     if isinstance(text, str) and (match := re.fullmatch(r"(\d+):(\d+)", text.strip())):
         kept, group = int(match[1]), int(match[2])
         if 0 < kept < group:
             return NM(kept, group)
-    elif 0 < (sparsity := _share(text)) < 1 or (sparsity == 0 and allow_dense):
+    elif 0 < (sparsity := _fraction(text)) < 1 or (sparsity == 0 and allow_dense):
         return Unstructured(sparsity)
     raise PatternError(
-        f"{text!r} is not a sparsity: a share between 0 and 1 or an n:m pattern with "
-        "0 < n < m was expected.",
+        f"{text!r} is not a sparsity: a fraction between 0 and 1 or an n:m pattern "
+        "with 0 < n < m was expected.",
         "Write it as 50%, 0.5 or 2:4 (n kept of every m).",
     )
 
 
-def _share(text: str | float) -> float:
-    """Return the share that a number or percentage means, NaN where it is neither."""
+def _fraction(text: str | float) -> float:
+    """Parse a number or a percentage; NaN where the text is neither."""
     try:
         if isinstance(text, str) and text.strip().endswith("%"):
             return float(text.strip()[:-1]) / 100
@@ -192,13 +219,16 @@ def _share(text: str | float) -> float:
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Return the mask of exactly `count` lowest scores; ties go to the first.
+    """Return the mask of exactly the `count` lowest scores.
+
+    Of scores that equal the threshold, the first in row-major order are taken.
 
     Args:
         scores: Any shape, finite.
-        count: 0 to the number of scores.
+        count: Number of scores, 0 to all.
 
-    Costs one selection (linear time) and one pass, no sort.
+    Cost:
+        One selection (linear time) and one pass, no sort.
     """
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -214,22 +244,23 @@ def describe(weight: Tensor) -> str:
     """Name the tightest pattern that a [rows, columns] matrix obeys.
 
     Returns:
-        `dense` without zeros worth the name (under 1 %); `n:m`, m = 2, 4, 8 or 16, if
-        that explains the zeros (all but a tenth of the slots it leaves are used);
-        else `unstructured`.
+        `dense` where under 1 % of the weights are zero; `n:m`, m = 2, 4, 8 or 16, for
+        the lowest n / m such that no group has more than n nonzero weights and the
+        matrix has more than 90 % of the nonzero weights that n:m allows; otherwise
+        `unstructured`.
     """
     kept = (weight != 0).contiguous()
     density = kept.float().mean().item()
     if density > 0.99:  # noqa: PLR2004  (stray zeros of trained weights)
         return "dense"
-    fitting = [
-        (most / group, group, most)
+    candidates = [
+        (n / group, group, n)
         for group in (2, 4, 8, 16)
         if weight.shape[1] % group == 0
-        and 0 < (most := int(kept.view(-1, group).sum(dim=1).max())) < group
-        and density > 0.9 * most / group
+        and 0 < (n := int(kept.view(-1, group).sum(dim=1).max())) < group
+        and density > 0.9 * n / group
     ]
-    if not fitting:
+    if not candidates:
         return "unstructured"
-    _, group, most = min(fitting)
-    return f"{most}:{group}"
+    _, group, n = min(candidates)
+    return f"{n}:{group}"

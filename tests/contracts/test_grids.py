@@ -1,7 +1,9 @@
-"""What a grid promises: its names, its values, and the choice of its scales."""
+"""Laws of quantization grids: parsing, values, scales, and pairs for a bit budget."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from halve.errors import QuantizationError
 from halve.grids import (
@@ -11,6 +13,7 @@ from halve.grids import (
     fit_quant_params,
     grid_shortfall,
     parse_scheme,
+    schemes_for_bits,
 )
 from tests.tables import GRIDS
 
@@ -25,20 +28,20 @@ def weights(rows: int = 12, columns: int = 160) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_grids_are_read(bits):
+def test_parse_scheme_accepts_the_names_of_grids(bits):
     grid = parse_scheme(f" int{bits} ", 64, symmetric=False)
     assert grid == QuantScheme(bits, 64, symmetric=False)
     assert str(grid) == f"int{bits}"
 
 
 @pytest.mark.parametrize("text", ["", "int", "int5", "int16", "4", "INT4", "nf4"])
-def test_nonsense_is_refused(text):
+def test_parse_scheme_refuses_other_names(text):
     with pytest.raises(QuantizationError, match="Choose one of int8, int4, int3, int2"):
         parse_scheme(text)
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_groups_of_nothing_are_refused(size):
+def test_group_sizes_below_one_are_refused(size):
     with pytest.raises(QuantizationError, match="not positive"):
         parse_scheme("int4", size)
 
@@ -54,6 +57,60 @@ def test_groups_of_nothing_are_refused(size):
 )
 def test_bits_per_weight_count_mask_codes_and_scales(grid, sparsity, bits):
     assert grid.bits_per_weight(sparsity) == bits
+
+
+@pytest.mark.parametrize(
+    ("target", "pairs"),
+    [
+        # int3 with groups of 128 takes exactly these bits and must not be left out;
+        # int2 would keep exactly all weights, which is no sparsity.
+        (3.125, [(0, 3), (0.75, 8), (0.5, 4), (1 / 3, 3)]),
+        (4.125, [(0, 4), (0.625, 8), (0.25, 4)]),
+        (2.125, [(0, 2), (0.75, 4), (2 / 3, 3), (0.5, 2)]),
+        # Less than any dense grid takes: pairs with zeros only.
+        (2.0, [(0.78125, 4), (0.708333333, 3), (0.5625, 2)]),
+        # More than int8 takes: no grid can use it up.
+        (9.5, [(0, 8)]),
+    ],
+)
+def test_schemes_for_bits_lists_what_the_bits_allow(target, pairs):
+    found = schemes_for_bits(target, 128, symmetric=True)
+    assert [scheme.bits for _, scheme in found] == [bits for _, bits in pairs]
+    expected = [sparsity for sparsity, _ in pairs]
+    assert [sparsity for sparsity, _ in found] == pytest.approx(expected)
+
+
+@given(
+    st.floats(1.5, 12),
+    st.sampled_from([16, 32, 128]),
+    st.booleans(),
+)
+def test_schemes_for_bits_take_no_more_and_waste_nothing(target, group_size, symmetric):
+    try:
+        pairs = schemes_for_bits(target, group_size, symmetric)
+    except QuantizationError:
+        pairs = []
+    dense = [scheme for sparsity, scheme in pairs if sparsity == 0]
+    allowed = [
+        bits
+        for bits in BITS
+        if QuantScheme(bits, group_size, symmetric).bits_per_weight(0) <= target
+    ]
+    assert [scheme.bits for scheme in dense] == allowed[:1]
+    for sparsity, scheme in pairs:
+        assert (scheme.group_size, scheme.symmetric) == (group_size, symmetric)
+        assert 0 <= sparsity <= 0.8
+        taken = scheme.bits_per_weight(sparsity)
+        assert taken <= target + 1e-9
+        # Where a mask pays, all of the bits are used.
+        if sparsity and 1 + (1 - sparsity) * scheme.bits <= scheme.bits:
+            assert taken == pytest.approx(target)
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0, 1.3])
+def test_too_few_bits_for_any_grid_are_refused(target):
+    with pytest.raises(QuantizationError, match=f"{target:g} bits"):
+        schemes_for_bits(target, 128, symmetric=True)
 
 
 @over_grids
@@ -107,7 +164,7 @@ def test_scales_fit_into_sixteen_bits_and_zero_points_into_a_code(grid):
 
 
 @over_grids
-def test_a_group_of_zeros_is_harmless(grid):
+def test_a_group_of_zeros_has_scale_one_and_stays_zero(grid):
     weight = weights()
     weight[3], weight[:, :48] = 0, 0
     quant_params = fit_quant_params(grid, weight, torch.rand(160))
@@ -145,16 +202,16 @@ def test_searched_scales_lose_no_more_than_minimum_and_maximum(grid, alike):
     assert bool((losses[0] <= losses[1] * (1 + 1e-5)).all())
 
 
-def test_zeros_do_not_matter_to_the_search():
-    """Rounding what is kept is all that counts, however many zeros lie between."""
+def test_zeros_do_not_change_the_scales():
+    """Scales are chosen for the nonzero weights, however many zeros lie between."""
     grid, weight = QuantScheme(4, 16), weights(4, 16)
-    spread_sparsity = torch.zeros(4, 16 * 3)
-    spread_sparsity[:, ::3] = weight
-    wide = fit_quant_params(QuantScheme(4, 48), spread_sparsity)
+    interleaved = torch.zeros(4, 16 * 3)
+    interleaved[:, ::3] = weight
+    wide = fit_quant_params(QuantScheme(4, 48), interleaved)
     assert torch.equal(wide.scale, fit_quant_params(grid, weight).scale)
 
 
-def test_the_search_does_not_depend_on_how_rows_are_cut():
+def test_scales_of_a_row_do_not_depend_on_the_other_rows():
     weight = torch.randn(3000, 64)
     whole = fit_quant_params(QuantScheme(4, 16), weight)
     for part in (slice(0, 1), slice(1500, 2600)):
@@ -165,7 +222,7 @@ def test_the_search_does_not_depend_on_how_rows_are_cut():
 
 @over_grids
 @pytest.mark.parametrize("magnitude", [1.0, 1e-4, 1e5])
-def test_what_was_rounded_is_known_to_lie_on_a_grid(grid, magnitude):
+def test_shortfall_accepts_rounded_weights_and_finds_one_that_is_off(grid, magnitude):
     weight = weights() * magnitude
     rounded = fit_quant_params(grid, weight).fake_quantize(weight)
     assert grid_shortfall(grid, rounded) is None
@@ -179,9 +236,9 @@ def test_what_was_rounded_is_known_to_lie_on_a_grid(grid, magnitude):
 
 @over_grids
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_what_was_rounded_in_few_bits_lies_on_a_grid(grid, dtype):
+def test_weights_rounded_to_16_bits_lie_on_a_grid(grid, dtype):
     if not grid.symmetric and grid.bits == 8 and dtype == torch.bfloat16:
-        pytest.skip("there is no such grid")
+        pytest.skip("bfloat16 has too few bits for this grid")
     weight = weights()
     rounded = fit_quant_params(grid.exact_in(dtype), weight).fake_quantize(weight)
     assert grid_shortfall(grid, rounded.to(dtype)) is None
@@ -190,7 +247,7 @@ def test_what_was_rounded_in_few_bits_lies_on_a_grid(grid, dtype):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", BITS[1:])
 def test_one_code_too_many_does_not_lie_on_a_grid(bits, symmetric):
-    """All codes of a grid lie on it; one more, on either side, does not."""
+    """All codes of a grid lie on it, one more below the lowest does not."""
     grid = QuantScheme(bits, symmetric=symmetric)
     codes = torch.arange(grid.lowest, grid.highest + 1.0)[None]
     assert grid_shortfall(grid, codes * 0.375) is None

@@ -1,4 +1,4 @@
-"""What a pattern promises of its masks."""
+"""Laws of sparsity patterns: parsing, exact masks, and verification."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halve.errors import PatternError
-from halve.patterns import NM, Unstructured, describe, lowest, parse_pattern
+from halve.patterns import NM, Exact, Unstructured, describe, lowest, parse_pattern
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
@@ -22,7 +22,7 @@ shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
         ("1:4", NM(1, 4)),
     ],
 )
-def test_patterns_are_read(text, pattern):
+def test_parse_pattern_accepts_percent_fraction_and_n_m(text, pattern):
     assert parse_pattern(text) == pattern
     assert parse_pattern(str(pattern)) == pattern
 
@@ -30,27 +30,27 @@ def test_patterns_are_read(text, pattern):
 @pytest.mark.parametrize(
     "text", ["", "0", "1", "100%", "-5%", "4:4", "0:4", "4:2", "two", "2:", "nan"]
 )
-def test_nonsense_is_refused(text):
+def test_parse_pattern_refuses_what_is_no_pattern(text):
     with pytest.raises(PatternError):
         parse_pattern(text)
 
 
 @pytest.mark.parametrize("text", ["0%", "0", 0.0])
-def test_nothing_to_prune_is_a_pattern_only_where_it_is_allowed(text):
+def test_a_sparsity_of_zero_needs_allow_dense(text):
     assert parse_pattern(text, allow_dense=True) == Unstructured(0.0)
     with pytest.raises(PatternError):
         parse_pattern(text)
 
 
 @pytest.mark.parametrize("text", ["", "two", "nan", "100%", "-5%", "4:4", "0:4"])
-def test_nonsense_is_refused_there_too(text):
+def test_allow_dense_accepts_nothing_else(text):
     with pytest.raises(PatternError):
         parse_pattern(text, allow_dense=True)
 
 
 @given(shapes, st.data())
 def test_lowest_takes_exactly_the_lowest(shape, data):
-    """Ties, of which these scores are full, go to the first."""
+    """Of equal scores, of which there are many here, the first are taken."""
     values = st.lists(
         st.integers(0, 4), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]
     )
@@ -73,19 +73,62 @@ def test_n_m_masks_keep_the_highest_of_each_group(rows, groups, m, data):
     assert torch.equal(kept.sort(dim=1).values[:, m - n :], top)
 
 
+# Scores that often tie: few values, or multiples of 1/64 that bfloat16 represents.
+few_values = st.sampled_from([0.0, 1.0, 2.0])
+bfloat16_values = st.integers(-255, 255).map(lambda code: abs(code) / 64)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(2, 8),
+    st.sampled_from([few_values, bfloat16_values, st.just(0.0), st.just(1.0)]),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.data(),
+)
+def test_n_m_masks_are_exact_where_scores_tie(rows, groups, m, values, dtype, data):
+    """Each group loses exactly m - n weights; of equal scores the first are pruned."""
+    n = data.draw(st.integers(1, m - 1))
+    size = rows * groups * m
+    drawn = data.draw(st.lists(values, min_size=size, max_size=size))
+    scores = torch.tensor(drawn, dtype=dtype).view(rows, groups * m)
+    mask = NM(n, m).mask(scores).view(-1, m)
+    expected = torch.zeros_like(mask)
+    order = scores.view(-1, m).argsort(dim=1, stable=True)
+    expected.scatter_(1, order[:, : m - n], True)
+    assert mask.sum(dim=1).unique().tolist() == [m - n]
+    assert torch.equal(mask, expected)
+
+
 @settings(max_examples=50)
 @given(st.integers(1, 10**6), st.integers(1, 999))
-def test_counts_are_exact_for_decimal_sparsities(elements, thousandths):
+def test_counts_are_exact_for_decimal_fractions(elements, thousandths):
     pattern = Unstructured(thousandths / 1000)
     assert pattern.count(elements) == elements * thousandths // 1000
 
 
-def test_shortfall_names_the_numbers():
+def test_shortfall_reports_the_numbers():
     weight = torch.ones(4, 8)
     weight[:, :2] = 0
     assert Unstructured(0.25).shortfall(weight) is None
     assert Unstructured(0.5).shortfall(weight) == "8 of 32 weights are zero, not 16"
     assert NM(2, 4).shortfall(weight) == "4 of 8 groups keep more than 2 weights"
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Exact(8, 16), NM(2, 4)])
+def test_shortfall_allows_more_zeros_than_the_pattern_asks_for(pattern):
+    """A stored matrix may have zeros that were in the dense one.
+
+    That masks prune exactly as many weights as asked is tested in test_masks.py.
+    """
+    weight = torch.ones(2, 8)
+    weight[:, [0, 1, 2, 4, 5]] = 0
+    assert pattern.shortfall(weight) is None
+    assert pattern.shortfall(torch.zeros(2, 8)) is None
+    weight[:, 2] = 1
+    assert pattern.shortfall(weight) is None
+    weight[0, 0] = 1
+    assert pattern.shortfall(weight) is not None
 
 
 def test_a_width_that_m_does_not_divide_is_refused_by_name():
@@ -101,7 +144,7 @@ def test_describe_finds_the_pattern(text):
     assert describe(scores.masked_fill(pattern.mask(scores), 0)) == text
 
 
-def test_describe_tells_dense_from_unstructured():
+def test_describe_distinguishes_dense_from_unstructured():
     scores = torch.rand(64, 96) + 0.1
     assert describe(scores) == "dense"
     assert describe(scores.masked_fill(lowest(scores, 3000), 0)) == "unstructured"

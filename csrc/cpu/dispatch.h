@@ -1,4 +1,4 @@
-// The kernels in use, chosen by what the CPU can run.
+// The selected kernels: the best that this CPU can run, unless another was chosen.
 
 #ifndef HALVE_DISPATCH_H
 #define HALVE_DISPATCH_H

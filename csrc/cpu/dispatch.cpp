@@ -1,5 +1,5 @@
-// Which kernels there are, which of them this CPU can run, and which are in use. Holds
-// no instruction set's code: it must run on any CPU.
+// Lists the kernels, finds those that this CPU can run, and selects one. Contains no
+// code of a particular instruction set, since it must run on any CPU.
 
 #include "dispatch.h"
 
@@ -39,7 +39,7 @@ bool has_avx512bf16() {
 
 #endif
 
-// Best first. The order of the kernels is that of the dtypes: f32, f16, bf16.
+// Best first. Kernels are in the order of the dtypes: f32, f16, bf16.
 const Tier tiers[] = {
 #if defined(__x86_64__)
     {"avx512bf16",
@@ -60,7 +60,7 @@ const Tier tiers[] = {
 
 const Tier* best() {
   const Tier* tier = tiers;
-  while (!tier->usable()) ++tier;  // the last one always is
+  while (!tier->usable()) ++tier;  // the last one is always usable
   return tier;
 }
 
@@ -111,7 +111,7 @@ const char* halve_available(void) {
   try {
     static const std::string names = halve::usable_names();
     return names.c_str();
-  } catch (...) {  // no memory for forty characters; nothing may leave through C
+  } catch (...) {  // std::bad_alloc; an exception must not cross the C interface
     return "reference";
   }
 }

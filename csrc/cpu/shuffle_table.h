@@ -1,6 +1,6 @@
-// For instruction sets that cannot expand: which of eight packed 16-bit weights goes to
-// which of eight columns, for every byte of a mask. 4 KB, made by the compiler, so that
-// it is there before any code runs. Read by byte shuffles (pshufb, tbl).
+// For instruction sets without an expand instruction: which of eight packed 16-bit
+// weights goes to which of eight columns, for every byte of a mask. 4 KB, computed at
+// compile time. Its rows are the indices of byte shuffles (pshufb, tbl).
 
 #ifndef HALVE_SHUFFLE_TABLE_H
 #define HALVE_SHUFFLE_TABLE_H
@@ -9,7 +9,8 @@
 
 namespace {
 
-// Both shuffles give zero for this index: pshufb by its high bit, tbl as out of range.
+// Both shuffles write zero for this index: pshufb because its high bit is set, tbl
+// because it is out of range.
 constexpr uint8_t no_weight = 0x80;
 
 struct ShuffleTable {

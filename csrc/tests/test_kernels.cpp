@@ -1,7 +1,7 @@
-// Compares every kernel this CPU can run with the reference kernel, over awkward
-// shapes, patterns and batches, and with files that lie. Every array ends where
-// readable memory ends, so that one byte read too far stops the program. Speed is not
-// looked at.
+// Compares every kernel that this CPU can run with the reference kernel, over awkward
+// shapes, patterns and batch sizes, and with inconsistent masks and offsets. Every
+// array ends at the end of readable memory, so that reading one byte too far crashes
+// the program. Speed is not tested.
 
 #include <sys/mman.h>
 
@@ -32,7 +32,7 @@ int failures = 0;
     }                                                             \
   } while (false)
 
-// ---- Memory that ends exactly ----
+// ---- Guarded memory ----
 
 #if defined(__SANITIZE_ADDRESS__)
 // The sanitizer guards both ends of a heap block.
@@ -43,7 +43,7 @@ constexpr size_t page = 4096;
 
 size_t whole_pages(size_t bytes) { return (bytes + page - 1) / page * page; }
 
-// The block's last byte is the last one before a page that may not be touched.
+// The last byte of the block is the last one before a page without access rights.
 char* allocate(size_t bytes) {
   const size_t whole = whole_pages(bytes);
   void* memory = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE,
@@ -124,7 +124,7 @@ void set_bits(Bytes& a, int32_t dtype, size_t i, uint32_t bits) {
   std::memcpy(a.data() + i * size_of(dtype), &bits, size_of(dtype));
 }
 
-// Reads any of the dtypes from its definition, not as the kernels do it.
+// Decodes any of the dtypes from its definition, independently of the kernels.
 double number(uint32_t bits, int32_t dtype) {
   const int f = fraction_bits(dtype), e = exponent_bits(dtype);
   const int bias = (1 << (e - 1)) - 1, exponent = (bits >> f) & ((1 << e) - 1);
@@ -139,7 +139,7 @@ double number_at(const Bytes& a, int32_t dtype, size_t i) {
   return number(bits_at(a, dtype, i), dtype);
 }
 
-// Between 1/8 and 2 in size: no overflow, no subnormal, some cancellation.
+// Magnitudes between 1/8 and 2: no overflow, no subnormal numbers, some cancellation.
 uint32_t random_bits(Random& random, int32_t dtype) {
   const int f = fraction_bits(dtype), e = exponent_bits(dtype);
   const int bias = (1 << (e - 1)) - 1;
@@ -154,7 +154,7 @@ Bytes random_numbers(Random& random, int32_t dtype, size_t count) {
   return a;
 }
 
-// The distance between neighbours of this dtype around a number.
+// Returns the distance between adjacent numbers of this dtype around a value.
 double step(double value, int32_t dtype) {
   const int bias = (1 << (exponent_bits(dtype) - 1)) - 1;
   const int exponent = value == 0 ? 1 - bias : std::ilogb(value);
@@ -276,7 +276,7 @@ struct Product {
 
   size_t outputs() const { return w.rows * batch; }
 
-  // The sum of |w x| of one output: what rounding errors of a sum are relative to.
+  // Returns the sum of |w x| of one output, to which its rounding error is relative.
   double magnitude(size_t output) const {
     const size_t b = output / w.rows, row = output % w.rows;
     double sum = 0;
@@ -301,14 +301,14 @@ void compare(const char* what, const char* kernel, const Product& p,
   for (size_t i = 0; i < p.outputs(); ++i) {
     const double y = number_at(found, dtype, i), ref = number_at(expected, dtype, i);
     if (y == ref || (std::isnan(y) && std::isnan(ref))) continue;
-    // One rounding, the sum's own error, and a subnormal that vdpbf16ps has dropped.
-    const double dropped = dtype == HALVE_BF16 ? std::ldexp(1, -126) : 0;
-    const double near = step(ref, dtype) + 1e-6 * p.magnitude(i) + dropped;
+    // One rounding, the error of the sum, and a subnormal that vdpbf16ps has flushed.
+    const double flushed = dtype == HALVE_BF16 ? std::ldexp(1, -126) : 0;
+    const double tolerance = step(ref, dtype) + 1e-6 * p.magnitude(i) + flushed;
     CHECK(
-        std::fabs(y - ref) <= near,
+        std::fabs(y - ref) <= tolerance,
         "%s, %s, %s, %s, [%ld x %ld], batch %ld, output %zu: %.9g, not %.9g (+- %.3g)",
         what, kernel, dtype_names[dtype], pattern, long(p.w.rows), long(p.w.columns),
-        long(p.batch), i, y, ref, near);
+        long(p.batch), i, y, ref, tolerance);
   }
 }
 
@@ -342,7 +342,8 @@ void test_products(const Matrix& w, const char* pattern, Random& random,
     const Bytes x = random_numbers(random, w.dtype, batch * w.columns);
     const Product p = {w, batch, x, batch % 2 ? &bias : nullptr};
     const Bytes expected = p.packed("reference", 1);
-    CHECK(same(expected, p.dense("reference", 2)), "the reference differs from itself");
+    CHECK(same(expected, p.dense("reference", 2)),
+          "the packed and dense products of the reference differ");
     for (const std::string& kernel : kernels) {
       const char* name = kernel.c_str();
       compare("packed", name, p, pattern, p.packed(name, batch % 3 + 1), expected);
@@ -368,7 +369,7 @@ void test_everything(const std::vector<std::string>& kernels) {
   }
 }
 
-// Enough work that the threads are really used, with a last tile that is not whole.
+// Enough work that several threads run, with a last tile that is not full.
 void test_threads(const std::vector<std::string>& kernels) {
   Random random;
   const Matrix w = make_matrix(random, HALVE_BF16, 517, 777, half, false);
@@ -387,7 +388,7 @@ void test_threads(const std::vector<std::string>& kernels) {
   }
 }
 
-// The definition of the reference itself: a sum in double of numbers read otherwise.
+// Compares the reference with a sum in double of independently decoded numbers.
 void test_reference() {
   Random random;
   const Matrix w = make_matrix(random, HALVE_F32, 9, 130, half, false);
@@ -406,8 +407,9 @@ void test_reference() {
 
 // ---- Every 16-bit number ----
 
-// The 1 x 1 matrix [1] and a batch of all 65,536 numbers: y is x, bit for bit, but a
-// NaN may become another NaN, and vdpbf16ps takes subnormal numbers as zeros.
+// Multiplies the 1 x 1 matrix [1] with a batch of all 65,536 numbers: y must be x, bit
+// for bit, except that a NaN may become another NaN, and vdpbf16ps treats subnormal
+// numbers as zeros.
 void test_every_number(const std::string& kernel, int32_t dtype) {
   const uint32_t one = dtype == HALVE_F16 ? 0x3c00 : 0x3f80;
   const int64_t count = 65536;
@@ -427,7 +429,7 @@ void test_every_number(const std::string& kernel, int32_t dtype) {
   }
 }
 
-// Sums halfway between two numbers, or overflowing: x plus a bias, for all x.
+// Tests x plus a bias for all x: sums halfway between two numbers, and overflow.
 void test_rounding(const std::string& kernel, int32_t dtype, uint32_t bias_bits) {
   Random random;
   Matrix w = make_matrix(random, dtype, 1, 1, everything, false);
@@ -455,7 +457,7 @@ void test_numbers(const std::vector<std::string>& kernels) {
   }
 }
 
-// A pruned weight is a zero: times infinity it is NaN, in every kernel alike.
+// A pruned weight counts as a zero: times infinity it is NaN in every kernel.
 void test_infinity(const std::vector<std::string>& kernels) {
   Random random;
   for (int32_t dtype : dtypes) {
@@ -475,9 +477,9 @@ void test_infinity(const std::vector<std::string>& kernels) {
   }
 }
 
-// ---- Files that lie ----
+// ---- Untrusted files ----
 
-// Masks, padding bits and offsets at random; few values; nothing aligned.
+// Makes a matrix with random masks, padding bits and offsets, and unaligned data.
 Matrix make_hostile(Random& random, int32_t dtype, int64_t rows, int64_t columns) {
   const size_t kept = random.below(rows * columns + 1);
   const bool wide = random.below(2);
@@ -496,7 +498,7 @@ Matrix make_hostile(Random& random, int32_t dtype, int64_t rows, int64_t columns
           offsets_of(offsets, wide)};
 }
 
-// What such a file holds is up to the reference; every kernel must agree.
+// The reference defines what such a file means; every kernel must agree with it.
 void test_hostile(const std::vector<std::string>& kernels) {
   Random random;
   for (int round = 0; round < 150; ++round) {
@@ -539,7 +541,7 @@ void test_arguments() {
   CHECK(linear(good, x, 1, y, 0) == HALVE_BAD_ARGUMENT, "threads");
   CHECK(linear(good, nullptr, 0, nullptr) == HALVE_OK, "an empty batch");
   CHECK(halve_packed_linear(nullptr, x, 1, nullptr, y, 1) == HALVE_BAD_ARGUMENT, "w");
-  const int64_t most = std::numeric_limits<int64_t>::max();
+  const int64_t max = std::numeric_limits<int64_t>::max();
   auto bad = [&](auto change) {
     halve_packed w = good;
     change(w);
@@ -555,10 +557,10 @@ void test_arguments() {
   bad([](halve_packed& w) { w.mask = nullptr; });
   bad([](halve_packed& w) { w.offsets = nullptr; });
   bad([](halve_packed& w) { w.values = nullptr, w.kept = 1; });
-  bad([&](halve_packed& w) { w.rows = most; });
-  bad([&](halve_packed& w) { w.columns = most; });
+  bad([&](halve_packed& w) { w.rows = max; });
+  bad([&](halve_packed& w) { w.columns = max; });
   bad([&](halve_packed& w) { w.rows = w.columns = int64_t{1} << 40; });
-  CHECK(linear(good, x, most, y) == HALVE_BAD_ARGUMENT, "an endless batch");
+  CHECK(linear(good, x, max, y) == HALVE_BAD_ARGUMENT, "an endless batch");
   CHECK(halve_unpack(&good, 1, 0, y, 1) == HALVE_BAD_ARGUMENT, "a backward range");
   CHECK(halve_unpack(&good, 0, 3, y, 1) == HALVE_BAD_ARGUMENT, "a range past the end");
   CHECK(halve_unpack(&good, 2, 2, nullptr, 1) == HALVE_OK, "an empty range");
@@ -605,7 +607,7 @@ void test_read() {
   }
 }
 
-// Scratch memory of threads that come and go must go with them (leak checkers look).
+// Scratch memory must be freed when its thread ends; leak checkers would report it.
 void test_short_lived_threads() {
   for (int i = 0; i < 3; ++i) {
     std::thread([] {

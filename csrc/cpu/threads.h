@@ -1,5 +1,5 @@
-// Rows shared out among threads; without OpenMP there is one thread. Not for the files
-// that are compiled for one instruction set (see generic.h).
+// Parallel loops over rows; without OpenMP there is one thread. Must not be included by
+// files that are compiled for one instruction set (see generic.h).
 
 #ifndef HALVE_THREADS_H
 #define HALVE_THREADS_H
@@ -12,7 +12,8 @@
 
 namespace halve {
 
-// Part `index` of `count` parts of [0, size), which begin at multiples of `grain`.
+// Returns part `index` of `count` parts of [0, size), each of which begins at a
+// multiple of `grain`.
 inline Range part_of(int64_t size, int64_t grain, int64_t index, int64_t count) {
   const int64_t grains = size / grain + (size % grain != 0);
   const int64_t each = grains / count, more = grains % count;
@@ -21,11 +22,11 @@ inline Range part_of(int64_t size, int64_t grain, int64_t index, int64_t count) 
   return {first * grain, last * grain < size ? last * grain : size};
 }
 
-// Calls `body(range, thread)` on `threads` threads or fewer. The ranges are contiguous:
-// a thread that reads one long stream can be fetched for.
+// Calls `body(range, thread)` on at most `threads` threads. Each thread gets one
+// contiguous range, so that it reads one long stream, which can be prefetched.
 template <class Body>
-void share(int64_t size, [[maybe_unused]] int64_t grain, [[maybe_unused]] int threads,
-           Body body) {
+void parallel_for(int64_t size, [[maybe_unused]] int64_t grain,
+                  [[maybe_unused]] int threads, Body body) {
 #if defined(_OPENMP)
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)

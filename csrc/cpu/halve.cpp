@@ -1,5 +1,6 @@
-// The entry points that do work: they check their arguments, find memory, share the
-// rows out among threads and call the kernel in use. No arithmetic here.
+// The entry points that do work: they check their arguments, allocate scratch memory,
+// split the rows among threads and call the selected kernel. The arithmetic is in the
+// kernels.
 
 #include "halve.h"
 
@@ -13,13 +14,13 @@
 namespace halve {
 namespace {
 
-// Below this many products a thread costs more than it brings.
+// Below this many products for each thread, starting it costs more than it saves.
 constexpr double products_per_thread = 64 * 1024;
 
-// Far more than any machine holds, and far from overflowing anything.
-constexpr double most_bytes = 1e15;
+// Far more than any machine has, and far below what would overflow an int64_t.
+constexpr double max_bytes = 1e15;
 
-bool fits(double bytes) { return bytes < most_bytes; }
+bool fits(double bytes) { return bytes < max_bytes; }
 
 bool is_dtype(int32_t dtype) { return dtype >= 0 && dtype < dtype_count; }
 
@@ -45,16 +46,16 @@ bool are_operands(const Operands& o, int64_t rows, int64_t columns) {
 }
 
 int useful_threads(int32_t threads, double products, int64_t rows, int64_t grain) {
-  const double most = products / products_per_thread;
+  const double worthwhile = products / products_per_thread;
   const double grains = double(rows / grain + 1);
-  const double useful = most < grains ? most : grains;
+  const double useful = worthwhile < grains ? worthwhile : grains;
   return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
 }
 
-// Sizes become whole cache lines, so that no two threads write to the same one.
+// Rounds a size up to whole cache lines, so that no two threads write to the same line.
 double whole_lines(double bytes) { return (int64_t(bytes) / 64 + 1) * 64.0; }
 
-// Memory for one call: something shared, then a workspace for each thread.
+// Scratch memory for one call: a shared part, then a workspace for each thread.
 class Memory {
  public:
   Memory(double shared, double each, int threads) : each_(whole_lines(each)) {
@@ -64,7 +65,7 @@ class Memory {
     if (shared_) workspaces_ = shared_ + static_cast<int64_t>(front);
   }
 
-  bool found() const { return shared_ != nullptr; }
+  bool allocated() const { return shared_ != nullptr; }
   void* shared() const { return shared_; }
   void* workspace(int thread) const {
     return workspaces_ + thread * static_cast<int64_t>(each_);
@@ -76,7 +77,8 @@ class Memory {
   char* workspaces_ = nullptr;
 };
 
-// A product with any kind of weights: `run(kernel, operands, range, workspace)`.
+// Computes a product with packed or dense weights. `run(kernel, operands, range,
+// workspace)` computes the outputs of a range of rows.
 template <class Run>
 int32_t linear(int32_t dtype, int64_t rows, int64_t columns, double products,
                const Operands& given, int32_t threads, Run run) {
@@ -88,16 +90,17 @@ int32_t linear(int32_t dtype, int64_t rows, int64_t columns, double products,
   const double workspace = kernel.workspace_bytes(given.batch, columns);
   if (!fits(arranged) || !fits(workspace)) return HALVE_NO_MEMORY;
   const Memory memory(arranged, workspace, useful);
-  if (!memory.found()) return HALVE_NO_MEMORY;
+  if (!memory.allocated()) return HALVE_NO_MEMORY;
   kernel.arrange(given.x, given.batch, columns, memory.shared());
   const Operands o = {memory.shared(), given.batch, given.bias, given.y};
-  share(rows, grain, useful, [&](Range range, int thread) {
+  parallel_for(rows, grain, useful, [&](Range range, int thread) {
     run(kernel, o, range, memory.workspace(thread));
   });
   return HALVE_OK;
 }
 
-// Eight sums, so that the reads wait for memory and not for each other.
+// Eight independent sums, so that reads are limited by memory and not by the latency of
+// the additions.
 uint64_t sum_words(const char* memory, int64_t bytes) {
   constexpr int64_t at_once = 8;
   const int64_t words = bytes / 8, whole = words / at_once * at_once;
@@ -160,9 +163,9 @@ int32_t halve_unpack(const halve_packed* w, int64_t first, int64_t last, void* o
   const double weights = double(last - first) * w->columns;
   const int useful = halve::useful_threads(threads, weights, last - first, 1);
   const halve::Memory memory(0, kernel.workspace_bytes(1, w->columns), useful);
-  if (!memory.found()) return HALVE_NO_MEMORY;
+  if (!memory.allocated()) return HALVE_NO_MEMORY;
   const int64_t row_bytes = w->columns * halve::size_of(w->dtype);
-  halve::share(last - first, 1, useful, [&](Range range, int thread) {
+  halve::parallel_for(last - first, 1, useful, [&](Range range, int thread) {
     char* to = static_cast<char*>(out) + range.first * row_bytes;
     kernel.unpack(*w, {first + range.first, first + range.last}, to,
                   memory.workspace(thread));
@@ -174,9 +177,9 @@ uint64_t halve_read(const void* memory, int64_t bytes, int32_t threads) {
   if (memory == nullptr || bytes <= 0 || threads < 1) return 0;
   const halve::Memory sums(0, sizeof(uint64_t), threads);
   uint64_t total = 0;
-  if (!sums.found()) return total;
+  if (!sums.allocated()) return total;
   for (int t = 0; t < threads; ++t) std::memset(sums.workspace(t), 0, sizeof(uint64_t));
-  halve::share(bytes, 4096, threads, [&](Range range, int thread) {
+  halve::parallel_for(bytes, 4096, threads, [&](Range range, int thread) {
     const char* from = static_cast<const char*>(memory) + range.first;
     const uint64_t sum = halve::sum_words(from, range.last - range.first);
     std::memcpy(sums.workspace(thread), &sum, sizeof(sum));

@@ -1,5 +1,6 @@
-// The kernels of CPUs with AVX2, FMA, F16C and BMI2. AVX2 cannot expand: a byte of the
-// mask chooses a shuffle from a table, which spreads eight weights.
+// Kernels for CPUs with AVX2, FMA, F16C and BMI2. AVX2 has no expand instruction: a
+// byte of the mask selects a shuffle from a table, which moves eight weights to their
+// columns.
 
 #include <immintrin.h>
 
@@ -26,8 +27,9 @@ struct Float32 {
     return _mm256_loadu_ps(reinterpret_cast<const float*>(from));
   }
 
-  // The table speaks of pairs of bytes. Half of a pair's first index is the index of a
-  // number, and the high bit of a pair that has no weight becomes the lane's sign.
+  // The table holds indices of pairs of bytes (2 n, 2 n + 1). Half of a pair's first
+  // index is n, the index of a float; the high bit of a pair without a weight is
+  // shifted to the lane's sign bit, by which blendv selects zero.
   static __m256 expand(const Stored* from, uint64_t bits) {
     const __m256i pairs = _mm256_cvtepu16_epi32(shuffle_of(bits));
     const __m256 spread =
@@ -44,7 +46,7 @@ struct Float32 {
   static Stored from_float(float value) { return bits_of(value); }
 };
 
-// What both 16-bit dtypes share; Dtype::widen_register makes eight of them float32.
+// Common code of both 16-bit dtypes; Dtype::widen_register converts eight to float32.
 template <class Dtype>
 struct Sixteen {
   using Stored = uint16_t;

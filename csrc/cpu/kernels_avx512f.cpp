@@ -1,5 +1,5 @@
-// The kernels of CPUs with AVX-512 F, BW, VL and DQ: weights are widened to float32,
-// then spread sixteen at a time by vexpandps.
+// Kernels for CPUs with AVX-512 F, BW, VL and DQ: weights are converted to float32,
+// then expanded sixteen at a time by vexpandps.
 
 #include <immintrin.h>
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// Sixteen weights, still as bits, in the low bits of 32.
+// Zero-extends the bits of sixteen weights to 32 bits each, without converting them.
 inline __m512i widen_bits(const uint32_t* from) { return _mm512_loadu_si512(from); }
 
 inline __m512i widen_bits(const uint16_t* from) {
@@ -78,7 +78,7 @@ struct Lanes : Dtype {
     return _mm512_mask_expand_ps(zeros, static_cast<__mmask16>(bits), packed);
   }
 
-  // Never through float32: that would change a signalling NaN.
+  // Moves bits and never converts to float32, which would quiet a signalling NaN.
   static void copy(Stored* to, const Stored* from, uint64_t bits) {
     const __m512i zeros = in_register(_mm512_setzero_si512());
     const __m512i packed = in_register(widen_bits(from));

@@ -1,4 +1,4 @@
-// See scratch.h. A plain block per thread; no pool, no sharing.
+// See scratch.h. One block for each thread; no pool, nothing shared.
 
 #include "scratch.h"
 
@@ -15,10 +15,10 @@ struct Block {
 
   ~Block() { std::free(memory); }
 
-  void grow(size_t wanted) {
+  void grow(size_t size) {
     std::free(memory);
-    memory = std::aligned_alloc(alignment, wanted);
-    bytes = memory ? wanted : 0;
+    memory = std::aligned_alloc(alignment, size);
+    bytes = memory ? size : 0;
   }
 };
 
@@ -27,8 +27,8 @@ thread_local Block block;
 }  // namespace
 
 void* scratch(size_t bytes) {
-  const size_t wanted = (bytes + alignment) / alignment * alignment;
-  if (wanted > block.bytes) block.grow(wanted);
+  const size_t size = (bytes + alignment) / alignment * alignment;
+  if (size > block.bytes) block.grow(size);
   return block.memory;
 }
 

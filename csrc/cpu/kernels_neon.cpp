@@ -1,5 +1,5 @@
-// The kernels of 64-bit ARM: as AVX2's, with tbl for the shuffle and two registers of
-// four float32 for eight columns. UNTESTED: written without such a machine at hand.
+// Kernels for 64-bit ARM. They follow those for AVX2, with tbl as the shuffle and two
+// registers of four float32 for eight columns. UNTESTED: never run on an ARM machine.
 
 #include <arm_neon.h>
 
@@ -13,7 +13,7 @@ inline uint8x16_t shuffle_of(uint64_t bits) {
   return vld1q_u8(shuffle_table.row[bits & 0xff]);
 }
 
-// Weights need not be aligned for their type, so they are loaded as bytes.
+// Weights may be unaligned for their type, so they are loaded as bytes.
 inline uint8x16_t load_bytes(const void* from) {
   return vld1q_u8(static_cast<const uint8_t*>(from));
 }
@@ -30,8 +30,9 @@ struct Float32 {
              vreinterpretq_f32_u8(load_bytes(from + 4))}};
   }
 
-  // Four weights out of eight. The table's pair (2 n, 2 n + 1) becomes the four bytes
-  // 4 n ... 4 n + 3 of weight n; a pair that has no weight becomes four absent bytes.
+  // Selects four of eight weights. A pair (2 n, 2 n + 1) of the table becomes the
+  // indices of the four bytes 4 n ... 4 n + 3 of weight n; a pair without a weight
+  // becomes four out-of-range indices, for which tbl writes zeros.
   static uint8x16_t pick(uint8x16x2_t eight, uint16x4_t pairs) {
     const uint32x4_t first = vandq_u32(vmovl_u16(pairs), vdupq_n_u32(0xff));
     const uint32x4_t absent = vcgeq_u32(first, vdupq_n_u32(no_weight));
@@ -60,7 +61,7 @@ struct Float32 {
   static Stored from_float(float value) { return bits_of(value); }
 };
 
-// What both 16-bit dtypes share; Dtype::widen_register makes eight of them float32.
+// Common code of both 16-bit dtypes; Dtype::widen_register converts eight to float32.
 template <class Dtype>
 struct Sixteen {
   using Stored = uint16_t;

@@ -1,5 +1,5 @@
-// One bfloat16 at a time, for the ends of products; vectors are the instruction sets'
-// business. In an anonymous namespace for the reason given in generic.h.
+// Scalar conversions of bfloat16, for biases and results; each instruction set converts
+// vectors itself. In an anonymous namespace for the reason given in generic.h.
 
 #ifndef HALVE_BFLOAT16_H
 #define HALVE_BFLOAT16_H
@@ -25,8 +25,8 @@ inline float bfloat16_to_float(uint16_t value) {
   return float_from_bits(uint32_t{value} << 16);
 }
 
-// To the nearest, ties to even. A NaN is made quiet first: the carry of the rounding
-// could turn it into an infinity.
+// Rounds to nearest, ties to even. A NaN is made quiet first, since the carry of the
+// rounding could turn it into an infinity.
 inline uint16_t bfloat16_from_float(float value) {
   const uint32_t bits = bits_of(value);
   if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);

@@ -1,6 +1,6 @@
-// The bfloat16 kernel of CPUs with AVX-512 BF16 and VBMI2: 32 weights are spread by one
-// vpexpandw and multiplied by one vdpbf16ps, and are never widened. vdpbf16ps takes
-// subnormal numbers (below 1e-38) as zeros.
+// The bfloat16 kernel for CPUs with AVX-512 BF16 and VBMI2: one vpexpandw expands 32
+// weights and one vdpbf16ps multiplies them, without converting them to float32.
+// vdpbf16ps treats subnormal numbers (below 1e-38) as zeros.
 
 #include <immintrin.h>
 

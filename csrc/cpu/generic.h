@@ -1,24 +1,25 @@
-// The kernels' algorithms, written once over the lanes of an instruction set. Not here:
-// any instruction set, threads, memory, argument checks.
+// The algorithms of the kernels, as templates over the lanes of an instruction set.
+// They contain no intrinsics, threads, allocation or argument checks.
 //
 // Everything is in an anonymous namespace. An ordinary inline function exists once in a
-// program, and the linker may keep the copy that was compiled for AVX-512 and let a CPU
-// without it run into it. For the same reason these files include next to nothing.
+// program, so the linker could keep the copy that was compiled for AVX-512, and a CPU
+// without AVX-512 would execute it. For the same reason these files include as little
+// as possible.
 //
-// `L`, the lanes, has
-//   Stored                   the type of a weight in memory: its bits
+// `L`, the lanes of an instruction set and a dtype, provides
+//   Stored                   the type of a weight in memory, as bits
 //   Element                  the type of an arranged x and of an expanded weight
-//   Vector, Sum              registers of `width` Elements and of partial sums
-//   width                    columns a vector holds: a divisor of 64
-//   few                      the most vectors of x for which rows go without a tile
+//   Vector, Sum              registers of `width` Elements, and of partial sums
+//   width                    columns in a Vector: a divisor of 64
+//   few                      the largest batch that is multiplied without a tile
 //   batch_tile               vectors of x whose sums with four rows fit the registers
 //   zero, load, store, dot(sum, a, b), add(sum, sum), total(sum)
-//   totals(sums, out)        those of tile_rows sums
-//   widen(stored)            `width` weights as a Vector
+//   totals(sums, out)        the totals of tile_rows sums
+//   widen(stored)            loads `width` weights as a Vector
 //   expand(stored, bits)     the next weights where `bits` has ones, zeros elsewhere
-//   copy(out, stored, bits)  the same, as bits in memory
-//   to_float(stored)         one number
-//   from_float(float)        one number, rounded to the nearest, ties to even
+//   copy(out, stored, bits)  writes the same to memory, as bits
+//   to_float(stored)         converts one number
+//   from_float(float)        converts one number, rounded to nearest, ties to even
 
 #ifndef HALVE_GENERIC_H
 #define HALVE_GENERIC_H
@@ -40,28 +41,30 @@ using halve::Operands;
 using halve::Range;
 using halve::tile_rows;
 
-// The rows whose products a register tile sums at once.
+// Rows of a register tile.
 constexpr int64_t quad = 4;
 static_assert(tile_rows % quad == 0);
 
-// Words of each row that are expanded before they are multiplied. A block of the tile
-// and the matching block of x stay in the L1 cache.
+// Words of each row that are expanded before they are multiplied: so few that a block
+// of the tile and the matching block of x stay in the L1 cache.
 constexpr int64_t block_words = 8;
 
-// The hardware does not see where loads led by popcounts go next: without these the
-// packed product loses a tenth of its speed with one vector and half with four. At
-// 45 GB/s 2 to 8 KB ahead do equally well; at 65 GB/s 4 KB cost a tenth (docs/log.md).
+// Prefetch distances in bytes. The hardware prefetcher does not predict loads whose
+// addresses depend on popcounts: without software prefetches the packed product loses a
+// tenth of its speed with one vector and half with four. At 45 GB/s, 2 to 8 KB ahead
+// perform equally; at 65 GB/s, 4 KB costs a tenth (docs/log.md).
 constexpr int64_t values_ahead = 8192;
 constexpr int64_t mask_ahead = 1024;
 constexpr int64_t line = 64;
 
-// Fetching an address past the end of an array is harmless.
+// Prefetching an address past the end of an array is harmless.
 inline void prefetch(const void* from, int64_t ahead) {
   __builtin_prefetch(static_cast<const char*>(from) + ahead, 0, 3);
 }
 
-// A word's values are a line on average. Where they are more, one prefetch a word would
-// leave out every twentieth line; where they are less, the second is free.
+// The values of a word take one cache line on average. Where they take more, a single
+// prefetch for each word would miss every twentieth line; where they take less, the
+// second prefetch is free.
 inline void prefetch_values(const void* from) {
   prefetch(from, values_ahead);
   prefetch(from, values_ahead + line);
@@ -72,12 +75,13 @@ struct Count {
   static constexpr int64_t value = n;
 };
 
-// Calls `use(Count<n>())` for the n in [1, most] that `wanted` is.
-template <int64_t most, class Use>
-inline void with_count(int64_t wanted, Use use) {
-  if constexpr (most > 0) {
-    if (wanted == most) return use(Count<most>());
-    with_count<most - 1>(wanted, use);
+// Calls `use(Count<n>())` with n = count, which is in [1, max]: turns a run-time count
+// into a compile-time constant.
+template <int64_t max, class Use>
+inline void with_count(int64_t count, Use use) {
+  if constexpr (max > 0) {
+    if (count == max) return use(Count<max>());
+    with_count<max - 1>(count, use);
   }
 }
 
@@ -89,7 +93,8 @@ inline int64_t kept_in(uint64_t bits) {
   return __builtin_popcountll(bits & ((uint64_t{1} << L::width) - 1));
 }
 
-// The next word of a row, vector by vector: `use(vector index, values, bits)`.
+// Calls `use(vector index, values, bits)` for each vector of a row's next word, and
+// returns a pointer to the values after it.
 template <class L, class Use>
 inline const typename L::Stored* walk_word(const typename L::Stored* values,
                                            uint64_t bits, Use use) {
@@ -102,7 +107,7 @@ inline const typename L::Stored* walk_word(const typename L::Stored* values,
   return values;
 }
 
-// Columns [first, first + width) of a dense row; those past its end are zeros.
+// Loads columns [first, first + width) of a dense row; columns past its end are zeros.
 template <class L>
 inline typename L::Vector load_columns(const typename L::Stored* row, int64_t columns,
                                        int64_t first) {
@@ -115,8 +120,9 @@ inline typename L::Vector load_columns(const typename L::Stored* row, int64_t co
 }
 
 // ---- Arranging x ----
-// [columns / width][batch][width]: the order in which the register tile reads it. Rows
-// of x left a power of two apart would fall on the same lines of the L1 cache.
+// x is stored as [columns / width][batch][width], the order in which the register tile
+// reads it. In its original order, rows of x that are a power of two apart would map to
+// the same sets of the L1 cache.
 
 template <class L>
 double arranged_bytes(int64_t batch, int64_t columns) {
@@ -147,7 +153,8 @@ inline void put(const Operands& o, int64_t rows, int64_t b, int64_t row, float s
 
 // ---- A few vectors ----
 
-// A product waits for the one before it in the same sum, so a row has several sums.
+// Each multiply-add waits for the previous one into the same sum, so a row has several
+// sums.
 template <int64_t count>
 constexpr int64_t chains = count == 1 ? 4 : 2;
 
@@ -161,7 +168,7 @@ struct RowSums {
     }
   }
 
-  // The products of the columns in `w` with every vector's part of x.
+  // Adds the products of the columns in `w` with the same columns of every vector of x.
   void add(int64_t chain, typename L::Vector w, const typename L::Element* x) {
     HALVE_UNROLL
     for (int64_t b = 0; b < count; ++b) {
@@ -177,9 +184,9 @@ struct RowSums {
   }
 };
 
-// One row at a time: one stream of values and one of masks, which can be fetched ahead.
-// Several rows at once measured slower. With more than a few vectors it is x that no
-// longer fits the L1 cache, and rows have to share it: see below.
+// Multiplies one row at a time: one stream of values and one of masks, which can be
+// prefetched. Several rows at once measured slower. With more than a few vectors x no
+// longer fits into the L1 cache, so several rows must use each part of it: see below.
 template <class L, int64_t count>
 inline RowSums<L, count> packed_row(const typename L::Stored* values,
                                     const unsigned char* mask, int64_t words,
@@ -219,8 +226,8 @@ void packed_rows(const halve_packed& w, const Operands& o, Range rows,
   }
 }
 
-// `height` rows at once, so that a part of x is loaded once for all of them. The
-// hardware follows these streams by itself.
+// Multiplies `height` rows at once, so that each part of x is loaded once for all of
+// them. The hardware prefetcher follows these streams without help.
 template <class L, int64_t count, int64_t height>
 inline void dense_some(const Dense& w, const Operands& o, int64_t row) {
   const auto* weight =
@@ -267,10 +274,10 @@ void dense_rows(const Dense& w, const Operands& o, Range rows) {
 }
 
 // ---- Many vectors ----
-// Rows are expanded a block of columns at a time into a tile in the cache, then the
-// tile is multiplied with every vector of the batch. A source of rows has
+// Rows are expanded, a block of columns at a time, into a tile in the cache, and the
+// tile is multiplied with every vector of the batch. A source of rows provides
 //   open(slot, row)            begins a row
-//   fill(slot, words, out)     its next columns, to every tile_rows-th vector of out
+//   fill(slot, words, out)     writes its next columns, to every tile_rows-th vector
 
 template <class L>
 class PackedRows {
@@ -307,7 +314,8 @@ class PackedRows {
   const halve_packed& w_;
   Stored* spare_;
   const Stored* values_[tile_rows];
-  int64_t ahead_[tile_rows];  // bytes from a row's values to those of the next tile
+  // Bytes from a row's values to those of the same slot's row in the next tile.
+  int64_t ahead_[tile_rows];
   const unsigned char* mask_[tile_rows];
 };
 
@@ -339,7 +347,7 @@ class DenseRows {
   int64_t column_[tile_rows];
 };
 
-// Adds the products of four rows and `count` vectors to `sums`, [count][tile_rows].
+// Adds the products of four rows with `count` vectors to `sums`, [count][tile_rows].
 template <class L, int64_t count>
 void multiply(const typename L::Element* tile, const typename L::Element* x,
               int64_t batch, int64_t vectors, typename L::Sum* sums) {
@@ -369,8 +377,9 @@ void multiply(const typename L::Element* tile, const typename L::Element* x,
   }
 }
 
-// A block of the tile with the whole batch, in groups as equal as possible: a last
-// group of one vector would load as much for a quarter of the work.
+// Multiplies a block of the tile with the whole batch, in groups of vectors that are as
+// equal as possible: a last group of one vector would load the whole block of the tile
+// for a fraction of the work.
 template <class L>
 void multiply_block(const typename L::Element* tile, const typename L::Element* x,
                     int64_t batch, int64_t vectors, typename L::Sum* sums) {
@@ -393,7 +402,8 @@ double tile_bytes(int64_t batch) {
          double(tile_rows) * batch * sizeof(typename L::Sum);
 }
 
-// The sums of eight rows, opened in `source`, with the whole batch.
+// Computes the sums of the tile_rows rows that are open in `source` with the whole
+// batch.
 template <class L, class Source>
 void sum_tile(Source& source, const Operands& o, int64_t columns,
               typename L::Element* tile, typename L::Sum* sums) {
@@ -416,7 +426,7 @@ void batch_product(Source& source, const Operands& o, int64_t all_rows, int64_t 
       reinterpret_cast<typename L::Sum*>(tile + tile_rows * block_words * word_columns);
   for (int64_t row = rows.first; row < rows.last; row += tile_rows) {
     const int64_t count = smaller(tile_rows, rows.last - row);
-    // A short last tile repeats its last row rather than having a loop of its own.
+    // A short last tile repeats its last row, so that there is no second loop for it.
     for (int64_t r = 0; r < tile_rows; ++r) {
       source.open(r, row + smaller(r, count - 1));
     }
@@ -431,7 +441,8 @@ void batch_product(Source& source, const Operands& o, int64_t all_rows, int64_t 
 
 // ---- The functions of a kernel ----
 
-// A few vectors need a spare row; many need eight, after their tile and sums.
+// A small batch needs one spare row; a larger one a tile, its sums, and tile_rows spare
+// rows.
 template <class L>
 double workspace_bytes(int64_t batch, int64_t columns) {
   const double spare =

@@ -1,6 +1,6 @@
-// The kernel that defines the answer: sums in double, one rounding at the end, no
-// instruction set assumed and nothing clever. Slow on purpose; the tests compare every
-// other kernel with it.
+// The reference kernel, which defines the result: sums in double, one rounding at the
+// end, portable C++ without optimizations. The tests compare every other kernel with
+// it.
 
 #include <cmath>
 
@@ -11,11 +11,12 @@
 namespace halve {
 namespace {
 
-// The nearest number, ties to even, with `fraction` bits after the leading one and no
-// exponent below `least`. Overflow is left to the caller.
-double nearest(double value, int fraction, int least) {
+// Rounds to the nearest number, ties to even, that has `fraction` bits after the
+// leading one and no exponent below `min_exponent`. Does not handle overflow.
+double nearest(double value, int fraction, int min_exponent) {
   if (!std::isfinite(value) || value == 0) return value;
-  const int exponent = std::ilogb(value) < least ? least : std::ilogb(value);
+  const int exponent =
+      std::ilogb(value) < min_exponent ? min_exponent : std::ilogb(value);
   return std::ldexp(std::nearbyint(std::ldexp(value, fraction - exponent)),
                     exponent - fraction);
 }
@@ -50,7 +51,7 @@ struct Float16 {
     return static_cast<Stored>(sign | encode_size(std::fabs(nearest(value, 10, -14))));
   }
 
-  // Exact: `size` is on the grid of float16 already, or above its largest number.
+  // Exact, because `size` is a float16 number already, or above the largest one.
   static int encode_size(double size) {
     if (std::isnan(size)) return 0x7e00;
     if (size > 65504) return 0x7c00;
@@ -99,8 +100,8 @@ void put_row(const double* weight, const Operands& o, int64_t rows, int64_t colu
   }
 }
 
-// Calls `put(column, bits of the weight)` for every column; a pruned one has no bits,
-// nor has one whose value lies past the end.
+// Calls `put(column, bits of the weight)` for every column. The bits are zero where the
+// weight is pruned and where its value would be past the end of the array.
 template <class Stored, class Put>
 void walk_row(const halve_packed& w, int64_t row, Put put) {
   int64_t next = begin_of(w, row);

@@ -1,0 +1,68 @@
+// The interface of a kernel: the functions that one instruction set provides for one
+// dtype. Files that are compiled for different CPUs include this header, so it declares
+// plain data only; inline functions would be unsafe here (see generic.h).
+
+#ifndef HALVE_KERNEL_H
+#define HALVE_KERNEL_H
+
+#include <cstddef>
+#include <cstdint>
+
+#include "halve.h"
+
+namespace halve {
+
+constexpr int dtype_count = 3;
+
+// Rows expanded together when x is a batch; a thread gets a multiple of it.
+constexpr int64_t tile_rows = 8;
+
+struct Range {
+  int64_t first, last;
+};
+
+struct Dense {
+  const void* weight;
+  int64_t rows, columns;
+};
+
+// The operands of a product besides its weights.
+struct Operands {
+  const void* x;  // in the layout that `arrange` writes
+  int64_t batch;
+  const void* bias;  // NULL: none
+  void* y;
+};
+
+// Every `workspace` is 64-byte aligned, private to the calling thread, and at least as
+// large as `workspace_bytes` returns; likewise `arranged` and `arranged_bytes`, except
+// that all threads read it.
+struct Kernel {
+  // Sizes in bytes. They are floating-point numbers so that they cannot overflow; the
+  // caller checks them against a limit before it converts them.
+  double (*arranged_bytes)(int64_t batch, int64_t columns);
+  double (*workspace_bytes)(int64_t batch, int64_t columns);
+
+  // Copies x into the order and the type in which the kernel reads it, with columns
+  // padded with zeros to whole words of the mask, so that no kernel reads past the end
+  // of x.
+  void (*arrange)(const void* x, int64_t batch, int64_t columns, void* arranged);
+
+  void (*packed)(const halve_packed&, const Operands&, Range rows, void* workspace);
+  void (*dense)(const Dense&, const Operands&, Range rows, void* workspace);
+
+  // Writes rows [rows.first, rows.last) to `out`, whose first row is rows.first.
+  void (*unpack)(const halve_packed&, Range rows, void* out, void* workspace);
+};
+
+// Indexed by dtype. Only the kernels of the target architecture are defined.
+extern const Kernel reference_kernels[dtype_count];
+extern const Kernel avx2_kernels[dtype_count];
+extern const Kernel avx512f_kernels[dtype_count];
+extern const Kernel neon_kernels[dtype_count];
+// There are none for the other dtypes, which gain nothing from this instruction set.
+extern const Kernel avx512bf16_bf16_kernel;
+
+}  // namespace halve
+
+#endif
