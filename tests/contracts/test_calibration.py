@@ -1,9 +1,13 @@
 """From text to windows of tokens, and room for hidden states."""
 
 import json
+import os
+import signal
+import sys
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from halve.calibration import (
     Corpus,
@@ -11,8 +15,16 @@ from halve.calibration import (
     cut_segments,
     draw_windows,
     load_corpus,
+    load_tokenizer,
 )
-from halve.errors import CalibrationError, OutputError
+from halve.cli import main
+from halve.cli.interruption import Interrupted
+from halve.errors import (
+    CalibrationError,
+    DistributedError,
+    OutputError,
+    SourceError,
+)
 
 
 def encode(text: str) -> list[int]:
@@ -108,3 +120,59 @@ def test_hidden_states_live_in_memory_or_in_a_file(budget, tmp_path):
 def test_a_disk_too_small_for_hidden_states_is_an_error(tmp_path):
     with pytest.raises(OutputError, match="hidden states need"):
         allocate_hidden((2**20, 2**20, 2**10), 0, tmp_path)
+
+
+class PanicException(BaseException):
+    """As PyO3 raises the panics of tokenizers."""
+
+
+PanicException.__module__ = "pyo3_runtime"
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), PanicException("bad")])
+def test_what_tokenizers_raises_is_a_source_error(error, monkeypatch, tmp_path):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(error))
+    with pytest.raises(SourceError, match=r"tokenizer .* cannot be loaded \(bad\)"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [Interrupted(15), KeyboardInterrupt(), SystemExit(3), GeneratorExit()]
+)
+def test_signals_and_exits_pass_through_loading_a_tokenizer(
+    error, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(error))
+    with pytest.raises(type(error)) as raised:
+        load_tokenizer(tmp_path)
+    assert raised.value is error
+
+
+def test_an_error_of_halve_passes_through_loading_a_tokenizer(monkeypatch, tmp_path):
+    """Another process of the run has failed, say: the tokenizer is not to blame."""
+    error = DistributedError("Another process has ended.", "Run the command again.")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(error))
+    with pytest.raises(DistributedError):
+        load_tokenizer(tmp_path)
+
+
+def test_sigterm_while_the_tokenizer_loads_exits_with_143(pico, text, monkeypatch):
+    def load(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    monkeypatch.setattr(
+        sys, "argv", ["halve", "eval", str(pico("opt")), "--data", str(text)]
+    )
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 143
+
+
+def raising(error):
+    """Return a function that raises an error, whatever it is passed."""
+
+    def function(*_, **__):
+        raise error
+
+    return function
