@@ -6,7 +6,7 @@ part that has moved breaks nothing else.
 
 # ruff: noqa: PLC0415
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ def rename_key(
     name: str,
     conversions: Conversions,
     prefix: str,
-    state: Mapping[str, Any],
+    state: dict[str, Any],
 ) -> tuple[str, bool]:
     """Return a parameter's name for that of a tensor in a checkpoint.
 
@@ -66,7 +66,7 @@ def rename_key(
     from transformers.core_model_loading import rename_source_key
 
     target, converter = rename_source_key(
-        name, conversions.renamings, conversions.converters, prefix, dict(state)
+        name, conversions.renamings, conversions.converters, prefix, state
     )
     return target, converter is not None
 
