@@ -157,13 +157,13 @@ def test_an_error_of_halve_passes_through_loading_a_tokenizer(monkeypatch, tmp_p
 
 
 def test_sigterm_while_the_tokenizer_loads_exits_with_143(pico, text, monkeypatch):
+    words = ["halve", "eval", str(pico("opt")), "--data", str(text)]
+    monkeypatch.setattr(sys, "argv", words)
+
     def load(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
-    monkeypatch.setattr(
-        sys, "argv", ["halve", "eval", str(pico("opt")), "--data", str(text)]
-    )
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 143

@@ -1,4 +1,4 @@
-"""Text to windows of tokens, and room for what the model makes of them."""
+"""Calibration and evaluation text, its tokens, and storage for hidden states."""
 
 from halve.calibration.corpora import Corpus, load_corpus
 from halve.calibration.spill import allocate_hidden, default_budget
