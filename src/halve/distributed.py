@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from halve._compat.torch import join_store
+from halve._compat.torch import Store, join_store
 from halve.errors import DistributedError, HalveError, ReportedError
 
 T = TypeVar("T")
@@ -214,7 +214,7 @@ def join() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _connect() -> tuple[Ranks, dist.Store]:
+def _connect() -> tuple[Ranks, Store]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     ranks = Ranks(*(int(os.environ[name]) for name in names))
     has_gpu = torch.cuda.is_available() and dist.is_nccl_available()
@@ -259,7 +259,7 @@ def _stop(signal_: int, frame: FrameType | None) -> None:
     )
 
 
-def _answer(error: BaseException, ranks: Ranks, store: dist.Store) -> BaseException:
+def _answer(error: BaseException, ranks: Ranks, store: Store) -> BaseException:
     """Return what to raise for an error: what was the first to go wrong anywhere."""
     own = error
     if not isinstance(error, HalveError):
@@ -275,7 +275,7 @@ def _answer(error: BaseException, ranks: Ranks, store: dist.Store) -> BaseExcept
     )
 
 
-def _first_word(store: dist.Store, own: HalveError) -> HalveError:
+def _first_word(store: Store, own: HalveError) -> HalveError:
     """Leave word of an error, unless another process has; return who was first."""
     # The store goes with torchrun, and says so by RuntimeErrors of its own.
     with suppress(RuntimeError):

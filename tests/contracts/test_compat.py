@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
@@ -20,9 +19,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
 
 import halve
 from halve._compat.torch import (
+    Store,
     buffer_slots,
     change_class,
     join_store,
@@ -110,9 +111,10 @@ class TestTorch:
         }.items():
             monkeypatch.setenv(name, value)
         store, rank, size = join_store()
+        assert isinstance(store, Store)
         assert (rank, size) == (0, 1)
         assert not store.check(["word"])
-        store.set("word", b"bytes")
+        store.set("word", "bytes")
         assert store.get("word") == b"bytes"
         assert [store.add("count", 1), store.add("count", 1)] == [1, 2]
 
@@ -225,7 +227,7 @@ class TestTransformers:
     def test_the_quantizer_overrides_methods_that_exist(self):
         from halve.integrations.transformers import quantizer  # noqa: PLC0415
 
-        base = transformers.quantizers.base.HfQuantizer
+        base = HfQuantizer
         for name in (
             "_process_model_before_weight_loading",
             "_process_model_after_weight_loading",

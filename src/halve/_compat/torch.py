@@ -1,9 +1,22 @@
-"""Private or undocumented parts of torch; tested with torch 2.6 to 2.13."""
-
-from typing import Any
+"""Private or undocumented parts of torch; tested with torch 2.7 to 2.13."""
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store  # noqa: TID251
+from torch.distributed.rendezvous import rendezvous  # noqa: TID251
+
+# `Store`: the base class of torch.distributed's key-value stores, for annotations.
+# torch.distributed has it, but does not declare it as exported.
+__all__ = [
+    "Store",
+    "buffer_slots",
+    "change_class",
+    "join_store",
+    "onednn_linear",
+    "parameter_slots",
+    "share_state",
+    "tensor_version",
+]
 
 
 def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,7 +87,7 @@ def change_class(module: nn.Module, subclass: type[nn.Module]) -> None:
     module.__class__ = subclass
 
 
-def join_store() -> tuple[Any, int, int]:
+def join_store() -> tuple[Store, int, int]:
     """Connect to the store that torchrun provides.
 
     Undocumented: `torch.distributed.rendezvous`, by which `init_process_group` itself
@@ -84,7 +97,4 @@ def join_store() -> tuple[Any, int, int]:
     Returns:
         The store, the rank of this process, and the number of processes.
     """
-    # Imported here: builds of torch may come without torch.distributed.
-    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415, TID251
-
     return next(rendezvous("env://"))
