@@ -1,4 +1,4 @@
-"""From text to windows of tokens, and room for hidden states."""
+"""Text to windows of tokens, tokenizers, and storage for hidden states."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from halve.errors import (
 
 
 def encode(text: str) -> list[int]:
-    """One token a word: its number."""
+    """One token per word: the number that the word is."""
     return [int(word) for word in text.split()]
 
 
@@ -93,11 +93,11 @@ def test_local_files_are_read(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo")
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     parquet.write_table(Table.from_pydict({"text": texts}), tmp_path / "a.parquet")
-    found = [
+    documents = [
         load_corpus(str(tmp_path / f"a.{kind}"), "calibration").documents
         for kind in ("txt", "jsonl", "parquet")
     ]
-    assert found == [("one\ntwo",), ("one\ntwo", "three"), ("one\ntwo", "three")]
+    assert documents == [("one\ntwo",), ("one\ntwo", "three"), ("one\ntwo", "three")]
 
 
 def test_the_parts_of_stdlib_share_no_module():
@@ -110,11 +110,11 @@ def test_the_parts_of_stdlib_share_no_module():
 
 
 @pytest.mark.parametrize("budget", [0, 10**6])
-def test_hidden_states_live_in_memory_or_in_a_file(budget, tmp_path):
+def test_hidden_states_are_in_memory_or_in_a_file(budget, tmp_path):
     hidden = allocate_hidden((3, 4, 5), budget, tmp_path)
     hidden.copy_(torch.arange(60.0).view(3, 4, 5))
     assert hidden.sum() == 59 * 30
-    assert not list(tmp_path.iterdir())  # the file has no name to leave behind
+    assert not list(tmp_path.iterdir())  # the file has no name
 
 
 def test_a_disk_too_small_for_hidden_states_is_an_error(tmp_path):
@@ -149,7 +149,7 @@ def test_signals_and_exits_pass_through_loading_a_tokenizer(
 
 
 def test_an_error_of_halve_passes_through_loading_a_tokenizer(monkeypatch, tmp_path):
-    """Another process of the run has failed, say: the tokenizer is not to blame."""
+    """Such as that another process of the run has failed."""
     error = DistributedError("Another process has ended.", "Run the command again.")
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(error))
     with pytest.raises(DistributedError):
