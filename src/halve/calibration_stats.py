@@ -138,7 +138,7 @@ class GramMatrix(Statistic):
         size = self._starts.step
         slices = [slice(start, start + size) for start in self._starts]
         for index, rows in enumerate(slices):
-            # On the diagonal the rounding errors are in a tensor apart.
+            # On the diagonal the rounding errors are in a separate tensor.
             square = self._matrix[rows, rows]
             yield rows, rows, CompensatedSum(square, self._low[rows, : len(square)])
             for columns in slices[index + 1 :]:

@@ -35,10 +35,10 @@ def weight_conversions(model: Any) -> Conversions:  # noqa: ANN401
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    found = get_model_conversion_mapping(model)
+    entries = get_model_conversion_mapping(model)
     return Conversions(
-        [entry for entry in found if isinstance(entry, WeightRenaming)],
-        [entry for entry in found if isinstance(entry, WeightConverter)],
+        [entry for entry in entries if isinstance(entry, WeightRenaming)],
+        [entry for entry in entries if isinstance(entry, WeightConverter)],
     )
 
 
