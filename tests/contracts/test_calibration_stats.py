@@ -149,7 +149,7 @@ def test_large_matrices_are_converted_in_strips(dtype, strided, monkeypatch):
         converted.append(operands[1].numel())
         return takes(*operands)
 
-    monkeypatch.setattr(matmul, "WIDENED", 1000)
+    monkeypatch.setattr(matmul, "MAX_CONVERTED", 1000)
     monkeypatch.setattr(matmul, "_onednn_takes", watched)
     with torch.no_grad(), FastMatmul():
         for multiply in (layer, conv1d, lambda x: linear(x, weight, bias)):

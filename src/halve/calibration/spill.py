@@ -11,7 +11,7 @@ from torch import Tensor
 from halve.errors import OutputError
 
 
-def default_budget() -> int:
+def default_activation_memory() -> int:
     """Return the default limit in bytes: a quarter of the machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 

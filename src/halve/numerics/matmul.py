@@ -19,8 +19,8 @@ from halve._compat.torch import onednn_linear
 
 # The dtypes of weights that are stored as they are and converted to float32, without
 # loss, for each product; and how many weights are converted at once.
-NARROW = (torch.float16, torch.bfloat16)
-WIDENED = 2**26
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+MAX_CONVERTED = 2**26
 
 _torch_linear = functional.linear
 
@@ -52,9 +52,9 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         [..., rows], in the wider dtype of `inputs` and `weight`.
     """
-    converts = weight.dtype in NARROW and inputs.dtype not in NARROW
+    converts = weight.dtype in HALF_DTYPES and inputs.dtype not in HALF_DTYPES
     # With gradients, autograd would keep the converted strips in memory anyway.
-    if converts and weight.numel() > WIDENED and not torch.is_grad_enabled():
+    if converts and weight.numel() > MAX_CONVERTED and not torch.is_grad_enabled():
         return _linear_in_strips(inputs, weight, bias)
     inputs, weight = _promoted(inputs, weight)
     if not _onednn_takes(inputs, weight):
@@ -68,10 +68,10 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _linear_in_strips(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `linear` by strips of rows of at most WIDENED weights each."""
+    """Compute `linear` by strips of rows of at most MAX_CONVERTED weights each."""
     rows, columns = weight.shape
     outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    height = max(WIDENED // columns, 1)
+    height = max(MAX_CONVERTED // columns, 1)
     for start in range(0, rows, height):
         # Rows of the weight are columns of the output: Y[:, s] = X W[s].T + b[s].
         strip = slice(start, start + height)

@@ -28,7 +28,7 @@ from halve.models import (
     match_names,
 )
 from halve.numerics.finite import is_finite
-from halve.numerics.matmul import NARROW
+from halve.numerics.matmul import HALF_DTYPES
 
 _DEVICES = ("cpu", "cuda")
 # Tokens in a batch: enough to keep the cores busy, few enough for the widest
@@ -207,7 +207,7 @@ class BlockwiseModel:
 
     def _usable(self, name: str, tensor: Tensor, widen: bool) -> Tensor:
         usable = tensor.to(self.device)
-        if usable.is_floating_point() and (widen or usable.dtype not in NARROW):
+        if usable.is_floating_point() and (widen or usable.dtype not in HALF_DTYPES):
             usable = usable.float()
         self.check_finite(name, usable)
         return usable
