@@ -23,9 +23,8 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
+from halve._compat.torch import Store, join_store
 from halve.errors import DistributedError, HalveError, ReportedError
 
 T = TypeVar("T")
@@ -222,7 +221,7 @@ def _connect() -> tuple[Ranks, Store]:
     if has_gpu and ranks.local < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local)
     try:
-        store, rank, size = next(rendezvous("env://"))
+        store, rank, size = join_store()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
             store=store,

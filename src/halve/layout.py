@@ -114,7 +114,8 @@ def make_layout(checkpoint: Checkpoint, meta_model: MetaModel) -> Layout:
 
 def _unread(meta_model: MetaModel, names: dict[str, str]) -> frozenset[str]:
     head = meta_model.model.get_output_embeddings()
-    spared = meta_model.names_of(meta_model.table) | meta_model.names_of(head)
+    embedding = meta_model.lookup_embedding
+    spared = meta_model.parameter_names(embedding) | meta_model.parameter_names(head)
     used = {tensor for name, tensor in names.items() if name not in spared}
     return frozenset(names[name] for name in spared if name in names) - used
 

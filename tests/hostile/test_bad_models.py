@@ -57,13 +57,13 @@ CONFIGS = {
     "masked": (by.config(architectures=["BertForMaskedLM"]), ("BertForMaskedLM",)),
     "quantised": (
         by.config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        ("quantised", "gptq"),
+        ("quantized", "gptq"),
     ),
-    "quantised by nothing": (by.config(quantization_config={}), ("quantised",)),
-    "quantised is text": (by.config(quantization_config="fp8"), ("quantised",)),
+    "quantised by nothing": (by.config(quantization_config={}), ("quantized",)),
+    "quantised is text": (by.config(quantization_config="fp8"), ("quantized",)),
     "compressed": (
         by.config(compression_config={"quant_method": "compressed-tensors"}),
-        ("quantised",),
+        ("quantized",),
     ),
     "code of its own": (
         by.config(

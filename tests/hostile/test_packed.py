@@ -281,12 +281,12 @@ CONFIGS = {
     ),
     "an endless need": (entry(version=2, requires_halve="9" * 5000), ("Halve 999",)),
     "a need that is a list": (entry(version=2, requires_halve=[[]]), ("Halve [[]]",)),
-    "another method": (entry(quant_method="gptq"), ("quantised", "gptq")),
-    "no method": (entry(quant_method=None), ("quantised", "method unnamed")),
-    "method is a list": (entry(quant_method=["halve"]), ("quantised", "['halve']")),
-    "method in capitals": (entry(quant_method="Halve"), ("quantised", "Halve")),
-    "entry is text": (by.config(quantization_config="halve"), ("quantised",)),
-    "entry is a list": (by.config(quantization_config=["halve"]), ("quantised",)),
+    "another method": (entry(quant_method="gptq"), ("quantized", "gptq")),
+    "no method": (entry(quant_method=None), ("quantized", "method not given")),
+    "method is a list": (entry(quant_method=["halve"]), ("quantized", "['halve']")),
+    "method in capitals": (entry(quant_method="Halve"), ("quantized", "Halve")),
+    "entry is text": (by.config(quantization_config="halve"), ("quantized",)),
+    "entry is a list": (by.config(quantization_config=["halve"]), ("quantized",)),
 }
 
 

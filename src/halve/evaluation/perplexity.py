@@ -18,7 +18,7 @@ from torch.nn import functional
 from halve.calibration import (
     check_vocabulary,
     cut_segments,
-    default_budget,
+    default_activation_memory,
     load_corpus,
     load_encoder,
 )
@@ -134,7 +134,7 @@ def _segments(opened: BlockwiseModel, options: EvalOptions) -> Tensor:
 def _budget(options: EvalOptions) -> int:
     """Return the bytes of hidden states that may live in memory."""
     given = options.activation_memory
-    return default_budget() if given is None else given
+    return default_activation_memory() if given is None else given
 
 
 def _walk(opened: BlockwiseModel, windows: Tensor, options: EvalOptions) -> Stream:

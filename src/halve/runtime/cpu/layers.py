@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from halve._compat.torch import change_class, share_state
 from halve.formats import Packed
 from halve.runtime.cpu.operators import dense_linear, packed_linear
 
@@ -127,7 +128,7 @@ class DenseLinear(nn.Linear):
 def plain_linear(layer: DenseLinear) -> nn.Linear:
     """Return a layer of torch's own that shares the weights of ours."""
     plain = nn.Linear(1, 1, bias=False)
-    plain.__dict__ |= layer.__dict__
+    share_state(plain, layer)
     return plain
 
 
@@ -135,4 +136,4 @@ def use_own_products(model: nn.Module) -> None:
     """Let plain linear layers of a model multiply a few rows with Halve's kernel."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype != torch.float64:
-            module.__class__ = DenseLinear
+            change_class(module, DenseLinear)
