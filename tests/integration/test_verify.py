@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import halve
-from halve.checkpoint import RECORD, sha256
+from halve.checkpoint import RECORD, is_finished, read_record, sha256
 from halve.cli import main
-from halve.errors import CheckpointError, HalveError
-from halve.records import parse_record
+from halve.errors import CheckpointError, HalveError, OutputError, RecordError
+from halve.records import RECORD_FORMAT, PackRecord, PruneRecord, parse_record
+from halve.records.checksum import CHECKSUM, to_json_with_checksum
 
 # Row -> how the folder is made from a model of bfloat16: prune's options, then verbs.
 MADE: dict[str, tuple[dict, tuple]] = {
@@ -221,8 +222,67 @@ def test_a_file_that_no_one_loads_is_left_alone(copied):
 
 
 def test_without_a_record_nothing_is_claimed(pico):
-    with pytest.raises(CheckpointError, match=r"no halve.json .* Name a folder"):
+    with pytest.raises(CheckpointError, match=r"no halve.json .* Pass a folder"):
         halve.verify(pico("llama"))
+
+
+def _with_format(folder: Path, version: object) -> None:
+    """Let a record have another format, with a checksum that matches."""
+    path = folder / RECORD
+    fields = json.loads(path.read_text()) | {"format": version}
+    del fields[CHECKSUM]
+    path.write_text(to_json_with_checksum(fields))
+
+
+READERS = {
+    "verify": lambda folder, out: halve.verify(folder),
+    "pack, which embeds it": lambda folder, out: halve.pack(folder, out),
+    "unpack, which embeds it": lambda folder, out: halve.unpack(folder, out),
+    "prune, which finds its own output": lambda folder, out: read_record(
+        folder, PruneRecord.from_json
+    ),
+    "pack, which finds its own output": lambda folder, out: read_record(
+        folder, PackRecord.from_json
+    ),
+    "a run with the same output": lambda folder, out: is_finished(folder, {}),
+}
+
+
+@pytest.mark.parametrize("version", [1, RECORD_FORMAT + 1, 99])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_record_of_another_format_is_refused_by_name(
+    reader, version, copied, tmp_path
+):
+    folder = copied("packed" if "unpack" in reader else "half")
+    _with_format(folder, version)
+    with pytest.raises(RecordError) as refusal:
+        READERS[reader](folder, tmp_path / "rewritten")
+    message = str(refusal.value)
+    assert str(folder / RECORD) in message
+    assert f"has format {version}," in message
+    assert f"reads format {RECORD_FORMAT}." in message
+    assert not (tmp_path / "rewritten").exists()
+
+
+def test_the_format_is_compared_by_the_records_themselves(copied):
+    for row, kind in {"half": PruneRecord, "packed": PackRecord}.items():
+        folder = copied(row)
+        kind.from_json((folder / RECORD).read_text())
+        _with_format(folder, 99)
+        with pytest.raises(RecordError, match="has format 99"):
+            kind.from_json((folder / RECORD).read_text())
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("version", [None, "2", True, 2.0])
+def test_a_format_that_is_no_integer_is_no_record(version, copied, tmp_path):
+    folder = copied("half")
+    _with_format(folder, version)
+    with pytest.raises(CheckpointError, match=RECORD):
+        halve.verify(folder)
+    with pytest.raises(OutputError, match=RECORD):
+        read_record(folder, PruneRecord.from_json)
+    assert halve.pack(folder, tmp_path / "packed").source is None
 
 
 HOSTILE = {
@@ -233,7 +293,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("row", HOSTILE)
-def test_a_record_that_lies_under_its_own_seal_is_refused(row, copied):
+def test_a_record_that_lies_under_a_valid_checksum_is_refused(row, copied):
     folder = copied("half")
     record = parse_record((folder / RECORD).read_text())
     (folder / RECORD).write_text(_with(record, HOSTILE[row]).to_json())

@@ -9,6 +9,7 @@ from halve.checkpoint.output import (
     output_path,
     parse_note,
     read_record,
+    source_record,
 )
 from halve.checkpoint.source import locate
 from halve.checkpoint.workspace import Workspace, open_workspace
@@ -27,4 +28,5 @@ __all__ = [
     "parse_note",
     "read_record",
     "sha256",
+    "source_record",
 ]

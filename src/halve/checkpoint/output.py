@@ -1,13 +1,15 @@
 """Whether a place can be used for an output, and whether it holds it already."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from halve.errors import OutputError
+from halve.errors import OutputError, RecordError
 from halve.records.codec import from_dict
-from halve.untrusted import parse_json, read_bytes, truncated
+from halve.records.version import check_format, parse_fields
+from halve.untrusted import read_bytes, read_json, truncated
 
 RECORD = "halve.json"
 
@@ -51,24 +53,59 @@ def is_finished(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def read_record(folder: Path, parse: Callable[[str], Record]) -> Record:
-    """Return what is recorded in a folder that a run has completed.
+    """Read the `halve.json` of a folder that a run has completed.
 
     Args:
-        folder: Holds `halve.json`.
-        parse: Turns its text into a value.
+        folder: The folder.
+        parse: Parses the text of the file. Any error that malformed JSON, or JSON of
+            other contents, makes it raise is turned into an OutputError.
 
     Raises:
-        OutputError: It is not what such a run writes.
+        RecordError: The record has another format.
+        OutputError: The file cannot be read, or is not a record of this kind.
     """
     try:
-        return parse(read_bytes(folder / RECORD).decode("utf-8"))
+        with name_record(folder):
+            return parse(read_bytes(folder / RECORD).decode("utf-8"))
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise foreign_folder(folder, f"its {RECORD} cannot be read") from error
 
 
+@contextmanager
+def name_record(folder: Path) -> Iterator[None]:
+    """Name the file in a RecordError that is raised while it is read."""
+    try:
+        yield
+    except RecordError as error:
+        problem = f"{folder / RECORD} cannot be read: {error.problem}"
+        raise RecordError(problem, error.remedy) from error
+
+
 def recorded_identity(folder: Path) -> dict[str, Any]:
     """Return the identity of the run that completed a folder."""
-    return read_record(folder, lambda text: dict(parse_json(text)["identity"]))
+    return read_record(folder, lambda text: dict(parse_fields(text)["identity"]))
+
+
+def source_record(source: Path) -> dict[str, Any] | None:
+    """Return the members of the `halve.json` that lies beside a model, if any.
+
+    A link out of the folder is not followed: it could make a private file part of the
+    record that the user publishes.
+
+    Returns:
+        The members, checksum included; None where there is no such file, or it is not
+        a record of Halve.
+
+    Raises:
+        RecordError: The record has another format.
+    """
+    try:
+        with name_record(source):
+            fields = dict(read_json(source / RECORD, source))
+            check_format(fields)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return fields
 
 
 def parse_note(folder: Path, kind: type[Record], note: object) -> Record:
