@@ -209,7 +209,7 @@ def _ledger_seeds() -> list[bytes]:
     block = json.loads(_records()[0])["blocks"][0]
     lines = [
         {"identity": IDENTITY},
-        {"settled": "allocation", "decision": {"strength": 0.5}},
+        {"decision": "allocation", "value": {"strength": 0.5}},
         {"file": "a.safetensors", "sha256": SHA256, "note": block},
     ]
     return [("\n".join(map(json.dumps, lines[:n])) + "\n").encode() for n in (1, 2, 3)]
@@ -312,8 +312,8 @@ TARGETS = {
         _read_ledger,
         (
             "identity",
-            "settled",
             "decision",
+            "value",
             "file",
             "sha256",
             "note",

@@ -143,6 +143,34 @@ def test_a_ledger_cut_short_costs_one_shard_at_most(
     assert digests(out) == undisturbed
 
 
+@pytest.mark.parametrize("stop", [1, 6])
+@pytest.mark.parametrize("cut", [1, 20])
+def test_a_ledger_cut_short_is_resumed_twice(
+    cut, stop, pico, text, tmp_path, undisturbed
+):
+    """The first resume leaves a ledger that the second one can read.
+
+    It must remove all of the incomplete line, but keep the newline before it:
+    otherwise the next line that it appends would continue the last complete one.
+    """
+    out = tmp_path / "out"
+    options = OPTIONS | {"calibration": str(text)}
+    ledger = out.with_name("out.partial") / "ledger.jsonl"
+    with pytest.raises(Stopped):
+        halve.prune(pico("llama"), out, progress=stop_at(6), **options)
+    before = ledger.read_bytes()
+    ledger.write_bytes(before[:-cut])
+    with pytest.raises(Stopped):
+        halve.prune(pico("llama"), out, progress=stop_at(stop), **options)
+    complete = before[: before.rindex(b"\n", 0, -1) + 1]
+    assert ledger.read_bytes().startswith(complete)
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    assert all(line.endswith(b"\n") and json.loads(line) for line in lines)
+    assert len(lines) > complete.count(b"\n")
+    halve.prune(pico("llama"), out, **options)
+    assert digests(out) == undisturbed
+
+
 def test_a_damaged_shard_is_made_again(pico, text, tmp_path, undisturbed):
     out = tmp_path / "out"
     with pytest.raises(Stopped):
