@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +14,10 @@ import pytest
 import torch
 
 import halve
-from halve.distributed import Ranks
+from halve import distributed
+from halve.checkpoint.pickles import load_pickle
+from halve.distributed import Ranks, join
+from halve.errors import DistributedError, NumericalError, ReportedError
 from halve.options import PruneOptions, RunOptions
 from halve.pruning import prune_model
 from halve.records import PruneRecord
@@ -156,7 +161,7 @@ def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on(pico, text, tmp_p
     worker = ["tests.integration.ranks_worker", "dies", 1, "propagating"]
     ended = torchrun(*worker, *command(model, out, text))
     assert ended.returncode == 1
-    assert "it goes on where it stopped" in ended.stderr
+    assert "Start the same command again to resume" in ended.stderr
     assert "halve" not in _tracebacks(ended.stderr)
     assert not out.exists()
     phases = []
@@ -214,8 +219,50 @@ def test_fewer_windows_than_ranks_are_refused(pico, text, tmp_path):
 class _Silent(Ranks):
     """Ranks of which no other is there."""
 
-    def share(self, make, source=0):
+    def broadcast_object(self, make, source=0):
         return make()
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """Let `join` take this process for rank 1 of 2; return the store of the group."""
+    store = distributed.dist.HashStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "_connect", lambda: (Ranks(1, RANKS), store))
+    monkeypatch.setattr(distributed, "_REPORT_WAIT_SECONDS", 0.2)
+    previous = signal.getsignal(signal.SIGTERM)
+    yield store
+    signal.signal(signal.SIGTERM, previous)
+
+
+def _load_until_stopped(patch, path):
+    """Read a pickle, and get SIGTERM while torch parses it."""
+    torch.save({"a": torch.zeros(2)}, path)
+    patch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    load_pickle(path, "cpu")
+
+
+def test_a_rank_stopped_while_it_reads_a_file_does_not_blame_the_file(
+    store, monkeypatch, tmp_path
+):
+    """Parsers turn every Exception into a diagnosis; SIGTERM must not be one."""
+    path = tmp_path / "pytorch_model.bin"
+    with pytest.raises(DistributedError, match="was stopped by torchrun"), join():
+        _load_until_stopped(monkeypatch, path)
+    stored = pickle.loads(store.get("halve/first-failure"))
+    assert isinstance(stored, DistributedError)
+
+
+def test_a_rank_that_is_stopped_raises_what_another_has_reported(
+    store, monkeypatch, tmp_path
+):
+    failure = NumericalError("The matrix is singular.", "Increase the damping.")
+    store.add("halve/failures", 1)
+    store.set("halve/first-failure", pickle.dumps(failure))
+    with pytest.raises(ReportedError, match="The matrix is singular"), join():
+        _load_until_stopped(monkeypatch, tmp_path / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -236,8 +236,8 @@ def _with_format(folder: Path, version: object) -> None:
 
 READERS = {
     "verify": lambda folder, out: halve.verify(folder),
-    "pack, which embeds it": lambda folder, out: halve.pack(folder, out),
-    "unpack, which embeds it": lambda folder, out: halve.unpack(folder, out),
+    "pack, which embeds it": halve.pack,
+    "unpack, which embeds it": halve.unpack,
     "prune, which finds its own output": lambda folder, out: read_record(
         folder, PruneRecord.from_json
     ),
