@@ -1,4 +1,4 @@
-"""Lazy in, atomic out: the files of a model."""
+"""Read and write the files of a model: tensors lazily, outputs atomically."""
 
 from halve.checkpoint.checkpoint import Checkpoint, TensorInfo, has_no_weights
 from halve.checkpoint.files import sha256
