@@ -230,7 +230,8 @@ class _Unconnected(Ranks):
 @pytest.fixture
 def store(monkeypatch):
     """Let `join` treat this process as rank 1 of 2; return the group's store."""
-    store = distributed.dist.HashStore()
+    torch_distributed: Any = distributed.dist
+    store = torch_distributed.HashStore()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)

@@ -154,7 +154,7 @@ def test_a_truncated_ledger_is_resumed_twice(
     otherwise the next line that it appends would continue the last complete one.
     """
     out = tmp_path / "out"
-    options = OPTIONS | {"calibration": str(text)}
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
     ledger = out.with_name("out.partial") / "ledger.jsonl"
     with pytest.raises(Stopped):
         halve.prune(pico("llama"), out, progress=stop_at(6), **options)
