@@ -22,53 +22,53 @@ from halve.checkpoint import disk
 from halve.errors import OutputError
 from tests.integration.test_resume import Stopped, digests
 
-STEPS = [
+OPERATIONS = [
     name
-    for name, step in inspect.getmembers(disk, inspect.isfunction)
-    if step.__module__ == disk.__name__ and not name.startswith("_")
+    for name, operation in inspect.getmembers(disk, inspect.isfunction)
+    if operation.__module__ == disk.__name__ and not name.startswith("_")
 ]
 # Operations that write data, which a failure may leave incomplete.
-DATA = {"write": 1, "append": 1}
+DATA = {"write", "append"}
 
 
-def before(step, name, *arguments):
+def before(operation, name, *arguments):
     """Fail without any effect."""
 
 
-def half(step, name, *arguments):
+def half(operation, name, *arguments):
     """Fail after half of the data is written."""
     if name in DATA:
-        step(arguments[0], arguments[1][: len(arguments[1]) // 2])
+        operation(arguments[0], arguments[1][: len(arguments[1]) // 2])
     if name == "save":
-        step(*arguments)
+        operation(*arguments)
         os.truncate(arguments[0], arguments[0].stat().st_size // 2)
 
 
-def after(step, name, *arguments):
+def after(operation, name, *arguments):
     """Take effect, but report a failure, as a network file system may."""
-    step(*arguments)
+    operation(*arguments)
 
 
 MANNERS = {before: errno.ENOSPC, half: errno.EDQUOT, after: errno.EIO}
-Taken = list[tuple[str, Path]]
+Attempted = list[tuple[str, Path]]
 
 
 def watch(patch, each: Callable[..., None]) -> None:
     """Replace every operation by a call of `each(operation, name, *arguments)`."""
-    for name in STEPS:
+    for name in OPERATIONS:
         patch.setattr(disk, name, partial(each, getattr(disk, name), name))
 
 
-def fail_at(patch, count: int, manner, code: int) -> Taken:
+def fail_at(patch, count: int, manner, code: int) -> Attempted:
     """Make the count-th operation fail; return the operations attempted so far."""
-    attempted: Taken = []
+    attempted: Attempted = []
 
-    def each(step, name, *arguments):
+    def each(operation, name, *arguments):
         attempted.append((name, arguments[0]))
         if len(attempted) == count:
-            manner(step, name, *arguments)
+            manner(operation, name, *arguments)
             raise OSError(code, os.strerror(code))
-        step(*arguments)
+        operation(*arguments)
 
     watch(patch, each)
     return attempted
@@ -141,8 +141,8 @@ def test_every_disk_operation_may_fail(row, manner, verb, tmp_path, monkeypatch)
     assert failures > 40
 
 
-def _check_message(message: str, step: tuple[str, Path], out: Path) -> None:
-    name, path = step
+def _check_message(message: str, operation: tuple[str, Path], out: Path) -> None:
+    name, path = operation
     assert "could not be written" in message
     assert str(out) in message
     if name in {"write", "save", "append"}:
@@ -222,10 +222,10 @@ def _lose_power(patch, run, folder: Path, left: Path, count: int) -> bool:
     """
     known, attempted = Disk(), []
 
-    def each(step, name, *arguments):
+    def each(operation, name, *arguments):
         if name == "rename" and arguments[0].is_file():
             assert arguments[0].stat().st_ino in known.data, arguments[0]
-        step(*arguments)
+        operation(*arguments)
         attempted.append(name)
         known.follow(name, arguments[0])
         if len(attempted) == count:

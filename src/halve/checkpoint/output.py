@@ -153,7 +153,7 @@ def name_record(folder: Path) -> Iterator[None]:
     try:
         yield
     except RecordError as error:
-        problem = f"{folder / RECORD} cannot be read: {error.problem}"
+        problem = f"{folder / RECORD}: {error.problem}"
         raise RecordError(problem, error.remedy) from error
 
 
