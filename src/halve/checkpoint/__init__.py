@@ -11,7 +11,7 @@ from halve.checkpoint.output import (
     read_record,
     source_record,
 )
-from halve.checkpoint.source import locate
+from halve.checkpoint.source import resolve_model
 from halve.checkpoint.workspace import Workspace, open_workspace
 
 __all__ = [
@@ -22,11 +22,11 @@ __all__ = [
     "check_space",
     "has_no_weights",
     "is_finished",
-    "locate",
     "open_workspace",
     "output_path",
     "parse_note",
     "read_record",
+    "resolve_model",
     "sha256",
     "source_record",
 ]

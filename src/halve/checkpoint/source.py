@@ -13,7 +13,7 @@ _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOT
 _TIMEOUT = 20
 
 
-def locate(model: str | Path, weights: bool = True) -> Path:
+def resolve_model(model: str | Path, weights: bool = True) -> Path:
     """Return the folder of a model; a Hub repository is downloaded first.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from halve.checkpoint import RECORD, Checkpoint, locate, sha256
+from halve.checkpoint import RECORD, Checkpoint, resolve_model, sha256
 from halve.checkpoint.output import name_record
 from halve.errors import CheckpointError, PatternError, QuantizationError
 from halve.grids import QuantScheme
@@ -108,7 +108,7 @@ class _Record:
 
 def verify_output(out: str | Path, trust_remote_code: bool = False) -> Verification:
     """Compare an output with its record; see `halve.verify` for the contract."""
-    folder = locate(out)
+    folder = resolve_model(out)
     record = _read(folder)
     digests = record.shards | record.files
     damaged = [

@@ -14,11 +14,11 @@ from halve.checkpoint import (
     Workspace,
     check_space,
     is_finished,
-    locate,
     open_workspace,
     output_path,
     parse_note,
     read_record,
+    resolve_model,
     source_record,
 )
 from halve.errors import HalveError, OutputError, QuantizationError
@@ -43,7 +43,7 @@ def rewrite_model(
 ) -> PackRecord:
     """Rewrite a model; see `halve.pack` and `halve.unpack` for the contracts."""
     started = time.monotonic()
-    source = locate(model)
+    source = resolve_model(model)
     out = output_path(out, source)
     if options.kind == "unpack":
         _check_packed(source)
