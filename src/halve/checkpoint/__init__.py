@@ -1,4 +1,4 @@
-"""Lazy in, atomic out: the files of a model."""
+"""Read and write the files of a model: tensors lazily, outputs atomically."""
 
 from halve.checkpoint.checkpoint import Checkpoint, TensorInfo, has_no_weights
 from halve.checkpoint.files import sha256
@@ -9,8 +9,9 @@ from halve.checkpoint.output import (
     output_path,
     parse_note,
     read_record,
+    source_record,
 )
-from halve.checkpoint.source import locate
+from halve.checkpoint.source import resolve_model
 from halve.checkpoint.workspace import Workspace, open_workspace
 
 __all__ = [
@@ -21,10 +22,11 @@ __all__ = [
     "check_space",
     "has_no_weights",
     "is_finished",
-    "locate",
     "open_workspace",
     "output_path",
     "parse_note",
     "read_record",
+    "resolve_model",
     "sha256",
+    "source_record",
 ]

@@ -137,7 +137,7 @@ def _source(
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from halve.checkpoint import locate
+    from halve.checkpoint import resolve_model
     from halve.measure import write_random_model
     from halve.patterns import parse_pattern
 
@@ -145,7 +145,7 @@ def _source(
     if len(chosen) + (model is not None) != 1:
         raise typer.BadParameter("name a MODEL, or one --random-llama or --random-opt")
     if model is not None:
-        yield model, locate(model)
+        yield model, resolve_model(model)
         return
     (family, size), pattern = chosen[0], parse_pattern(sparsity)
     with TemporaryDirectory(prefix="halve-bench-") as folder:

@@ -42,10 +42,10 @@ def command(
 
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from halve.checkpoint import locate
+    from halve.checkpoint import resolve_model
     from halve.runtime.generation import check_whole
 
-    folder = locate(model)
+    folder = resolve_model(model)
     # Refuses with a sentence what the server would trip over at the first request.
     opened = check_whole(folder, device, trust_remote_code)
     # The server lists what is in the hub's cache, and fails where there is none.

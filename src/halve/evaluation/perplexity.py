@@ -22,7 +22,7 @@ from halve.calibration import (
     load_corpus,
     load_encoder,
 )
-from halve.checkpoint import locate
+from halve.checkpoint import resolve_model
 from halve.errors import CalibrationError, NumericalError
 from halve.options import EvalOptions
 from halve.records import ComparisonRecord, PerplexityRecord
@@ -113,7 +113,7 @@ class _Differences:
 
 
 def _open(model: str | Path, options: EvalOptions) -> BlockwiseModel:
-    folder = locate(model)
+    folder = resolve_model(model)
     return BlockwiseModel.open(folder, options.device, options.trust_remote_code)
 
 

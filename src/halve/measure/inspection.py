@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from halve.checkpoint import Checkpoint, TensorInfo, locate
+from halve.checkpoint import Checkpoint, TensorInfo, resolve_model
 from halve.formats import DTYPES, kept_weights, packed_bytes
 from halve.models import StoredTensor, build_meta_model, match_names, prunable_matrices
 from halve.models.matrices import Matrix
@@ -14,7 +14,7 @@ from halve.records import Inspection, MatrixInspection
 
 def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspection:
     """Count what is in a model; see `halve.inspect` for the contract."""
-    folder = locate(model)
+    folder = resolve_model(model)
     checkpoint = Checkpoint.open(folder)
     matrices = matrices_of(folder, checkpoint, trust_remote_code)
     found: list[MatrixInspection] = []

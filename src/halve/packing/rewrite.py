@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint import (
-    RECORD,
     Checkpoint,
     TensorInfo,
     Workspace,
     check_space,
     is_finished,
-    locate,
     open_workspace,
     output_path,
     parse_note,
     read_record,
+    resolve_model,
+    source_record,
 )
 from halve.errors import HalveError, OutputError, QuantizationError
 from halve.formats import quantization_config, store
@@ -36,7 +36,6 @@ from halve.records import (
     recorded_grids,
     versions,
 )
-from halve.untrusted import read_json
 
 
 def rewrite_model(
@@ -44,7 +43,7 @@ def rewrite_model(
 ) -> PackRecord:
     """Rewrite a model; see `halve.pack` and `halve.unpack` for the contracts."""
     started = time.monotonic()
-    source = locate(model)
+    source = resolve_model(model)
     out = output_path(out, source)
     if options.kind == "unpack":
         _check_packed(source)
@@ -72,7 +71,7 @@ def rewrite_model(
             identity=identity,
             matrices=matrices,
             shards={file: workspace.committed[file].sha256 for file in layout.shards},
-            source=_source_record(source),
+            source=source_record(source),
             seconds=time.monotonic() - started,
             finished=now(),
             files=files,
@@ -129,7 +128,7 @@ class _Rewriter:
         self.layout = layout
         self.workspace = workspace
         self.options = options
-        self.grids = recorded_grids(_source_record(source))
+        self.grids = recorded_grids(source_record(source))
         self.matrices: dict[str, Matrix] = {
             planned.tensor: planned.matrix
             for block in layout.blocks
@@ -211,11 +210,3 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _octets(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def _source_record(source: Path) -> dict[str, Any] | None:
-    """Return the input's own record, so that where it came from is not lost."""
-    try:  # not from elsewhere: what is private would stand in what the user publishes
-        return dict(read_json(source / RECORD, source))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from halve.calibration import load_tokenizer
-from halve.checkpoint import locate
+from halve.checkpoint import resolve_model
 from halve.errors import CheckpointError, HalveError
 from halve.models import longest_sequence
 from halve.runtime.blockwise_model import BlockwiseModel
@@ -33,7 +33,7 @@ def load(
         UnsupportedModelError: Not a causal language model.
         CheckpointError: Damaged files, or tensors that contradict the config.
     """
-    opened = check_whole(locate(model), device, trust_remote_code)
+    opened = check_whole(resolve_model(model), device, trust_remote_code)
     folder = opened.checkpoint.folder
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -94,7 +94,7 @@ def generate(
         trust_remote_code: Whether Python code that comes with the model may run.
     """
     loaded = _plain(load(model, device, trust_remote_code))
-    tokenizer = load_tokenizer(locate(model), trust_remote_code)
+    tokenizer = load_tokenizer(resolve_model(model), trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(loaded.device)
     _check_room(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     ids = loaded.generate(
