@@ -11,18 +11,23 @@ from hypothesis import strategies as st
 
 from halve.errors import CheckpointError
 from halve.formats import (
-    DTYPES,
-    Packed,
+    FORMATS,
+    Format,
+    PackedMatrix,
     bitmask,
-    join,
-    pack,
-    packed_bytes,
+    packed_size,
     split,
     store,
+    would_shrink,
 )
+from halve.formats.bitmask import DTYPES, pack
+from halve.runtime.cpu.layers import LAYERS
 from tests.twins import bitmask as twin
 
-FORMAT = Path(__file__).parents[2] / "docs/format.md"
+# Widest first: signed integers of the same width as each dtype.
+INTEGERS = {2: torch.int16, 4: torch.int32}
+BITMASK: Format = FORMATS["bitmask"]
+DOCUMENT = Path(__file__).parents[2] / "docs/format.md"
 SHAPES = (
     *((1, 1), (1, 64), (64, 1), (3, 63), (5, 65), (2, 128)),
     *((7, 200), (33, 1000), (0, 5)),
@@ -64,7 +69,7 @@ def _of_bits(bits, dtype):
     """Return the numbers that bit patterns, given as unsigned integers, stand for."""
     wide = 8 * dtype.itemsize
     signed = torch.where(bits >= 2 ** (wide - 1), bits - 2**wide, bits)
-    return signed.to(DTYPES[dtype]).view(dtype)
+    return signed.to(INTEGERS[dtype.itemsize]).view(dtype)
 
 
 def _matrix(shape, pattern, dtype):
@@ -89,7 +94,7 @@ def _same(a, b):
     return (a.dtype, a.shape, _bytes(a)) == (b.dtype, b.shape, _bytes(b))
 
 
-def _parts(packed: Packed):
+def _parts(packed: PackedMatrix):
     return {name: _bytes(part) for name, part in split("", packed).items()}
 
 
@@ -162,9 +167,9 @@ def test_joining_what_was_split_gives_the_same(dtype, transposed):
         tensors = split("a.weight", packed)
         ends = ("", "_mask", "_offsets", "_layout")
         assert list(tensors) == [f"a.weight{end}" for end in ends]
-        joined = join("a.weight", tensors)
+        joined = BITMASK.join("a.weight", tensors)
         assert _parts(joined) == _parts(packed)
-        assert (joined.columns, joined.transposed) == (packed.columns, transposed)
+        assert (joined.shape, joined.transposed) == (packed.shape, transposed)
 
 
 @dtypes
@@ -175,17 +180,17 @@ def test_bytes_are_those_of_the_tensors(dtype, pattern):
         total = sum(part.nbytes for part in split("w", packed).values())
         assert packed.nbytes == total
         kept = packed.values.numel()
-        assert packed_bytes(rows, columns, kept, dtype.itemsize) == total
+        assert BITMASK.nbytes(rows, columns, kept, dtype) == total
 
 
 def test_bytes_of_more_than_2_32_values_have_wide_offsets():
     rows, columns = 2**17, 2**16
     bits = rows * columns // 8
     narrow, wide = 2**32 - 1, 2**32
-    assert packed_bytes(rows, columns, narrow, 2) == (
+    assert BITMASK.nbytes(rows, columns, narrow, torch.bfloat16) == (
         2 * narrow + bits + 4 * (rows + 1) + 24
     )
-    assert packed_bytes(rows, columns, wide, 2) == (
+    assert BITMASK.nbytes(rows, columns, wide, torch.bfloat16) == (
         2 * wide + bits + 8 * (rows + 1) + 24
     )
 
@@ -205,15 +210,16 @@ def test_half_of_bf16_takes_at_most_56_5_percent(pattern, columns):
 def test_the_sizes_in_the_document_are_true():
     rows = re.findall(
         r"\| (\d+) x (\d+), (\d+) bits \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|",
-        FORMAT.read_text("utf-8"),
+        DOCUMENT.read_text("utf-8"),
     )
     assert len(rows) == 4
-    for outputs, inputs, bits, *shares in rows:
-        size, item = int(outputs) * int(inputs), int(bits) // 8
-        for dropped, share in zip((0.5, 0.7, 0.9), shares, strict=True):
-            kept = size - int(size * dropped)
-            packed = packed_bytes(int(outputs), int(inputs), kept, item)
-            assert f"{100 * packed / (size * item):.1f}" == share
+    for outputs, inputs, bits, *percents in rows:
+        size = int(outputs) * int(inputs)
+        dtype = {"16": torch.bfloat16, "32": torch.float32}[bits]
+        for sparsity, percent in zip((0.5, 0.7, 0.9), percents, strict=True):
+            kept = size - int(size * sparsity)
+            packed = BITMASK.nbytes(int(outputs), int(inputs), kept, dtype)
+            assert f"{100 * packed / (size * dtype.itemsize):.1f}" == percent
 
 
 @dtypes
@@ -222,7 +228,7 @@ def test_store_packs_exactly_where_that_is_smaller(dtype, transposed):
     rows, columns, item = 64, 1024, dtype.itemsize
     size = rows * columns
     # Each zero saves a weight's bytes; this many only pay for mask and offsets.
-    zeros = (packed_bytes(rows, columns, size, item) - size * item) // item
+    zeros = (BITMASK.nbytes(rows, columns, size, dtype) - size * item) // item
     assert zeros / size == pytest.approx(1 / (8 * item), abs=0.003)
     for count in (0, zeros, zeros + 1, size):
         matrix = torch.ones(size, dtype=dtype)
@@ -230,6 +236,9 @@ def test_store_packs_exactly_where_that_is_smaller(dtype, transposed):
         matrix = _stored(matrix.view(rows, columns), transposed)
         stored = store("w", matrix, transposed)
         smaller = pack(matrix, transposed).nbytes < matrix.nbytes
+        assert would_shrink(rows, columns, size - count, dtype) == smaller
+        as_rows = matrix.T if transposed else matrix
+        assert packed_size(as_rows) == pack(matrix, transposed).nbytes
         assert smaller == (count > zeros)
         assert (len(stored) == 4) == smaller
         assert smaller or stored["w"] is matrix
@@ -245,6 +254,20 @@ def test_minus_zero_is_no_zero():
 def test_other_dtypes_are_stored_dense(dtype):
     matrix = torch.zeros(64, 64, dtype=dtype)
     assert store("w", matrix) == {"w": matrix}
+    assert packed_size(matrix) is None
+    assert not would_shrink(64, 64, 0, dtype)
+
+
+def test_every_format_has_a_name_and_a_layer_class():
+    assert FORMATS.keys() == LAYERS.keys()
+    assert all(known.name == key for key, known in FORMATS.items())
+
+
+def test_every_format_lists_its_parts_in_the_order_of_its_suffixes():
+    for known in FORMATS.values():
+        packed = known.pack(_matrix((3, 70), "half", torch.bfloat16))
+        assert tuple(packed.parts) == ("", *known.companions)
+        assert set(known.layout) <= set(known.companions)
 
 
 @dtypes
@@ -309,7 +332,7 @@ def test_the_example_has_exactly_these_bytes(example):
 
 
 def test_the_document_shows_these_bytes():
-    example = FORMAT.read_text("utf-8").partition("## An example")[2]
+    example = DOCUMENT.read_text("utf-8").partition("## An example")[2]
     shown = " ".join(example.split())
     for end, text in GOLDEN.items():
         assert f"P{end} " in shown
@@ -328,7 +351,7 @@ def test_the_examples_bytes_are_read(example):
         for end, text in GOLDEN.items()
     }
     tensors["w_mask"] = tensors["w_mask"].view(3, 2)
-    packed = join("w", tensors)
+    packed = BITMASK.join("w", tensors)
     packed.check("w")
     assert _same(packed.unpack(), example)
 

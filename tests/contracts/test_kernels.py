@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from halve.errors import HalveError
-from halve.formats import pack
+from halve.formats.bitmask import pack
 from halve.runtime.cpu.kernels import kernels
 from halve.runtime.cpu.operators import FUSED_ROWS, dense_linear, packed_linear
 
@@ -212,7 +212,7 @@ def test_unknown_kernel_is_refused_with_the_known_ones():
 
 def run_with_kernel(name):
     code = (
-        "import torch; from halve.formats import pack\n"
+        "import torch; from halve.formats.bitmask import pack\n"
         "from halve.runtime.cpu.operators import packed_linear\n"
         "p = pack(torch.eye(3))\n"
         "for _ in range(2):\n"

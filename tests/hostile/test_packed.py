@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import halve
 from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
-from halve.formats import DTYPES, pack, split
+from halve.formats import split
+from halve.formats.bitmask import DTYPES, pack
 from tests.hostile import spoilers as by
 
 # Of 48 x 48, so that each word of the mask has 16 bits past the columns; the other is
@@ -132,7 +133,7 @@ def recast(name, dtype):
     return by.tensor(name, lambda old: old.to(dtype))
 
 
-APART = (Q, "do not belong together")
+APART = (Q, "are inconsistent")
 PLACES = (Q, "begin at value", "end at")
 # Headers and layouts alone tell.
 SEEN_ON_OPENING = {
@@ -294,8 +295,8 @@ def test_the_good_model_is_read(packed, tmp_path):
     """Else the tests below would prove nothing."""
     assert halve.inspect(packed).sparsity == 0.5
     halve.unpack(packed, tmp_path / "out")
-    words = Checkpoint.open(packed).read_packed(Q).mask
-    assert tuple(words.shape) == (48, 1)
+    mask = Checkpoint.open(packed).read_packed(Q).parts["_mask"]
+    assert tuple(mask.shape) == (48, 1)
 
 
 @pytest.mark.parametrize("row", SEEN_ON_OPENING | SEEN_ON_READING)

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import halve
 from halve.errors import CheckpointError, UnsupportedModelError
-from halve.runtime.cpu import layers
-from halve.runtime.cpu.layers import DenseLinear, SparseLinear
+from halve.runtime.cpu import dense_linear as layers
+from halve.runtime.cpu.dense_linear import DenseLinear
 from halve.runtime.cpu.operators import dense_linear
+from halve.runtime.cpu.packed_linear import PackedLinear
 from tests.tables import BUNDLED
 
 FAMILIES = ("opt", "gpt2", "bloom", "llama", "gpt_neox", "phi3", "falcon", "gemma2")
@@ -52,7 +53,7 @@ def some_ids(length=12, batch=2):
 @torch.no_grad()
 def test_packed_model_computes_what_the_dense_one_does(row, both):
     dense, packed = (load(folder) for folder in both(row))
-    layers = [m for m in packed.modules() if isinstance(m, SparseLinear)]
+    layers = [m for m in packed.modules() if isinstance(m, PackedLinear)]
     assert len(layers) >= 8
     for ids in (some_ids(1, 1), some_ids(5, 3), some_ids(40, 2)):
         theirs, ours = dense(ids).logits, packed(ids).logits
@@ -157,7 +158,7 @@ def test_gradients_pass_through_but_not_to_packed_weights(row, length, both):
     for model in (dense, packed):
         model(ids).logits.square().mean().backward()
     expected = {name: p.grad for name, p in dense.named_parameters()}
-    sparse = {n for n, m in packed.named_modules() if isinstance(m, SparseLinear)}
+    sparse = {n for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
     for name, parameter in packed.named_parameters():
         if name.removesuffix(".weight") in sparse:
             assert parameter.grad is None
@@ -237,7 +238,7 @@ def test_import_order_does_not_matter(order, both):
         f"{order}\nimport sys\n"
         "from transformers import AutoModelForCausalLM as A\n"
         "m = A.from_pretrained(sys.argv[1])\n"
-        "print(sum('SparseLinear' in type(x).__name__ for x in m.modules()))\n"
+        "print(sum('BitmaskLinear' in type(x).__name__ for x in m.modules()))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, both("opt")[1]],
