@@ -1,4 +1,4 @@
-"""What packing promises: every bit comes back, from the bytes of docs/format.md."""
+"""Packing and unpacking restores every bit; the bytes are those of docs/format.md."""
 
 import re
 from dataclasses import replace
@@ -24,7 +24,7 @@ from halve.formats.bitmask import DTYPES, pack
 from halve.runtime.cpu.layers import LAYERS
 from tests.twins import bitmask as twin
 
-# Widest first: signed integers of the same width as each dtype.
+# Bytes of a dtype -> signed integer of the same width.
 INTEGERS = {2: torch.int16, 4: torch.int32}
 BITMASK: Format = FORMATS["bitmask"]
 DOCUMENT = Path(__file__).parents[2] / "docs/format.md"
@@ -39,7 +39,7 @@ def _two_of_four(rows, columns):
     return (ranks < 2).flatten(1)[:, :columns]
 
 
-# Which weights are kept, as booleans [rows, columns].
+# Pattern -> (rows, columns) -> which weights are stored, booleans [rows, columns].
 KEPT = {
     "half": lambda rows, columns: torch.rand(rows, columns) < 0.5,
     "2:4": _two_of_four,
@@ -50,7 +50,8 @@ KEPT = {
         (torch.arange(rows) % 2 == 1).unsqueeze(1).expand(rows, columns)
     ),
 }
-# Minus zero, infinities, quiet and signalling NaNs with payloads, denormals.
+# Bit patterns: minus zero, infinities, quiet and signalling NaNs with payloads,
+# denormals.
 ODD = {
     torch.bfloat16: (0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFF81, 0x0001, 0x8001, 0x0080),
     torch.float16: (0x8000, 0x7C00, 0xFC00, 0x7E01, 0xFC01, 0x0001, 0x8001, 0x0100),
@@ -66,14 +67,14 @@ directions = pytest.mark.parametrize("transposed", [False, True])
 
 
 def _of_bits(bits, dtype):
-    """Return the numbers that bit patterns, given as unsigned integers, stand for."""
+    """Return the floats of a dtype that have these bits, given as unsigned integers."""
     wide = 8 * dtype.itemsize
     signed = torch.where(bits >= 2 ** (wide - 1), bits - 2**wide, bits)
     return signed.to(INTEGERS[dtype.itemsize]).view(dtype)
 
 
 def _matrix(shape, pattern, dtype):
-    """Return a matrix of random bits, the odd ones among them, and zeros."""
+    """Return a matrix of random bits, some from `ODD`, with zeros in a pattern."""
     torch.manual_seed(0)
     bits = torch.randint(1, 2 ** (8 * dtype.itemsize), shape)
     odd = torch.tensor(ODD[dtype])[torch.randint(8, shape)]
@@ -90,7 +91,7 @@ def _bytes(tensor):
 
 
 def _same(a, b):
-    """Compare as integers: minus zero is not zero, and a NaN is itself."""
+    """Compare bit by bit: minus zero differs from zero, and a NaN equals itself."""
     return (a.dtype, a.shape, _bytes(a)) == (b.dtype, b.shape, _bytes(b))
 
 
@@ -118,7 +119,7 @@ def test_unpacking_gives_back_every_bit(dtype, pattern, transposed):
     st.booleans(),
     st.data(),
 )
-def test_any_bits_come_back_and_lie_as_in_the_twin(
+def test_any_bits_come_back_and_have_the_bytes_of_the_twin(
     dtype, rows, columns, transposed, data
 ):
     weights = st.sampled_from([0, 0, 0, *ODD[dtype]]) | st.integers(
@@ -161,7 +162,7 @@ def test_a_view_is_packed_as_its_copy(dtype):
 
 @dtypes
 @directions
-def test_joining_what_was_split_gives_the_same(dtype, transposed):
+def test_join_is_the_inverse_of_split(dtype, transposed):
     for shape in SHAPES:
         packed = pack(_stored(_matrix(shape, "half", dtype), transposed), transposed)
         tensors = split("a.weight", packed)
@@ -227,7 +228,7 @@ def test_the_sizes_in_the_document_are_true():
 def test_store_packs_exactly_where_that_is_smaller(dtype, transposed):
     rows, columns, item = 64, 1024, dtype.itemsize
     size = rows * columns
-    # Each zero saves a weight's bytes; this many only pay for mask and offsets.
+    # Each zero saves the bytes of a weight. So many make up for mask and offsets.
     zeros = (BITMASK.nbytes(rows, columns, size, dtype) - size * item) // item
     assert zeros / size == pytest.approx(1 / (8 * item), abs=0.003)
     for count in (0, zeros, zeros + 1, size):
@@ -244,7 +245,7 @@ def test_store_packs_exactly_where_that_is_smaller(dtype, transposed):
         assert smaller or stored["w"] is matrix
 
 
-def test_minus_zero_is_no_zero():
+def test_minus_zero_is_stored():
     matrix = torch.full((64, 64), -0.0, dtype=torch.bfloat16)
     assert pack(matrix).values.numel() == matrix.numel()
     assert list(store("w", matrix)) == ["w"]
@@ -284,7 +285,7 @@ def test_chunks_change_nothing(dtype, monkeypatch):
 
 
 @dtypes
-def test_wide_offsets_are_read_too(dtype):
+def test_wide_offsets_are_read(dtype):
     matrix = _matrix((5, 65), "half", dtype)
     packed = pack(matrix)
     wide = replace(packed, offsets=packed.offsets.to(torch.uint64))
@@ -292,11 +293,11 @@ def test_wide_offsets_are_read_too(dtype):
     assert _same(wide.unpack(), matrix)
 
 
-def test_zeros_that_are_kept_are_read_too():
+def test_zeros_that_are_stored_are_read():
     packed = pack(torch.ones(2, 5, dtype=torch.bfloat16))
-    kept = replace(packed, values=torch.zeros(10, dtype=torch.bfloat16))
-    kept.check("w")
-    assert _same(kept.unpack(), torch.zeros(2, 5, dtype=torch.bfloat16))
+    zeros = replace(packed, values=torch.zeros(10, dtype=torch.bfloat16))
+    zeros.check("w")
+    assert _same(zeros.unpack(), torch.zeros(2, 5, dtype=torch.bfloat16))
 
 
 @directions
@@ -356,7 +357,7 @@ def test_the_examples_bytes_are_read(example):
     assert _same(packed.unpack(), example)
 
 
-def test_a_lie_is_refused_by_name(example):
+def test_an_inconsistent_matrix_is_rejected_by_name(example):
     packed = replace(pack(example), columns=69)
     with pytest.raises(CheckpointError, match=r"a\.weight marks columns past its 69"):
         packed.check("a.weight")

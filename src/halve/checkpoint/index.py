@@ -1,7 +1,7 @@
 """Which files of a folder hold its weights, and which tensors the index promises.
 
-Names in an index are untrusted: each must be a bare file name, and the file must lie
-inside the checkpoint's folder with its links followed.
+Names in an index are untrusted: each must be a bare file name, and the file must be
+inside the checkpoint's folder after its links are followed.
 """
 
 from pathlib import Path

@@ -25,7 +25,7 @@ _BITS = {
     torch.float16: torch.int16,
     torch.float32: torch.int32,
 }
-DTYPES = frozenset(_BITS)
+DTYPES = tuple(_BITS)
 _MASK, _OFFSETS, _LAYOUT = "_mask", "_offsets", "_layout"
 _WORD = 64
 # From this many values on, offsets no longer fit into 32 bits.
