@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import halve
-from halve.checkpoint import checkpoint as reader
+from halve.checkpoint import Checkpoint
+from halve.checkpoint import safetensors_file as reader
 from halve.errors import CheckpointError, OutputError
 from tests.integration.test_resume import Stopped, digests, stop_at
 from tests.tables import save_pico
@@ -126,9 +127,9 @@ def _set_times_as_recorded(path: Path, partial: Path) -> None:
     os.utime(path, ns=(modified, modified))
 
 
-def test_a_file_truncated_between_header_and_data(model, monkeypatch):
-    """With a memory-mapped file, this would be SIGBUS."""
-    checkpoint = reader.Checkpoint.open(model)
+def test_a_file_cut_between_header_and_data(model, monkeypatch):
+    """Mapped, this would end in SIGBUS."""
+    checkpoint = Checkpoint.open(model)
     name, info = next(iter(checkpoint.tensors.items()))
     real = reader._spans
 
@@ -188,12 +189,12 @@ def test_tensors_are_read_as_stored(tmp_path):
         .view(dtype)
         .reshape(shape)
         .clone()
-        for dtype in reader._DTYPES.values()
+        for dtype in reader.DTYPES.values()
         for shape in ((4, 3), (5,), (), (0,), (2, 0))
     }
     save_file(tensors, tmp_path / "model.safetensors")
     expected = load_file(tmp_path / "model.safetensors")
-    found = reader.Checkpoint.open(tmp_path).read(tensors)
+    found = Checkpoint.open(tmp_path).read(tensors)
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert tensor.dtype == expected[name].dtype

@@ -1,7 +1,8 @@
 """Read and write the files of a model: tensors lazily, outputs atomically."""
 
-from halve.checkpoint.checkpoint import Checkpoint, TensorInfo, has_no_weights
+from halve.checkpoint.checkpoint import Checkpoint
 from halve.checkpoint.files import sha256
+from halve.checkpoint.index import has_no_weights
 from halve.checkpoint.output import (
     RECORD,
     check_space,
@@ -12,6 +13,7 @@ from halve.checkpoint.output import (
     source_record,
 )
 from halve.checkpoint.source import resolve_model
+from halve.checkpoint.tensor_info import TensorInfo
 from halve.checkpoint.workspace import Workspace, open_workspace
 
 __all__ = [
