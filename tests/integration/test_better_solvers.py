@@ -297,14 +297,14 @@ def test_what_refining_stores_is_its_best_epoch(pico, text, tmp_path, monkeypatc
     """In float32 nothing is rounded, and what was kept must not be tuned on."""
     errors = iter([1.0, 0.5, 0.9, 0.9] * 2)  # of two blocks; the first epoch is best
     kept: list[dict[str, torch.Tensor]] = []
-    real = _Tuning.keep
+    real = _Tuning.remember_best
 
     def keep(tuning):
         real(tuning)
         kept.append({path: value.clone() for path, value in tuning.best.items()})
 
     monkeypatch.setattr(_Tuning, "held_out_error", lambda _: next(errors))
-    monkeypatch.setattr(_Tuning, "keep", keep)
+    monkeypatch.setattr(_Tuning, "remember_best", keep)
     options: dict[str, Any] = OPTIONS | {"calibration": str(text), "epochs": 3}
     halve.prune(pico("llama"), tmp_path / "out", refine=True, **options)
     stored = tensors(tmp_path / "out")
