@@ -13,9 +13,9 @@ from halve.layout import PlannedBlock
 from halve.options import PruneOptions
 from halve.patterns import parse_pattern
 from halve.plan import make_plan
+from halve.pruning.observe.activation_cache import cache_dense_inputs
 from halve.pruning.observe.block_state import BlockState, Streams
 from halve.pruning.observe.collect import collect
-from halve.pruning.observe.dense_inputs import cache_dense_inputs
 from halve.pruning.observe.input_groups import stages
 from halve.pruning.tune.block_reconstruction import _Tuning
 from halve.runtime.blockwise_model import BlockwiseModel
@@ -219,8 +219,8 @@ def test_the_reference_is_what_the_dense_model_is_given(row, pico):
     for group in groups:
         found = reference.inputs(group.leader, 0, slice(0, 4))
         assert torch.equal(found, torch.cat(expected[group.leader]))
-        with pytest.raises(UnsupportedModelError, match=r"given 31 inputs for 32 tok"):
-            reference.keep(group.leader, 0, slice(1, 2), found[:31])
+        with pytest.raises(UnsupportedModelError, match=r"with 31 inputs for 32 tok"):
+            reference.put(group.leader, 0, slice(1, 2), found[:31])
 
 
 @pytest.mark.parametrize("row", ["llama", "gpt2"])

@@ -23,6 +23,11 @@ WIDENED = 2**26
 _torch_linear = functional.linear
 
 
+def widening_nbytes(elements: int) -> int:
+    """Return the bytes of a narrow matrix that `linear` widens to float32 at a time."""
+    return 4 * min(elements, WIDENED)
+
+
 def _onednn_takes(*operands: Tensor) -> bool:
     return torch.backends.mkldnn.is_available() and all(
         x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0

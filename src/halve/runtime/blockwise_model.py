@@ -34,6 +34,24 @@ _DEVICES = ("cpu", "cuda")
 BATCH_TOKENS = 1024
 
 
+def windows_per_batch(length: int, batch_tokens: int = BATCH_TOKENS) -> int:
+    """Return how many windows of a length run through a model at once."""
+    return max(batch_tokens // length, 1)
+
+
+def loaded_dtype(stored: torch.dtype, widen: bool) -> torch.dtype:
+    """Return the dtype in which a tensor of the checkpoint lies in memory.
+
+    Args:
+        stored: Its dtype in the checkpoint.
+        widen: False for matrices of plain linear layers in a block and for embeddings
+            in which rows are looked up: where those have 16 bits, they keep them.
+    """
+    if not stored.is_floating_point or (stored in NARROW and not widen):
+        return stored
+    return torch.float32
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device of a name; `auto` is CUDA where there is one, else the CPU.
 
@@ -102,7 +120,7 @@ class BlockwiseModel:
 
     def batch(self, length: int) -> int:
         """Return how many windows of a length run through it at once."""
-        return max(self.batch_tokens // length, 1)
+        return windows_per_batch(length, self.batch_tokens)
 
     def block_name(self, index: int) -> str:
         """Return a block's name, such as `model.layers.3`."""
@@ -193,8 +211,7 @@ class BlockwiseModel:
 
     def _usable(self, name: str, tensor: Tensor, widen: bool) -> Tensor:
         usable = tensor.to(self.device)
-        if usable.is_floating_point() and (widen or usable.dtype not in NARROW):
-            usable = usable.float()
+        usable = usable.to(loaded_dtype(usable.dtype, widen))
         self.check_finite(name, usable)
         return usable
 
