@@ -22,6 +22,17 @@ _TILES = 4
 # Bounds on the rows and columns of a tile. Smaller products cost more than the triangle
 # saves; the elementwise work on larger tiles does not fit the cache.
 _MIN_TILE, MAX_TILE = 128, 512
+# Bytes of a number in float32.
+_FLOAT = 4
+
+
+def adding_nbytes(columns: int) -> int:
+    """Return the bytes that adding a batch to a sum takes for a while, at most.
+
+    A strip of `CrossGram` is computed, and `CompensatedSum.add` takes two temporaries
+    of its shape. The tiles of a `GramMatrix` are smaller.
+    """
+    return 3 * _FLOAT * columns * min(columns, MAX_TILE)
 
 
 class Statistic(ABC):
@@ -106,6 +117,22 @@ class GramMatrix(Statistic):
         self._starts = range(0, columns, size)
         self._low = torch.zeros(columns, size, device=device)
 
+    @staticmethod
+    def nbytes(columns: int, running: bool) -> int:
+        """Return the bytes that the sum takes, at most.
+
+        Args:
+            columns: Number of input features.
+            running: Whether batches are still added. The low parts of the tiles of the
+                diagonal, which do not fit into the lower triangle, exist until then.
+        """
+        return _FLOAT * columns * (columns + running * min(columns, MAX_TILE))
+
+    @staticmethod
+    def operations(columns: int) -> float:
+        """Return the multiplications and additions that adding one token takes."""
+        return 5 / 8 * 2 * columns**2  # ten of the sixteen tiles
+
     def _tiles(self) -> Iterator[tuple[slice, slice, CompensatedSum]]:
         """Yield rows, columns and sum of each tile of the upper triangle."""
         size = self._starts.step
@@ -166,6 +193,30 @@ class CrossGram:
     * columns floats, and twice as many until the sum is finished.
     """
 
+    @staticmethod
+    def _height(rows: int, columns: int) -> int:
+        """Return the rows of the sum: W's, if W is multiplied in, else the columns."""
+        return rows if 2 * rows < columns else columns
+
+    @staticmethod
+    def nbytes(rows: int, columns: int, running: bool) -> int:
+        """Return the bytes that the sum takes.
+
+        Args:
+            rows: Rows of all matrices of the group together.
+            columns: Number of input features.
+            running: Whether batches are still added. What float32 rounds off is kept
+                in a second tensor of the same shape until then.
+        """
+        return _FLOAT * (1 + running) * CrossGram._height(rows, columns) * columns
+
+    @staticmethod
+    def operations(rows: int, columns: int) -> int:
+        """Return the multiplications and additions that adding one token takes."""
+        height = CrossGram._height(rows, columns)
+        products = 1 if height == columns else 2  # (X_dense - X)^T X; W as well
+        return products * 2 * height * columns
+
     def __init__(self, weights: Sequence[Tensor]) -> None:
         """Start with empty sums.
 
@@ -174,8 +225,8 @@ class CrossGram:
         """
         self._weights = weights
         rows, columns = sum(map(len, weights)), weights[0].shape[1]
-        self._joined = torch.cat(list(weights)) if 2 * rows < columns else None
-        height = columns if self._joined is None else rows
+        height = self._height(rows, columns)
+        self._joined = torch.cat(list(weights)) if height < columns else None
         self._sum = CompensatedSum.zeros(height, columns, device=weights[0].device)
         self._is_finished = False
 

@@ -1,4 +1,4 @@
-"""The laws of sharing out: the budget to one weight, and less for what suffers more."""
+"""Laws of allocation: exact counts, and less sparsity where the error is greater."""
 
 from fractions import Fraction
 
@@ -55,11 +55,11 @@ def test_sparsities_keep_the_mean_and_the_bounds(blocks, sparsity, strength):
 
 @settings(deadline=None)  # a busy machine is no defect
 @given(BLOCKS, SPARSITIES, STRENGTHS)
-def test_what_suffers_more_is_never_pruned_more(blocks, sparsity, strength):
+def test_a_greater_error_never_means_a_greater_sparsity(blocks, sparsity, strength):
     found = sparsities_of(blocks, sparsity, strength)
     pairs = list(zip([error for error, _ in blocks], found, strict=True))
-    for error, own in pairs:
-        assert all(other <= own for more, other in pairs if more > error)
+    for error, block_sparsity in pairs:
+        assert all(other <= block_sparsity for more, other in pairs if more > error)
 
 
 @settings(deadline=None)  # a busy machine is no defect
@@ -87,9 +87,9 @@ def test_the_budget_is_met_to_one_weight(blocks, sparsity, strength):
 @settings(deadline=None)  # a busy machine is no defect
 @given(st.integers(1, 10**10), st.floats(0, 1), st.floats(0, 1))
 def test_an_exact_pattern_counts_its_matrix_exactly_and_parts_in_proportion(
-    elements, share, part
+    elements, fraction, part
 ):
-    zeros, some = int(share * elements), int(part * elements)
+    zeros, some = int(fraction * elements), int(part * elements)
     pattern = Exact(zeros, elements)
     assert pattern.count(elements) == zeros
     assert pattern.count(0) == 0

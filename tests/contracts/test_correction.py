@@ -5,7 +5,7 @@ import torch
 
 from halve.calibration_stats import CrossGram, GramMatrix
 from halve.errors import NumericalError
-from halve.pruning.observe.collect import HeldOut
+from halve.pruning.observe.held_out import HeldOut
 from halve.solvers import Hessian
 from halve.solvers.correction import corrected_target
 from tests.contracts.problems import Problem, correlated, few_tokens, outliers

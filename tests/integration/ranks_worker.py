@@ -12,7 +12,7 @@ from halve.distributed import join
 from halve.errors import NumericalError
 from halve.options import PruneOptions, RunOptions
 from halve.pruning import prune_model
-from halve.pruning.loop import _Clock
+from halve.pruning.progress import ProgressReporter
 
 
 def do_jobs(path: str) -> None:
@@ -34,7 +34,7 @@ def fail_at(kind: str, rank: str, phase: str) -> None:
         rank: Which one.
         phase: Name of the phase at whose start it happens.
     """
-    real, printable = _Clock.report, app._printable
+    real, printable = ProgressReporter.report, app._printable
 
     def report(self, block, now):
         if os.environ["RANK"] == rank and block == 1 and now == phase:
@@ -48,7 +48,7 @@ def fail_at(kind: str, rank: str, phase: str) -> None:
             time.sleep(2)
         return printable(message)
 
-    _Clock.report = report  # pyright: ignore[reportAttributeAccessIssue]
+    ProgressReporter.report = report  # pyright: ignore[reportAttributeAccessIssue]
     app._printable = print_late
     main()
 

@@ -1,4 +1,4 @@
-"""A sparsity shared out over the blocks: exact, stated, resumed, and refused."""
+"""Sparsity allocated over the blocks: exact, recorded, resumed, and refused."""
 
 import json
 from typing import Any
@@ -58,13 +58,13 @@ def test_the_whole_model_has_the_sparsity_to_one_weight(
         sum(weights)
     )
     assert record.allocation is not None
-    for block, size, wanted in zip(
+    for block, size, sparsity in zip(
         record.blocks, weights, record.allocation.sparsities, strict=True
     ):
-        assert abs(block.zeros - wanted * size) <= 1
+        assert abs(block.zeros - sparsity * size) <= 1
 
 
-def test_the_record_says_what_was_tried_and_the_least_divergence_won(
+def test_the_record_has_all_trials_and_the_least_divergence_wins(
     pico, options, tmp_path
 ):
     out = tmp_path / "out"
@@ -88,8 +88,7 @@ def test_where_nothing_is_better_it_stays_uniform(pico, options, tmp_path, monke
     assert record.allocation is not None
     assert record.allocation.strength == 0
     assert len(record.allocation.trials) == 2
-    spread_sparsity = {abs(b.zeros - 0.6371 * w) <= 1 for b, w in _with_weights(record)}
-    assert spread_sparsity == {True}
+    assert all(abs(b.zeros - 0.6371 * w) <= 1 for b, w in _with_weights(record))
 
 
 def _with_weights(record):
@@ -97,10 +96,10 @@ def _with_weights(record):
 
 
 def test_what_helps_is_taken(pico, options, tmp_path, monkeypatch):
-    """With losses that fall from trial to trial the last one is chosen."""
-    losses = iter([4.0, 3.0, 2.0, 1.0])
+    """The last trial is chosen if the divergence falls from trial to trial."""
+    divergences = iter([4.0, 3.0, 2.0, 1.0])
     monkeypatch.setattr(
-        "halve.pruning.allocate.search._divergence", lambda *_: next(losses)
+        "halve.pruning.allocate.search._divergence", lambda *_: next(divergences)
     )
     out = tmp_path / "out"
     record = halve.prune(pico("llama"), out, **options)
@@ -115,7 +114,7 @@ def test_what_helps_is_taken(pico, options, tmp_path, monkeypatch):
     assert pairs[0][1] > pairs[-1][1]
 
 
-def test_a_run_that_goes_on_does_not_choose_again(pico, options, tmp_path, monkeypatch):
+def test_a_resumed_run_does_not_search_again(pico, options, tmp_path, monkeypatch):
     phases = []
     whole = halve.prune(
         pico("llama"), tmp_path / "whole", progress=phases.append, **options
@@ -137,7 +136,7 @@ def test_the_disk_or_the_memory_makes_no_difference(pico, options, tmp_path):
 
 
 def test_a_missed_budget_is_refused(pico, options, tmp_path, monkeypatch):
-    """Matrices whose zeros are each rounded down have too few in all."""
+    """Zeros that are rounded down in each matrix are too few in the whole model."""
     monkeypatch.setattr(
         "halve.pruning.loop.exact_patterns",
         lambda plan, _: [{} for _ in plan.layout.blocks],
@@ -155,13 +154,13 @@ def test_a_missed_budget_is_refused(pico, options, tmp_path, monkeypatch):
         ({"samples": 1}, "kept apart"),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused(changes, match, pico, options, tmp_path):
+def test_what_cannot_be_allocated_is_refused(changes, match, pico, options, tmp_path):
     options = changed(options, **changes)
     with pytest.raises(HalveError, match=match):
         halve.prune(pico("llama"), tmp_path / "out", **options)
 
 
-def test_uniform_is_what_it_was_and_says_nothing(pico, options, tmp_path):
+def test_uniform_is_the_default_and_records_no_allocation(pico, options, tmp_path):
     options = changed(options, allocation="uniform")
     record = halve.prune(pico("llama"), tmp_path / "a", **options)
     options.pop("allocation")

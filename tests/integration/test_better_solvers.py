@@ -1,4 +1,4 @@
-"""Choice, order, refining and rounding: what `halve prune` promises of them."""
+"""Candidates, order, block reconstruction and quantization in whole runs."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from halve.layout import PlannedBlock
 from halve.options import PruneOptions
 from halve.patterns import parse_pattern
 from halve.plan import make_plan
+from halve.pruning.observe.activation_cache import cache_dense_inputs
 from halve.pruning.observe.block_state import BlockState, Streams
 from halve.pruning.observe.collect import collect
-from halve.pruning.observe.dense_inputs import cache_dense_inputs
 from halve.pruning.observe.input_groups import stages
 from halve.pruning.tune.block_reconstruction import _Tuning
 from halve.runtime.blockwise_model import BlockwiseModel
@@ -45,7 +45,7 @@ def matrices(record):
 def test_refining_never_raises_the_held_out_error_and_keeps_masks(
     row, pattern, pico, text, tmp_path
 ):
-    # With a third of the windows some processors found nothing to refine in some model.
+    # With a third of the windows, tuning improved nothing for some models and CPUs.
     options: dict[str, Any] = OPTIONS | {"calibration": str(text), "sparsity": pattern}
     options |= {"samples": 48}
     plain = halve.prune(pico(row), tmp_path / "plain", refine=False, **options)
@@ -56,10 +56,10 @@ def test_refining_never_raises_the_held_out_error_and_keeps_masks(
     for block in refined.blocks:
         assert block.refined is not None
         assert block.refined[1] <= block.refined[0]
-    # Or it would hold for a refining that does nothing.
+    # Otherwise tuning that does nothing would pass.
     assert any(b.refined[1] < b.refined[0] for b in refined.blocks if b.refined)
     before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "refined")
-    for matrix in refined.blocks[0].matrices:  # later blocks are given other inputs
+    for matrix in refined.blocks[0].matrices:  # later blocks get other inputs
         pruned = before[matrix.tensor] == 0
         assert torch.equal(after[matrix.tensor] == 0, pruned), matrix.tensor
     obeyed = parse_pattern(pattern)
@@ -77,7 +77,7 @@ def test_refined_biases_and_norms_are_stored(pico, text, tmp_path):
 
 @pytest.mark.parametrize("solver", ["auto", "admm"])
 def test_order_is_the_default_where_it_measures_better(solver, pico, text, tmp_path):
-    """The first group is given the same either way; what comes after it is not."""
+    """The first group gets the same inputs in either case; later groups do not."""
     options: dict[str, Any] = OPTIONS | {"calibration": str(text), "solver": solver}
     found = {}
     for name, sequential in (("default", None), ("on", True), ("off", False)):
@@ -91,8 +91,8 @@ def test_order_is_the_default_where_it_measures_better(solver, pico, text, tmp_p
 
 
 @over_rows
-def test_what_feeds_the_next_matrices_is_pruned_before_them(row, pico):
-    """Attention's output only adds to hidden states; all else feeds the next group."""
+def test_a_stage_ends_with_a_group_that_feeds_the_next(row, pico):
+    """All do, but for the attention's output, which is added to the residual stream."""
     model = BlockwiseModel.open(pico(row), "cpu")
     stream = Stream.start(model, torch.arange(3, 35)[None], budget=2**30)
     planned = make_plan(pico(row), PruneOptions()).layout.blocks[0]
@@ -107,7 +107,7 @@ def test_what_feeds_the_next_matrices_is_pruned_before_them(row, pico):
         assert [len(stage) for stage in found] == [1, 2, 1]
 
 
-def test_evidence_sums_the_windows_that_are_fitted_to(pico):
+def test_statistics_are_of_windows_that_are_not_held_out(pico):
     model = BlockwiseModel.open(pico("llama"), "cpu")
     ids = torch.randint(3, 4096, (6, 32), generator=torch.Generator().manual_seed(0))
     stream = Stream.start(model, ids, budget=2**30, held_out=2)
@@ -120,11 +120,11 @@ def test_evidence_sums_the_windows_that_are_fitted_to(pico):
         state.exchange(path, block.get_parameter(path) * 0.5)
         after = [g for g in groups if g.leader == "self_attn.o_proj"]
         (group_inputs,) = collect(state, after, GramMatrix, reference)
-        met: list[torch.Tensor] = []
+        seen: list[torch.Tensor] = []
         for part in stream.batches():
-            state.each_input(part, after, lambda _, inputs: met.append(inputs))
+            state.each_input(part, after, lambda _, inputs: seen.append(inputs))
         weight = block.get_parameter("self_attn.o_proj.weight").data
-    inputs = torch.cat(met)
+    inputs = torch.cat(seen)
     dense = reference.inputs("self_attn.o_proj", 0, slice(0, 6))
     x, other = inputs[: 4 * 32], dense[: 4 * 32]
     assert group_inputs.drift is not None
@@ -139,7 +139,7 @@ def test_evidence_sums_the_windows_that_are_fitted_to(pico):
 
 
 @over_rows
-def test_refining_leaves_alone_what_is_outside_the_blocks(row, pico, text, tmp_path):
+def test_tuning_changes_nothing_outside_the_blocks(row, pico, text, tmp_path):
     halve.prune(
         pico(row), tmp_path / "out", calibration=str(text), refine=True, **OPTIONS
     )
@@ -151,7 +151,7 @@ def test_refining_leaves_alone_what_is_outside_the_blocks(row, pico, text, tmp_p
             assert all(torch.equal(before[name], after[name]) for name in names)
 
 
-def test_the_record_says_which_candidate_won_and_by_how_much(pico, text, tmp_path):
+def test_the_record_has_the_selected_candidate_and_the_runner_up(pico, text, tmp_path):
     record = halve.prune(
         pico("llama"), tmp_path / "out", calibration=str(text), **OPTIONS
     )
@@ -162,7 +162,7 @@ def test_the_record_says_which_candidate_won_and_by_how_much(pico, text, tmp_pat
         assert 0 < matrix.held_out <= matrix.runner_up
 
 
-def test_one_solver_keeps_nothing_apart(pico, text, tmp_path):
+def test_one_solver_needs_no_held_out_windows(pico, text, tmp_path):
     record = halve.prune(
         pico("llama"),
         tmp_path / "out",
@@ -202,7 +202,7 @@ def test_every_solver_can_be_corrected_and_refined(solver, pico, text, tmp_path)
 
 
 @over_rows
-def test_the_reference_is_what_the_dense_model_is_given(row, pico):
+def test_cached_dense_inputs_are_those_of_the_dense_model(row, pico):
     model = BlockwiseModel.open(pico(row), "cpu")
     ids = torch.randint(3, 4096, (4, 32), generator=torch.Generator().manual_seed(0))
     dense = Stream.start(model, ids, budget=2**30)
@@ -219,8 +219,8 @@ def test_the_reference_is_what_the_dense_model_is_given(row, pico):
     for group in groups:
         found = reference.inputs(group.leader, 0, slice(0, 4))
         assert torch.equal(found, torch.cat(expected[group.leader]))
-        with pytest.raises(UnsupportedModelError, match=r"given 31 inputs for 32 tok"):
-            reference.keep(group.leader, 0, slice(1, 2), found[:31])
+        with pytest.raises(UnsupportedModelError, match=r"with 31 inputs for 32 tok"):
+            reference.put(group.leader, 0, slice(1, 2), found[:31])
 
 
 @pytest.mark.parametrize("row", ["llama", "gpt2"])
@@ -232,7 +232,7 @@ def test_the_reference_is_what_the_dense_model_is_given(row, pico):
     {"quantize": "int3", "sparsity": "0%"},
     {"quantize": "int4", "solver": "sparsegpt", "group_size": 24},
 ])  # fmt: skip
-def test_rounded_values_lie_on_a_grid(row, options, pico, text, tmp_path):
+def test_quantized_values_lie_on_a_grid(row, options, pico, text, tmp_path):
     folder = pico(row, dtype=torch.bfloat16)
     chosen: dict[str, Any] = OPTIONS | {"calibration": str(text)} | options
     record = halve.prune(folder, tmp_path / "out", **chosen)
@@ -250,11 +250,13 @@ def test_rounded_values_lie_on_a_grid(row, options, pico, text, tmp_path):
         for group in rows.split(matrix.grid["group_size"], dim=1):
             assert max(len(values.unique()) for values in group) <= 2**bits
     assert record.bits is not None
-    judged = halve.perplexity(tmp_path / "out", data=str(text), seq_len=32, segments=16)
-    assert judged.perplexity > 1
+    evaluated = halve.perplexity(
+        tmp_path / "out", data=str(text), seq_len=32, segments=16
+    )
+    assert evaluated.perplexity > 1
 
 
-def test_bits_a_weight_are_kept_to(pico, text, tmp_path):
+def test_target_bits_are_not_exceeded(pico, text, tmp_path):
     record = halve.prune(
         pico("llama"),
         tmp_path / "out",
@@ -283,9 +285,7 @@ def test_bits_a_weight_are_kept_to(pico, text, tmp_path):
     ({"epochs": 0, "refine": True}, "not positive"),
     ({"solver": "best"}, "no solver 'best'"),
 ])  # fmt: skip
-def test_settings_that_make_no_sense_are_refused(
-    options, message, pico, text, tmp_path
-):
+def test_invalid_options_are_refused(options, message, pico, text, tmp_path):
     folder = pico("llama", dtype=torch.bfloat16)
     chosen: dict[str, Any] = OPTIONS | {"calibration": str(text)} | options
     with pytest.raises(halve.HalveError, match=message):
@@ -293,18 +293,18 @@ def test_settings_that_make_no_sense_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_refining_stores_is_its_best_epoch(pico, text, tmp_path, monkeypatch):
-    """In float32 nothing is rounded, and what was kept must not be tuned on."""
+def test_tuning_stores_its_best_epoch(pico, text, tmp_path, monkeypatch):
+    """In float32 nothing is rounded; the stored values must be copies all the same."""
     errors = iter([1.0, 0.5, 0.9, 0.9] * 2)  # of two blocks; the first epoch is best
     kept: list[dict[str, torch.Tensor]] = []
-    real = _Tuning.keep
+    real = _Tuning.remember_best
 
     def keep(tuning):
         real(tuning)
         kept.append({path: value.clone() for path, value in tuning.best.items()})
 
     monkeypatch.setattr(_Tuning, "held_out_error", lambda _: next(errors))
-    monkeypatch.setattr(_Tuning, "keep", keep)
+    monkeypatch.setattr(_Tuning, "remember_best", keep)
     options: dict[str, Any] = OPTIONS | {"calibration": str(text), "epochs": 3}
     halve.prune(pico("llama"), tmp_path / "out", refine=True, **options)
     stored = tensors(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Every family goes through the real entry point and comes out as it should."""
+"""Every model family through the public entry point, and back into transformers."""
 
 import json
 from typing import Any
@@ -25,8 +25,8 @@ def _tensors(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("row", FAMILIES)
-def test_streamed_logits_equal_the_whole_models(row, dtype, pico):
-    """Block by block, the model computes what transformers computes in float32."""
+def test_logits_of_the_blockwise_model_equal_transformers(row, dtype, pico):
+    """Both are computed in float32."""
     folder = pico(row, dtype=dtype)
     ids = torch.randint(3, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
     model = BlockwiseModel.open(folder, "cpu")
@@ -34,15 +34,15 @@ def test_streamed_logits_equal_the_whole_models(row, dtype, pico):
     for index in range(model.depth):
         with model.block(index) as block:
             stream.advance(block, index)
-    ours = torch.cat([logits for _, logits in stream.logits()])
+    blockwise = torch.cat([logits for _, logits in stream.logits()])
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        theirs = whole(ids, use_cache=False).logits
-    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        expected = whole(ids, use_cache=False).logits
+    assert torch.allclose(blockwise, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("row", ["opt", "llama"])  # a tied head, and one of its own
-def test_an_embedding_is_not_widened_to_look_rows_up(row, pico):
+@pytest.mark.parametrize("row", ["opt", "llama"])  # a tied head, and an untied one
+def test_an_embedding_is_not_widened_for_lookups(row, pico):
     model = BlockwiseModel.open(pico(row, dtype=torch.bfloat16), "cpu")
     table, tied = (
         model.meta_model.lookup_embedding,
@@ -69,16 +69,18 @@ def test_matrices_of_16_bits_are_not_widened_in_a_block(pico):
             )
 
 
-WAYS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     name: {"solver": name} for name in SOLVERS if name != "sparsegpt"
 }
-WAYS["refined"] = {"solver": "auto", "refine": True, "epochs": 1}
+VARIANTS["refined"] = {"solver": "auto", "refine": True, "epochs": 1}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("row", FAMILIES)
-def test_every_solver_prunes_every_family(row, way, pico, text, tmp_path):
-    options: dict[str, Any] = {"samples": 4, "seq_len": 32, "device": "cpu"} | WAYS[way]
+def test_every_solver_prunes_every_family(row, variant, pico, text, tmp_path):
+    options: dict[str, Any] = {"samples": 4, "seq_len": 32, "device": "cpu"} | VARIANTS[
+        variant
+    ]
     record = halve.prune(
         pico(row), tmp_path / "out", sparsity="2:4", calibration=str(text), **options
     )
@@ -86,7 +88,7 @@ def test_every_solver_prunes_every_family(row, way, pico, text, tmp_path):
 
 
 @pytest.mark.parametrize("row", FAMILIES)
-def test_family_is_pruned_and_loads_in_transformers(row, pico, text, tmp_path):
+def test_a_pruned_family_loads_in_transformers(row, pico, text, tmp_path):
     folder, out = pico(row, dtype=torch.bfloat16), tmp_path / "out"
     record = halve.prune(
         folder, out, calibration=str(text), samples=8, seq_len=32, device="cpu"
@@ -108,13 +110,13 @@ def test_family_is_pruned_and_loads_in_transformers(row, pico, text, tmp_path):
         (folder / "config.json").read_text()
     )
     assert halve.inspect(out).sparsity == 0.5
-    judged = halve.perplexity(out, data=str(text), seq_len=32, segments=16)
-    assert judged.perplexity > 1
+    evaluated = halve.perplexity(out, data=str(text), seq_len=32, segments=16)
+    assert evaluated.perplexity > 1
 
 
 @pytest.mark.parametrize("row", FAMILIES)
-def test_no_linear_layer_of_a_block_is_forgotten(row, pico):
-    """Every matrix of a block is pruned or reported as left dense."""
+def test_every_matrix_of_a_block_is_planned(row, pico):
+    """It is pruned, or reported as left dense."""
     plan = make_plan(pico(row), PruneOptions())
     planned = {m.tensor for block in plan.layout.blocks for m in block.matrices}
     blocks = {block.shard for block in plan.layout.blocks}

@@ -1,4 +1,4 @@
-"""Memory exhausted on a device: half of the batch, said aloud, resumed alike."""
+"""Out of memory on a device: half of the batch, with a warning, also when resumed."""
 
 import re
 import warnings
@@ -30,7 +30,7 @@ def prune(pico, text, tmp_path):
 
 
 def exhausted_by(patch, samples: int, first_block: int = 0) -> None:
-    """Let a device have memory for no more than so many samples at once."""
+    """Raise OutOfMemoryError for batches of more than so many samples."""
     real = Stream.run
 
     def run(stream, block, index, part):
@@ -49,7 +49,7 @@ def warned(call) -> list[str]:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_smaller_batch_is_taken_and_said(row, prune, tmp_path, monkeypatch):
+def test_a_smaller_batch_is_used_with_a_warning(row, prune, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(BlockwiseModel, "batch_tokens", 64)
         patch.setattr(BlockwiseModel.__init__, "__defaults__", (64,))
@@ -66,8 +66,8 @@ def test_a_smaller_batch_is_taken_and_said(row, prune, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row", ROWS[1:])
-def test_a_run_that_goes_on_keeps_the_smaller_batch(row, prune, tmp_path, monkeypatch):
-    """Though the memory has come back: else it would end in other bytes."""
+def test_a_resumed_run_uses_the_smaller_batch(row, prune, tmp_path, monkeypatch):
+    """Even if memory is free again: a larger batch would end in other bytes."""
     with monkeypatch.context() as patch:
         exhausted_by(patch, 2, first_block=1)
         warned(lambda: prune(row, "whole"))
@@ -79,7 +79,7 @@ def test_a_run_that_goes_on_keeps_the_smaller_batch(row, prune, tmp_path, monkey
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_one_window_is_the_least(prune, tmp_path, monkeypatch):
+def test_a_batch_has_at_least_one_window(prune, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         exhausted_by(patch, 0)
         with pytest.raises(HalveError, match=r"one window of 32 tokens. Pass a short"):
@@ -87,7 +87,7 @@ def test_one_window_is_the_least(prune, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_judging_goes_on_as_well(pico, text, monkeypatch):
+def test_evaluation_uses_a_smaller_batch_too(pico, text, monkeypatch):
     evaluate = {"data": str(text), "seq_len": 32, "segments": 8, "device": "cpu"}
     whole = halve.perplexity(pico("llama"), **evaluate)
     exhausted_by(monkeypatch, 2)

@@ -25,6 +25,11 @@ MAX_CONVERTED = 2**26
 _torch_linear = functional.linear
 
 
+def widening_nbytes(elements: int) -> int:
+    """Return the bytes of a narrow matrix that `linear` widens to float32 at a time."""
+    return 4 * min(elements, MAX_CONVERTED)
+
+
 def _onednn_takes(*operands: Tensor) -> bool:
     return torch.backends.mkldnn.is_available() and all(
         x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0

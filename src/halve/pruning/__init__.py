@@ -1,4 +1,4 @@
-"""The main job: prune a model block by block into a new folder."""
+"""Prune a model, block by block, into a new folder."""
 
 from halve.pruning.memory.duration import estimate_seconds
 from halve.pruning.memory.forecast import Forecast, forecast_run

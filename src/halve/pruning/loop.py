@@ -1,254 +1,192 @@
-"""The loop over a plan's shards, each committed before the next is begun."""
+"""The loop over the blocks of a plan: prune each one, or replay what is committed.
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+A block is committed before the next one starts, so an interrupted run loses at most one
+block. What precedes the loop (allocation, embedding) and what the blocks share is set
+up here too; what happens within a block is in `prune_block`.
+"""
 
-import torch
+from dataclasses import asdict, dataclass, replace
+
 from torch import Tensor
 
-from halve.checkpoint import Checkpoint, Workspace, parse_note
-from halve.errors import TargetMissedError
-from halve.formats import store
+from halve.checkpoint import Workspace, parse_note
 from halve.layout import PlannedBlock
-from halve.options import RunOptions
 from halve.patterns import Patterns
 from halve.plan import Plan
 from halve.pruning.allocate.exact_counts import check_total, exact_patterns
 from halve.pruning.allocate.search import AllocationSearch
 from halve.pruning.distributed.output import RankZeroOutput
-from halve.pruning.memory.limit import plan_memory
+from halve.pruning.memory.limit import MemoryPlan
 from halve.pruning.observe.block_state import BlockState, Streams
-from halve.pruning.prune_block import BlockOptions, PrunedBlock, install, prune_block
+from halve.pruning.progress import ProgressReporter
+from halve.pruning.prune_block import BlockOptions, install, prune_block
 from halve.pruning.select.candidates import candidates
-from halve.pruning.select.selection import Selected
 from halve.pruning.tune.block_reconstruction import TuneOptions
-from halve.records import (
-    AllocationRecord,
-    BlockRecord,
-    MatrixRecord,
-    Progress,
-)
+from halve.pruning.write import write_block, write_outside_blocks
+from halve.records import AllocationRecord, BlockRecord
 from halve.runtime.blockwise_model import BlockwiseModel
-from halve.runtime.malloc_trim import malloc_trim
 from halve.runtime.stream import Stream
 
 
+@dataclass(frozen=True)
 class Run:
-    """A plan in execution, with what it carries from one block to the next."""
+    """What every step of a run needs.
 
-    def __init__(
-        self,
-        plan: Plan,
-        run_options: RunOptions,
-        output: RankZeroOutput,
-        model: BlockwiseModel,
-        windows: Tensor | None,
-    ) -> None:
-        self.plan = plan
-        self.output = output
-        self.ranks = output.ranks
-        self.candidates = candidates(plan.options, plan.layout.dtype)
-        self.clock = _Clock(run_options.progress, len(plan.layout.blocks))
-        self.model = model
-        limits = (run_options.memory, run_options.activation_memory)
-        self.memory_plan = plan_memory(plan, *limits, self.ranks.local_size)
-        self.allocation = self._allocate(windows)
-        self.patterns = self._patterns()
-        self.budget = self.memory_plan.activations // plan.options.activation_parts
-        self.streams = None if windows is None else self._start(windows)
+    Attributes:
+        plan: What to do.
+        model: The dense model, read block by block.
+        output: Where shards are committed and read back.
+        memory_plan: What may stay in memory.
+        progress: Receives every phase.
+    """
 
-    def _allocate(self, windows: Tensor | None) -> AllocationRecord | None:
-        """Return what an earlier run chose, or choose; None where all are alike."""
-        if not self.plan.options.allocation_held_out:
-            return None
-        assert windows is not None, "there is no text to judge allocations by"
-        trials = AllocationSearch(
-            plan=self.plan,
-            model=self.model,
-            windows=windows,
-            memory_plan=self.memory_plan,
-            folder=self.output.folder,
-            report=self.clock.report,
-            ranks=self.ranks,
-        )
-        chosen = self.output.decide_once("allocation", lambda: asdict(trials.choose()))
-        return parse_note(self.output.place, AllocationRecord, chosen)
+    plan: Plan
+    model: BlockwiseModel
+    output: RankZeroOutput
+    memory_plan: MemoryPlan
+    progress: ProgressReporter
 
-    def _patterns(self) -> list[Patterns]:
-        """Return for each block what its matrices shall obey, if that is not alike."""
-        if self.allocation is None:
-            return [{} for _ in self.plan.layout.blocks]
-        return exact_patterns(self.plan, self.allocation.sparsities)
+    @property
+    def budget(self) -> int:
+        """Bytes in memory allowed for each stream, and for all cached inputs."""
+        return self.memory_plan.activations // self.plan.options.activation_parts
 
-    def _start(self, windows: Tensor) -> Streams:
-        options, where = self.plan.options, (self.budget, self.output.folder)
-        held_out = options.held_out
-        stream = Stream.start(self.model, windows, *where, held_out, self.ranks)
-        return Streams(stream, stream.fork(*where) if options.has_dense else None)
 
-    def finish(self) -> list[BlockRecord]:
-        """Do every shard that is not done.
+def prune_blocks(
+    run: Run, windows: Tensor | None
+) -> tuple[tuple[BlockRecord, ...], AllocationRecord | None]:
+    """Write every shard of a plan that is not committed yet.
 
-        Returns:
-            What became of the blocks; nothing on ranks that do not write.
-        """
-        if self.output.workspace is not None:
-            self._copy_rest(self.output.workspace)
-        for planned in self.plan.layout.blocks:
-            self._block(planned)
-        if self.output.workspace is None:
-            return []
-        committed, blocks = self.output.workspace.committed, self.plan.layout.blocks
-        records = [
-            parse_note(self.output.place, BlockRecord, committed[block.shard].note)
-            for block in blocks
-        ]
-        if self.allocation is not None:
-            check_total(self.plan, records)
-        return records
+    Args:
+        run: The plan and its surroundings.
+        windows: Calibration tokens, [samples, length], int64; None where no solver
+            needs text.
 
-    def _copy_rest(self, workspace: Workspace) -> None:
-        """Write what lies outside the blocks."""
-        own = {block.shard for block in self.plan.layout.blocks}
-        for file, names in self.plan.layout.shards.items():
-            if file not in own and file not in workspace.committed:
-                tensors = self.model.checkpoint.read(names)
-                for name, tensor in tensors.items():
-                    self.model.check_finite(name, tensor)
-                workspace.commit(file, tensors, lambda path: {})
-
-    def _block(self, planned: PlannedBlock) -> None:
-        if planned.shard in self.output.done:
-            self.clock.report(planned.index, "catching up")
-            self._catch_up(planned)
+    Returns:
+        Records of all blocks (empty on ranks other than 0), and of the allocation;
+        None where all blocks are pruned alike.
+    """
+    allocation = choose_allocation(run, windows)
+    streams = None if windows is None else start_streams(run, windows)
+    if run.output.workspace is not None:
+        write_outside_blocks(run.plan, run.model, run.output.workspace)
+    options = _block_options(run)
+    every = _patterns(run.plan, allocation)
+    for planned, patterns in zip(run.plan.layout.blocks, every, strict=True):
+        if planned.shard in run.output.done:
+            _replay(run, streams, planned)
         else:
-            self._prune(planned)
-
-    def _prune(self, planned: PlannedBlock) -> None:
-        self.clock.begin(planned.index)
-        options = self.plan.options
-        options = BlockOptions(
-            candidates=self.candidates,
-            damping=options.damping,
-            corrects=options.corrects,
-            refining=TuneOptions(options.epochs, options.seed)
-            if options.refine
-            else None,
-            budget=self.budget,
-            folder=self.output.folder,
-            report=lambda phase: self.clock.report(planned.index, phase),
-            patterns=self.patterns[planned.index],
-            deferred=self.memory_plan.deferred,
-        )
-        pruned = prune_block(self.model, self.streams, planned, options)
-        options.report("writing")
-        if self.output.workspace is not None:
-            self._write(self.output.workspace, planned, pruned)
-
-    def _write(
-        self, workspace: Workspace, planned: PlannedBlock, pruned: PrunedBlock
-    ) -> None:
-        names = self.plan.layout.shards[planned.shard]
-        others = [name for name in names if name not in pruned.tensors]
-        tensors = self.model.checkpoint.read(others) | self._stored(planned, pruned)
-        workspace.commit(
-            planned.shard, tensors, lambda path: self._verify(planned, pruned, path)
-        )
-
-    def _stored(self, planned: PlannedBlock, pruned: PrunedBlock) -> dict[str, Tensor]:
-        """Return pruned matrices as the file will hold them."""
-        tensors = dict(pruned.tensors)
-        if self.plan.options.packed:
-            for matrix in planned.matrices:
-                weight = tensors.pop(matrix.tensor)
-                tensors |= store(matrix.tensor, weight, matrix.matrix.transposed)
-        return tensors
-
-    def _verify(
-        self, planned: PlannedBlock, pruned: PrunedBlock, path: Path
-    ) -> dict[str, Any]:
-        """Read the file again; return the block's record, or refuse what is in it."""
-        written = Checkpoint.of_files([path]).read(pruned.selected_by_tensor)
-        matrices: list[MatrixRecord] = []
-        for matrix in planned.matrices:
-            name, (rows, columns) = matrix.tensor, matrix.matrix.shape
-            weight = matrix.matrix.as_rows(written[name])
-            selected = pruned.selected_by_tensor[name]
-            if (shortfall := _shortfall(selected, weight)) is not None:
-                raise TargetMissedError(
-                    f"{name} in {path} is not what it should be: {shortfall}.",
-                    "Report this as a defect of Halve, with the model's name.",
-                )
-            sparsity = float((weight == 0).double().mean())
-            grid = selected.candidate.grid
-            matrices.append(
-                MatrixRecord(
-                    tensor=name,
-                    rows=rows,
-                    columns=columns,
-                    sparsity=sparsity,
-                    error=selected.outcome.error,
-                    damping=selected.outcome.damping,
-                    solver=selected.candidate.name,
-                    held_out=selected.held_out,
-                    runner_up=selected.runner_up,
-                    grid=grid and asdict(grid),
-                    bits=grid and grid.bits_per_weight(sparsity),
-                    pattern=str(selected.candidate.pattern),
-                )
-            )
-        refined = pruned.refined and (pruned.refined.before, pruned.refined.after)
-        record = BlockRecord(
-            planned.name, tuple(matrices), pruned.error, pruned.seconds, refined
-        )
-        return asdict(record)
-
-    def _catch_up(self, planned: PlannedBlock) -> None:
-        """Carry the streams through a block that an earlier run has pruned."""
-        if self.streams is None:
-            return
-        names = self.plan.layout.shards[planned.shard]
-        stored = self.output.read(planned.shard, names)
-        with self.model.block(planned.index) as block:
-            state = BlockState(block, planned, self.streams)
-            if state.has_dense:
-                state.dense_stream.advance(block, planned.index)
-            install(state, self.model, stored)
-            state.stream.advance(block, planned.index)
+            _prune(run, streams, planned, replace(options, patterns=patterns))
+    if run.output.workspace is None:
+        return (), allocation
+    records = _records(run, run.output.workspace)
+    if allocation is not None:
+        check_total(run.plan, records)
+    return records, allocation
 
 
-def _shortfall(selected: Selected, weight: Tensor) -> str | None:
-    """Return what a stored matrix, [rows, columns], lacks of what was promised."""
-    quant_params = selected.solution.quant_params
-    if quant_params is not None and not torch.equal(
-        quant_params.fake_quantize(weight.float()), weight.float()
-    ):
-        return "it has values that are not on its grid"
-    return selected.candidate.pattern.shortfall(weight)
+def choose_allocation(run: Run, windows: Tensor | None) -> AllocationRecord | None:
+    """Return the sparsities of the blocks, searched for unless the ledger has them.
+
+    Returns:
+        The decision of this or of an earlier, interrupted run; None where all blocks
+        are pruned alike.
+
+    Cost:
+        See `AllocationSearch.choose`: up to four runs with SparseGPT.
+    """
+    if not run.plan.options.allocation_held_out:
+        return None
+    assert windows is not None, "the search for an allocation needs text"
+    search = AllocationSearch(
+        plan=run.plan,
+        model=run.model,
+        windows=windows,
+        memory_plan=run.memory_plan,
+        folder=run.output.folder,
+        report=run.progress.report,
+        ranks=run.output.ranks,
+    )
+    chosen = run.output.decide_once("allocation", lambda: asdict(search.choose()))
+    return parse_note(run.output.place, AllocationRecord, chosen)
 
 
-class _Clock:
-    """Tells how far a run is and, from the pace so far, how long it will take."""
+def _patterns(plan: Plan, allocation: AllocationRecord | None) -> list[Patterns]:
+    """Return the patterns of each block's matrices; empty where all are alike."""
+    if allocation is None:
+        return [{} for _ in plan.layout.blocks]
+    return exact_patterns(plan, allocation.sparsities)
 
-    def __init__(self, progress: Callable[[Progress], None], blocks: int) -> None:
-        self.progress = progress
-        self.blocks = blocks
-        self.started: dict[int, float] = {}  # of the blocks pruned in this run
 
-    def begin(self, block: int) -> None:
-        self.started[block] = time.monotonic()
+def start_streams(run: Run, windows: Tensor) -> Streams:
+    """Run the model up to its first block, for this rank's part of the windows.
 
-    def report(self, block: int, phase: str) -> None:
-        malloc_trim()  # a phase begins without what the one before has freed
-        self.progress(Progress(block, self.blocks, phase, self._seconds_left(block)))
+    The dense stream starts as a copy of the pruned one: they differ only once a block
+    has been pruned.
+    """
+    options = run.plan.options
+    stream = Stream.start(
+        run.model,
+        windows,
+        run.budget,
+        run.output.folder,
+        options.held_out,
+        run.output.ranks,
+    )
+    if not options.has_dense:
+        return Streams(stream)
+    return Streams(stream, stream.fork(run.budget, run.output.folder))
 
-    def _seconds_left(self, block: int) -> float | None:
-        done = len(self.started) - 1
-        if done < 1:
-            return None
-        pace = (self.started[block] - next(iter(self.started.values()))) / done
-        spent = time.monotonic() - self.started[block]
-        return max(pace * (self.blocks - block) - spent, 0.0)
+
+def _block_options(run: Run) -> BlockOptions:
+    """Return what is done alike to every block."""
+    options = run.plan.options
+    tuning = TuneOptions(options.epochs, options.seed) if options.refine else None
+    return BlockOptions(
+        candidates=candidates(options, run.plan.layout.dtype),
+        damping=options.damping,
+        corrects=options.corrects,
+        refining=tuning,
+        budget=run.budget,
+        folder=run.output.folder,
+        report=lambda _: None,
+        deferred=run.memory_plan.deferred,
+    )
+
+
+def _prune(
+    run: Run, streams: Streams | None, planned: PlannedBlock, options: BlockOptions
+) -> None:
+    """Prune a block, carry the streams through it, and commit its shard."""
+
+    def report(phase: str) -> None:
+        run.progress.report(planned.index, phase)
+
+    run.progress.start_block(planned.index)
+    pruned = prune_block(run.model, streams, planned, replace(options, report=report))
+    report("writing")
+    if run.output.workspace is not None:
+        write_block(run.plan, run.model, run.output.workspace, planned, pruned)
+
+
+def _replay(run: Run, streams: Streams | None, planned: PlannedBlock) -> None:
+    """Carry the streams through a block that an earlier run committed."""
+    run.progress.report(planned.index, "catching up")
+    if streams is None:
+        return
+    names = run.plan.layout.shards[planned.shard]
+    stored = run.output.read(planned.shard, names)
+    with run.model.block(planned.index) as block:
+        state = BlockState(block, planned, streams)
+        if state.has_dense:  # while the block still has its dense weights
+            state.dense_stream.advance(block, planned.index)
+        install(state, run.model, stored)
+        state.stream.advance(block, planned.index)
+
+
+def _records(run: Run, workspace: Workspace) -> tuple[BlockRecord, ...]:
+    """Return the records of all blocks, as the ledger holds them."""
+    return tuple(
+        parse_note(run.output.place, BlockRecord, workspace.committed[block.shard].note)
+        for block in run.plan.layout.blocks
+    )

@@ -1,4 +1,8 @@
-"""The main job, from a model's name to a whole new folder."""
+"""Prune a model, from its name to a finished output folder.
+
+Decides what to do (plan, calibration windows, identity), runs the loop over the blocks
+in `OUT.partial`, and publishes the folder with its record.
+"""
 
 import hashlib
 import time
@@ -28,7 +32,9 @@ from halve.formats import quantization_config
 from halve.options import PruneOptions, RunOptions
 from halve.plan import Plan, make_plan
 from halve.pruning.distributed.output import RankZeroOutput, open_output
-from halve.pruning.loop import Run
+from halve.pruning.loop import Run, prune_blocks
+from halve.pruning.memory.limit import plan_memory
+from halve.pruning.progress import ProgressReporter
 from halve.pruning.select.candidates import candidates
 from halve.pruning.select.selection import combined_needs
 from halve.records import (
@@ -43,7 +49,7 @@ from halve.runtime.blockwise_model import BlockwiseModel, choose_device
 from halve.runtime.generation import sample_windows
 from halve.runtime.oom_backoff import with_smaller_batches
 
-# What the ledger calls the size of batches, where it is not the usual one.
+# Name of the ledger's entry for the batch size, where it is not the default one.
 _BATCH = "batch"
 
 
@@ -57,20 +63,20 @@ def prune_model(
     """Prune a model into a new folder.
 
     Args:
-        model: A folder or a name on the hub.
-        out: The new folder; its parent is made where it is not there.
-        options: What to do.
-        run_options: How to go about it.
-        ranks: The processes that share the work. Their number changes the windows
-            that a step of tuning sees, and nothing else.
+        model: A folder or the name of a repository on the Hub.
+        out: The new folder. Its parent is created if necessary.
+        options: What to do; determines the bytes of the output.
+        run_options: How to do it; does not change the output.
+        ranks: The processes that work together. Their number only changes which
+            windows a step of block reconstruction sees.
 
     Returns:
-        What was done, as it stands in `OUT/halve.json`. If that folder was made by the
-        same arguments before, its record, and nothing is touched.
+        The record of the run, as written to `OUT/halve.json`. If the same arguments
+        produced that folder before, its record; nothing is changed then.
 
     Raises:
-        HalveError: See its children. `out` does not exist then; what was done so far
-            lies in `OUT.partial`, where the same call goes on.
+        HalveError: See its children. `out` does not exist then. What has been done is
+            in `OUT.partial`; the same call resumes from there.
     """
     started = time.monotonic()
     source = resolve_model(model)
@@ -83,7 +89,7 @@ def prune_model(
     identity = _identity(plan, windows)
     if ranks.broadcast_object(lambda: is_finished(out, identity)):
         depth = len(plan.layout.blocks)
-        phase = "all were finished before, nothing was done"
+        phase = "already finished, nothing to do"
         run_options.progress(Progress(depth - 1, depth, phase))
         return ranks.broadcast_object(lambda: read_record(out, PruneRecord.from_json))
     ranks.broadcast_object(lambda: check_space(out, plan.layout.output_bytes))
@@ -92,7 +98,7 @@ def prune_model(
             return ranks.broadcast_object(lambda: _publish(output.workspace, out))
         blocks, allocation = _run(plan, run_options, output, windows)
 
-        def conclude() -> PruneRecord:
+        def finish() -> PruneRecord:
             assert output.workspace is not None, "rank 0 has the workspace"
             packed = quantization_config() if options.packed else None
             files = output.workspace.add_side_files(source, packed)
@@ -110,32 +116,38 @@ def prune_model(
             output.workspace.finish(record.to_json())
             return record
 
-        return ranks.broadcast_object(conclude)
+        return ranks.broadcast_object(finish)
 
 
 def _publish(workspace: Workspace | None, out: Path) -> PruneRecord:
+    """Rename a complete workspace that an earlier run could not rename any more."""
     assert workspace is not None, "rank 0 has the workspace"
     workspace.publish()
     return read_record(out, PruneRecord.from_json)
 
 
 def _check_ranks(plan: Plan, ranks: Ranks) -> None:
-    """Raise RanksError where processes see different models, or have nothing to do."""
-    seen = {file: text.partition(",")[0] for file, text in plan.layout.sources.items()}
-    theirs = ranks.broadcast_object(lambda: seen)
-    if seen != theirs:
-        files = sorted(f for f in {*seen, *theirs} if seen.get(f) != theirs.get(f))
+    """Check that all ranks see the same model and that each gets a window.
+
+    Raises:
+        DistributedError: One of them does not hold.
+    """
+    files = {file: text.partition(",")[0] for file, text in plan.layout.sources.items()}
+    reference = ranks.broadcast_object(lambda: files)
+    if files != reference:
+        names = {*files, *reference}
+        differing = sorted(n for n in names if files.get(n) != reference.get(n))
         raise DistributedError(
-            f"Process {ranks.rank} finds another {files[0]} in {plan.model} than "
-            "process 0 does.",
+            f"{differing[0]} in {plan.model} differs between process {ranks.rank} and "
+            "process 0.",
             "Give every machine the same files of the model.",
         )
     options = plan.options
     fitted = options.samples - max(options.held_out, options.allocation_held_out)
-    least = min(fitted, options.allocation_held_out or fitted)
-    if ranks.size > least:
+    windows = min(fitted, options.allocation_held_out or fitted)
+    if ranks.size > windows:
         raise DistributedError(
-            f"{ranks.size} processes were to share {least} windows.",
+            f"{ranks.size} processes were started for {windows} windows.",
             "Start fewer processes, or pass more --samples.",
         )
 
@@ -143,37 +155,41 @@ def _check_ranks(plan: Plan, ranks: Ranks) -> None:
 def _run(
     plan: Plan, run_options: RunOptions, output: RankZeroOutput, windows: Tensor | None
 ) -> tuple[tuple[BlockRecord, ...], AllocationRecord | None]:
-    """Do what is left of a run, with smaller batches where memory is exhausted.
+    """Run the loop over the blocks, with smaller batches where memory is exhausted.
 
-    How small stands in the ledger, so that a run that goes on has the same. Where
-    several processes share the work, all would have to halve at once: there it fails.
+    The reduced batch size goes into the ledger, so that a resumed run uses it too and
+    ends in the same bytes. With several processes all of them would have to reduce it
+    at the same time; there the error is raised.
     """
     ranks, length = output.ranks, plan.options.seq_len
     assert length is not None
     device = ranks.device(plan.options.device)
     model = BlockwiseModel.open(plan.model, device, run_options.trust_remote_code)
-    first = model.batch_tokens
+    default = model.batch_tokens
 
     def attempt(
         model: BlockwiseModel,
     ) -> tuple[tuple[BlockRecord, ...], AllocationRecord | None]:
-        if model.batch_tokens < first and output.workspace is not None:
+        if model.batch_tokens < default and output.workspace is not None:
             output.workspace.decide(_BATCH, {"tokens": model.batch_tokens})
-        run = Run(plan, run_options, output, model, windows)
-        return tuple(run.finish()), run.allocation
+        limits = (run_options.memory, run_options.activation_memory)
+        memory_plan = plan_memory(plan, *limits, ranks.local_size)
+        depth = len(plan.layout.blocks)
+        progress = ProgressReporter(run_options.progress, depth)
+        return prune_blocks(Run(plan, model, output, memory_plan, progress), windows)
 
-    model = replace(model, batch_tokens=output.decision(_BATCH).get("tokens", first))
+    model = replace(model, batch_tokens=output.decision(_BATCH).get("tokens", default))
     if ranks.size > 1:
         return attempt(model)
     return with_smaller_batches(model, length, attempt)
 
 
 def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
-    """Return calibration windows, None where the solver needs none."""
+    """Return calibration windows, [samples, length]; None where none are needed."""
     options = plan.options
-    ways = candidates(options, plan.layout.dtype)
-    asks = options.has_dense or options.held_out or options.allocation_held_out
-    if not combined_needs(ways) and not asks:
+    needs = combined_needs(candidates(options, plan.layout.dtype))
+    runs_text = options.has_dense or options.held_out or options.allocation_held_out
+    if not needs and not runs_text:
         return None
     assert options.seq_len is not None
     size = (options.samples, options.seq_len)
@@ -187,6 +203,7 @@ def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
 
 
 def _identity(plan: Plan, windows: Tensor | None) -> dict[str, Any]:
+    """Return what two runs must have in common to produce the same bytes."""
     digest = hashlib.sha256(windows.numpy().tobytes()) if windows is not None else None
     return plan.identity() | {
         "device": choose_device(plan.options.device).type,
@@ -195,4 +212,5 @@ def _identity(plan: Plan, windows: Tensor | None) -> dict[str, Any]:
 
 
 def _shards(plan: Plan, workspace: Workspace) -> dict[str, str]:
+    """Return the SHA-256 of every shard."""
     return {file: workspace.committed[file].sha256 for file in plan.layout.shards}

@@ -20,10 +20,13 @@ from halve.pruning.distributed.assignment import (
     broadcast_selected,
     reduce_to_owners,
 )
-from halve.pruning.observe.activation_cache import ActivationCache, is_wide
+from halve.pruning.observe.activation_cache import (
+    ActivationCache,
+    cache_dense_inputs,
+    is_wide,
+)
 from halve.pruning.observe.block_state import BlockState, Streams, weight_path
 from halve.pruning.observe.collect import GroupInputs, accumulate_deferred, collect
-from halve.pruning.observe.dense_inputs import cache_dense_inputs
 from halve.pruning.observe.input_groups import Group, stages
 from halve.pruning.select.selection import (
     Candidate,
@@ -165,7 +168,7 @@ def _all_at_once(
 ) -> Iterator[list[GroupInputs]]:
     """Yield all groups, then one by one those whose inputs were deferred."""
     wide = [g for g in groups if options.deferred and is_wide(g.columns, state.width)]
-    deferred = ActivationCache.memory_plan(
+    deferred = ActivationCache.allocate(
         state.stream, state.planned.name, wide, 0, options.folder
     )
     options.report("collecting")

@@ -36,6 +36,24 @@ _DEVICES = ("cpu", "cuda")
 BATCH_TOKENS = 1024
 
 
+def windows_per_batch(length: int, batch_tokens: int = BATCH_TOKENS) -> int:
+    """Return how many windows of a length run through a model at once."""
+    return max(batch_tokens // length, 1)
+
+
+def loaded_dtype(stored: torch.dtype, widen: bool) -> torch.dtype:
+    """Return the dtype in which a tensor of the checkpoint lies in memory.
+
+    Args:
+        stored: Its dtype in the checkpoint.
+        widen: False for matrices of plain linear layers in a block and for embeddings
+            in which rows are looked up: where those have 16 bits, they keep them.
+    """
+    if not stored.is_floating_point or (stored in HALF_DTYPES and not widen):
+        return stored
+    return torch.float32
+
+
 def choose_device(name: str) -> torch.device:
     """Return a device by name; `auto` is CUDA if it is available, and else the CPU.
 
@@ -104,8 +122,8 @@ class BlockwiseModel:
         return len(self.meta_model.blocks)
 
     def batch(self, length: int) -> int:
-        """Return the number of windows in a batch, for windows of a given length."""
-        return max(self.batch_tokens // length, 1)
+        """Return how many windows of a length run through it at once."""
+        return windows_per_batch(length, self.batch_tokens)
 
     def block_name(self, index: int) -> str:
         """Return the name of a block, such as `model.layers.3`."""
@@ -207,8 +225,7 @@ class BlockwiseModel:
 
     def _usable(self, name: str, tensor: Tensor, widen: bool) -> Tensor:
         usable = tensor.to(self.device)
-        if usable.is_floating_point() and (widen or usable.dtype not in HALF_DTYPES):
-            usable = usable.float()
+        usable = usable.to(loaded_dtype(usable.dtype, widen))
         self.check_finite(name, usable)
         return usable
 

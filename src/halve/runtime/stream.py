@@ -53,6 +53,27 @@ class Stream:
         init=False, default_factory=dict
     )
 
+    @staticmethod
+    def nbytes(tokens: int, width: int) -> int:
+        """Return the bytes of the hidden states of so many tokens."""
+        return 4 * tokens * width
+
+    @staticmethod
+    def batch_nbytes(tokens: int, width: int, inner: int) -> int:
+        """Return the bytes of activations while a batch runs through a block.
+
+        Eight tensors are counted that are as wide as hidden states, such as the stream
+        before and after the block, the output of a norm, queries, keys, values and the
+        output of the attention; and three of the inner width: the inner activations of
+        the feed-forward network before and after its function, or attention scores.
+
+        Args:
+            tokens: Tokens in the batch.
+            width: Width of hidden states.
+            inner: Numbers for each token in the widest activation within the block.
+        """
+        return 4 * tokens * (8 * width + 3 * inner)
+
     @classmethod
     @torch.no_grad()
     def start(

@@ -28,6 +28,8 @@ _MAX_DAMPING = 1.0
 _TILE = 1024
 # Bytes of shifted inverses that are cached for the next matrix of the group.
 _MAX_CACHED_BYTES = 2**30
+# Bytes of a number in float32.
+_FLOAT = 4
 # Values of rho that ADMM visits in a group, as a rule.
 _SHIFTS = 8
 
@@ -126,6 +128,35 @@ class Hessian:
         if Needs.SCALED in needs:
             _ = self.scaled
 
+    @staticmethod
+    def nbytes(columns: int, needs: Needs) -> int:
+        """Return the bytes that it holds beside X^T X, once all is computed.
+
+        Args:
+            columns: Width of the inputs.
+            needs: What is read of it.
+        """
+        square = _FLOAT * columns**2
+        inverses = min(_SHIFTS * square, _MAX_CACHED_BYTES)
+        return (
+            square * bool(needs & (Needs.DAMPED | Needs.SCALED))
+            + square * (Needs.FACTOR in needs and not needs.overwrites_gram)
+            + (square + inverses) * (Needs.SCALED in needs)
+        )
+
+    @staticmethod
+    def scratch_nbytes(columns: int, needs: Needs) -> int:
+        """Return the bytes that are in memory for a while when it is computed."""
+        # A shifted matrix, its Cholesky factor and its inverse.
+        shifted = 3 * columns**2 * (Needs.SCALED in needs)
+        return _FLOAT * max(shifted, scratch(columns) * (Needs.FACTOR in needs))
+
+    @staticmethod
+    def operations(columns: int, needs: Needs) -> int:
+        """Return the multiplications and additions that computing it takes."""
+        factor = columns**3 * 4 // 3 * (Needs.FACTOR in needs)
+        return factor + 2 * _SHIFTS * columns**3 * (Needs.SCALED in needs)
+
     @property
     def diagonal(self) -> Tensor:
         """[columns], the diagonal of X^T X; zero for features that are always zero."""
@@ -206,35 +237,6 @@ class Hessian:
             return factorize(self.gram.clone(), self.damping, inverse_factor)
         gram, self._gram = self.gram, None
         return factorize(gram, self.damping, inverse_factor)
-
-
-def state_size(columns: int, needs: Needs) -> int:
-    """Return how many numbers a `Hessian` holds beside X^T X, once all are computed.
-
-    Args:
-        columns: Width of the inputs.
-        needs: What is read of it.
-    """
-    square = columns**2
-    inverses = min(_SHIFTS * square, _MAX_CACHED_BYTES // 4)
-    return (
-        square * bool(needs & (Needs.DAMPED | Needs.SCALED))
-        + square * (Needs.FACTOR in needs and not needs.overwrites_gram)
-        + (square + inverses) * (Needs.SCALED in needs)
-    )
-
-
-def scratch_size(columns: int, needs: Needs) -> int:
-    """Return how many further numbers are in memory while a `Hessian` is computed."""
-    # A shifted matrix, its Cholesky factor and its inverse.
-    shifted = 3 * columns**2 * (Needs.SCALED in needs)
-    return max(shifted, scratch(columns) * (Needs.FACTOR in needs))
-
-
-def preparation_operations(columns: int, needs: Needs) -> int:
-    """Return the multiplications and additions that computing a `Hessian` takes."""
-    factor = columns**3 * 4 // 3 * (Needs.FACTOR in needs)
-    return factor + 2 * _SHIFTS * columns**3 * (Needs.SCALED in needs)
 
 
 def factorize(

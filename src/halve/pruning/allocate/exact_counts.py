@@ -1,4 +1,4 @@
-"""The budget of a whole model: exact patterns for its matrices, and the final count."""
+"""Zeros of every matrix, so that the whole model has exactly the requested number."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,20 +9,20 @@ from halve.pruning.allocate.spread import apportion_zeros
 from halve.records import BlockRecord
 
 
-def budget(plan: Plan) -> int:
-    """Return how many weights the whole model loses."""
+def total_zeros(plan: Plan) -> int:
+    """Return the number of weights to prune in the whole model."""
     return parse_pattern(plan.options.sparsity).count(plan.layout.prunable)
 
 
 def exact_patterns(plan: Plan, sparsities: Sequence[float]) -> list[Patterns]:
-    """Return what the matrices of each block shall obey, so that the budget is met.
+    """Return the patterns of each block's matrices that add up to the requested zeros.
 
     Args:
-        plan: Of the run.
-        sparsities: Of the blocks.
+        plan: The run.
+        sparsities: Sparsity of each block.
     """
     blocks = [[m.elements for m in block.matrices] for block in plan.layout.blocks]
-    zeros = apportion_zeros(budget(plan), sparsities, blocks)
+    zeros = apportion_zeros(total_zeros(plan), sparsities, blocks)
     return [
         {
             m.tensor: Exact(count, m.elements)
@@ -33,11 +33,15 @@ def exact_patterns(plan: Plan, sparsities: Sequence[float]) -> list[Patterns]:
 
 
 def check_total(plan: Plan, blocks: Iterable[BlockRecord]) -> None:
-    """Raise TargetMissedError where the files hold fewer zeros than the budget."""
-    found = sum(block.zeros for block in blocks)
-    if found < budget(plan):
+    """Check that the output has at least as many zeros as requested.
+
+    Raises:
+        TargetMissedError: It has fewer.
+    """
+    zeros = sum(block.zeros for block in blocks)
+    if zeros < total_zeros(plan):
         raise TargetMissedError(
-            f"{found} of {plan.layout.prunable} weights are zero in the whole model, "
-            f"not {budget(plan)}.",
-            "Report this as a defect of Halve, with the model's name.",
+            f"{zeros} of {plan.layout.prunable} weights are zero in the whole model, "
+            f"not {total_zeros(plan)}.",
+            "This is a bug in Halve; report it with the name of the model.",
         )

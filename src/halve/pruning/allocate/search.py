@@ -1,9 +1,10 @@
-"""Trying allocations: the whole model is pruned cheaply, in memory, and judged.
+"""Search for an allocation: prune the whole model cheaply, in memory, and evaluate it.
 
-A trial walks through the blocks with SparseGPT and writes nothing. It is judged by how
-far its predictions diverge from the dense model's on windows kept apart. The first
-prunes all blocks alike and measures how much each suffers; the next ones spread the
-sparsity by those errors, more and more, for as long as that helps.
+A trial walks through the blocks with SparseGPT and writes nothing. It is scored by the
+KL divergence of its predictions from the dense model's on held-out windows. The first
+trial prunes all blocks to the same sparsity and measures each block's error; the
+following ones spread the sparsity by those errors with increasing strength, for as long
+as the score improves.
 """
 
 import math
@@ -31,26 +32,27 @@ from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream, held_out_logits
 from halve.solvers import SparseGPT
 
-# What is tried, in this order, in shares of what the model keeps: a block keeps so much
-# more, and another so much less.
-_STEPS = (0.1, 0.2, 0.4)
-# Streams that live at the same time: a trial's, and for the windows that judge the
-# dense model's and a block's dense outputs.
+# Strengths that are tried after 0, in this order, as fractions of the model's density
+# 1 - S.
+_STRENGTHS = (0.1, 0.2, 0.4)
+# Sets of hidden states that exist at the same time: a trial's; and of the held-out
+# windows, the dense model's and the dense outputs of one block.
 _STREAMS = 3
 
 
 @dataclass(frozen=True)
 class AllocationSearch:
-    """What all trials of a model share.
+    """What all trials of a model have in common.
 
     Attributes:
-        plan: Of the run.
-        model: Holds the dense weights.
-        windows: [samples, length]; the last `plan.options.allocation_held_out` of them judge.
-        memory_plan: Where hidden states may live.
-        folder: Where mapped files lie past that.
-        report: Told of each block: its index, and which trial it is.
-        ranks: Who shares the windows.
+        plan: The run.
+        model: The dense model.
+        windows: [samples, length]; the last `plan.options.allocation_held_out` of them
+            are held out.
+        memory_plan: What may stay in memory.
+        folder: Where memory-mapped files are created; None for the system's default.
+        report: Called with a block's index and what is done to it.
+        ranks: The processes that share the windows.
     """
 
     plan: Plan
@@ -63,22 +65,23 @@ class AllocationSearch:
 
     @torch.no_grad()
     def choose(self) -> AllocationRecord:
-        """Return the allocation that lost least; the uniform one if none lost less.
+        """Return the allocation with the smallest divergence, of equal ones the first.
 
         Raises:
-            NumericalError: As in a run; or predictions that are not finite.
+            NumericalError: See `prune_block`; or predictions are not finite.
 
         Cost:
-            A dense pass of the windows that judge, and for each trial what a run with
-            SparseGPT costs. No trial follows one that lost more than the one before:
-            two where spreading does not help, four at most.
+            A pass of the held-out windows through the dense model, and for each trial a
+            run with SparseGPT. The search ends after the first trial that does not
+            improve on the one before: after two where spreading does not help, and
+            after four at the latest.
         """
         dense = self._dense()
-        errors: list[float] = []
-        trials = [self._try(0.0, dense, errors)]
-        sparsity = parse_pattern(self.plan.options.sparsity).sparsity
-        for step in _STEPS if len(set(errors)) > 1 else ():
-            trials.append(self._try(step * (1 - sparsity), dense, errors))
+        uniform, errors = self._uniform_trial(dense)
+        trials = [uniform]
+        density = 1 - parse_pattern(self.plan.options.sparsity).sparsity
+        for strength in _STRENGTHS if len(set(errors)) > 1 else ():
+            trials.append(self._trial(strength * density, errors, dense))
             if trials[-1].divergence >= trials[-2].divergence:
                 break
         best = min(trials, key=lambda trial: trial.divergence)
@@ -87,7 +90,7 @@ class AllocationSearch:
         )
 
     def _dense(self) -> Stream:
-        """Carry the windows that judge through the dense model."""
+        """Return the held-out windows' hidden states behind the dense model."""
         held_out = self.plan.options.allocation_held_out
         stream = self._start(self.windows[-held_out:])
         for planned in self.plan.layout.blocks:
@@ -97,38 +100,57 @@ class AllocationSearch:
         return stream
 
     def _start(self, windows: Tensor) -> Stream:
-        held_out, where = (
-            self.plan.options.allocation_held_out,
-            (self._budget, self.folder),
+        """Return the hidden states of windows before the first block."""
+        held_out = self.plan.options.allocation_held_out
+        return Stream.start(
+            self.model, windows, self._budget, self.folder, held_out, self.ranks
         )
-        return Stream.start(self.model, windows, *where, held_out, self.ranks)
 
     @property
     def _budget(self) -> int:
         return self.memory_plan.activations // _STREAMS
 
-    def _try(self, strength: float, dense: Stream, errors: list[float]) -> TrialRecord:
-        """Prune by one strength and judge that; without one measure errors as well."""
-        sparsities = self._sparsities(strength, errors)
+    def _uniform_trial(self, dense: Stream) -> tuple[TrialRecord, list[float]]:
+        """Prune all blocks to the same sparsity; return each block's error as well."""
+        sparsity = parse_pattern(self.plan.options.sparsity).sparsity
+        sparsities = (sparsity,) * len(self.plan.layout.blocks)
         stream = self._start(self.windows)
-        every = exact_patterns(self.plan, sparsities)
-        for planned, patterns in zip(self.plan.layout.blocks, every, strict=True):
-            self.report(planned.index, f"trying allocations, strength {strength:.3g}")
-            before = None if strength else self._outputs(stream, planned)
-            prune_block(self.model, Streams(stream), planned, self._task(patterns))
-            if before is not None:
-                errors.append(_distance(before, stream))
-        return TrialRecord(strength, sparsities, _divergence(dense, stream))
+        errors: list[float] = []
+        for planned, patterns in self._blocks(0.0, sparsities):
+            before = self._outputs(stream, planned)
+            prune_block(self.model, Streams(stream), planned, self._options(patterns))
+            errors.append(_relative_error(before, stream))
+        return TrialRecord(0.0, sparsities, _divergence(dense, stream)), errors
 
-    def _sparsities(self, strength: float, errors: list[float]) -> tuple[float, ...]:
+    def _trial(
+        self, strength: float, errors: list[float], dense: Stream
+    ) -> TrialRecord:
+        """Prune the blocks to sparsities spread by their errors, and score the result.
+
+        Args:
+            strength: See `spread_sparsity`.
+            errors: The blocks' errors at a uniform sparsity.
+            dense: The held-out windows' hidden states behind the dense model.
+        """
         blocks = self.plan.layout.blocks
         weights = [sum(m.elements for m in block.matrices) for block in blocks]
         sparsity = parse_pattern(self.plan.options.sparsity).sparsity
-        return spread_sparsity(
-            errors or [0.0] * len(blocks), weights, sparsity, strength
-        )
+        sparsities = spread_sparsity(errors, weights, sparsity, strength)
+        stream = self._start(self.windows)
+        for planned, patterns in self._blocks(strength, sparsities):
+            prune_block(self.model, Streams(stream), planned, self._options(patterns))
+        return TrialRecord(strength, sparsities, _divergence(dense, stream))
 
-    def _task(self, patterns: Patterns) -> BlockOptions:
+    def _blocks(
+        self, strength: float, sparsities: tuple[float, ...]
+    ) -> Iterator[tuple[PlannedBlock, Patterns]]:
+        """Yield the blocks with the patterns of their matrices, and report each."""
+        every = exact_patterns(self.plan, sparsities)
+        for planned, patterns in zip(self.plan.layout.blocks, every, strict=True):
+            self.report(planned.index, f"trying allocations, strength {strength:.3g}")
+            yield planned, patterns
+
+    def _options(self, patterns: Patterns) -> BlockOptions:
         options = self.plan.options
         solver = SparseGPT(options.block_size)
         pattern = parse_pattern(options.sparsity)
@@ -145,55 +167,62 @@ class AllocationSearch:
         )
 
     def _outputs(self, stream: Stream, planned: PlannedBlock) -> Tensor:
-        """Return what the dense block makes of the windows that judge.
+        """Return the dense block's outputs for the held-out windows of a trial.
 
         Returns:
-            [samples, length, width], in memory or in a mapped file.
+            [samples, length, width], in memory or in a memory-mapped file.
         """
         _, length, width = stream.hidden.shape
         shape = (stream.held_out, length, width)
-        found = allocate_hidden(shape, self._budget, self.folder)
+        outputs = allocate_hidden(shape, self._budget, self.folder)
         with self.model.block(planned.index) as block:
-            for part, own in _judging(stream):
-                found[own] = stream.run(block, planned.index, part).cpu()
-        return found
+            for part, held_out in _held_out_batches(stream):
+                outputs[held_out] = stream.run(block, planned.index, part).cpu()
+        return outputs
 
 
-def _judging(stream: Stream) -> Iterator[tuple[slice, slice]]:
-    """Yield the batches of windows kept apart: among all windows, and among those."""
+def _held_out_batches(stream: Stream) -> Iterator[tuple[slice, slice]]:
+    """Yield held-out batches: as slices of all windows, and of the held-out ones."""
     first = len(stream.windows) - stream.held_out
     for part in stream.batches():
         if stream.is_held_out(part):
             yield part, slice(part.start - first, part.stop - first)
 
 
-def _distance(before: Tensor, stream: Stream) -> float:
-    """Return ||Y - Y'|| / ||Y|| of the windows kept apart, Y being from before."""
-    lost = kept = 0.0
-    for part, own in _judging(stream):
-        lost += float((stream.hidden[part] - before[own]).square().sum())
-        kept += float(before[own].square().sum())
-    lost, kept = stream.ranks.all_sum(lost, kept)
-    return (lost / kept) ** 0.5 if kept else float(lost > 0)
+def _relative_error(dense: Tensor, stream: Stream) -> float:
+    """Return ||Y - Y'|| / ||Y|| over the held-out windows of all ranks.
+
+    Args:
+        dense: Y, outputs of the dense block, [held-out samples, length, width].
+        stream: Hidden states behind the pruned block; Y' is their held-out part.
+    """
+    error = energy = 0.0  # ||Y - Y'||^2 and ||Y||^2
+    for part, held_out in _held_out_batches(stream):
+        error += float((stream.hidden[part] - dense[held_out]).square().sum())
+        energy += float(dense[held_out].square().sum())
+    error, energy = stream.ranks.all_sum(error, energy)
+    return (error / energy) ** 0.5 if energy else float(error > 0)
 
 
-def _divergence(dense: Stream, stream: Stream) -> float:
-    """Return the mean KL(dense || pruned) of a token in the windows kept apart, nats.
+def _divergence(dense: Stream, pruned: Stream) -> float:
+    """Return the mean of KL(dense || pruned) over the tokens of held-out windows, nats.
 
     Raises:
         NumericalError: It is not finite.
     """
     total, tokens = 0.0, 0
-    for theirs, ours in held_out_logits(dense, stream):
-        # One window at a time: two more vocabularies of log-probabilities each.
-        for wanted, found in zip(theirs, ours, strict=True):
-            log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
+    for dense_batch, pruned_batch in held_out_logits(dense, pruned):
+        # One window at a time: each holds two more tensors of log-probabilities,
+        # [length, vocabulary].
+        for p, q in zip(dense_batch, pruned_batch, strict=True):
+            log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+            # sum_v p_v (log p_v - log q_v) for each token
             total += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-            tokens += len(wanted)
-    total, tokens = stream.ranks.all_sum(total, tokens)
+            tokens += len(p)
+    total, tokens = pruned.ranks.all_sum(total, tokens)
     if not math.isfinite(total):
         raise NumericalError(
-            "The model's predictions are not finite when it is pruned on trial.",
+            "The pruned model's predictions are not finite in a trial.",
             "Check the checkpoint, or pass --allocation uniform.",
         )
     return total / tokens

@@ -1,9 +1,14 @@
-"""Sparsities of blocks from their errors: what suffers more is pruned less.
+"""Sparsities of blocks from their errors: blocks with greater errors are pruned less.
 
-Each block is given S + b d, where S is the sparsity of the whole model, b a strength,
-and d falls linearly in the block's error from 1 (least) to -1 (greatest). The idea that
-a layer's own error at a uniform sparsity tells how much it can lose is that of OWL (Yin
-et al., 2024) and its heirs; that the whole budget is met to one weight is ours.
+Block i gets sparsity S + b d_i, where S is the sparsity of the whole model and b the
+strength; d_i falls linearly in the block's error e_i, from 1 at the smallest error to
+-1 at the greatest:
+
+    d_i = 1 - 2 (e_i - e_min) / (e_max - e_min).
+
+That the error of a layer at a uniform sparsity indicates how much it can lose is the
+idea of OWL (Yin et al., 2024) and its successors. Meeting the sparsity of the whole
+model to one weight is not in those papers.
 """
 
 from collections.abc import Sequence
@@ -11,8 +16,8 @@ from fractions import Fraction
 
 from halve.pruning.allocate.apportion import apportion
 
-# Enough to halve an interval of width 2 down to the spacing of floats.
-_HALVINGS = 60
+# Enough bisections to reduce an interval of width 2 to the spacing of floats.
+_BISECTIONS = 60
 
 
 def spread_sparsity(
@@ -24,43 +29,46 @@ def spread_sparsity(
     """Return a sparsity for each block.
 
     Args:
-        errors: Of the blocks, all pruned to the same sparsity; finite.
-        weights: Prunable weights in each, positive.
-        sparsity: S, of all blocks together, in (0, 1).
-        strength: b, not negative: the first and the last sparsity lie 2 b apart, unless
-            one of them meets a bound.
+        errors: Errors e of the blocks, all pruned to the same sparsity; finite.
+        weights: Number of prunable weights in each block, positive.
+        sparsity: S, the sparsity of all blocks together, in (0, 1).
+        strength: b, not negative. The smallest and the greatest sparsity differ by 2 b
+            unless one of them reaches a bound.
 
     Returns:
-        Sparsities between S / 2 and (1 + S) / 2, of mean S over all weights to the
-        rounding of floats. Where an error is greater the sparsity is never greater;
-        equal errors or no strength give S to all.
+        Sparsities between S / 2 and (1 + S) / 2 whose mean over all weights is S, up to
+        rounding. A block with a greater error never gets a greater sparsity. All get S
+        if the errors are equal or the strength is 0.
     """
-    least, most = min(errors), max(errors)
-    if most == least or strength == 0:
+    low, high = min(errors), max(errors)
+    if high == low or strength == 0:
         return (sparsity,) * len(errors)
-    wanted = [
-        sparsity + strength * (1 - 2 * (error - least) / (most - least))
-        for error in errors
+    targets = [
+        sparsity + strength * (1 - 2 * (error - low) / (high - low)) for error in errors
     ]
-    return _centred(wanted, weights, sparsity)
+    return _center(targets, weights, sparsity)
 
 
-def _centred(
-    wanted: Sequence[float], weights: Sequence[int], sparsity: float
+def _center(
+    targets: Sequence[float], weights: Sequence[int], sparsity: float
 ) -> tuple[float, ...]:
-    """Move all by the same, within bounds, so that their weighted mean is S."""
-    bounds = sparsity / 2, (1 + sparsity) / 2
-    reach = 1 + max(map(abs, wanted))
+    """Shift all targets by one number and clip them, so that the weighted mean is S.
+
+    The mean of min(max(target + shift, lower), upper) never falls as the shift grows,
+    so bisection finds the shift.
+    """
+    lower, upper = sparsity / 2, (1 + sparsity) / 2
+    reach = 1 + max(map(abs, targets))  # shifts everything to one of the bounds
     low, high = -reach, reach
-    moved: tuple[float, ...] = tuple(wanted)
-    for _ in range(_HALVINGS):
+    shifted: tuple[float, ...] = tuple(targets)
+    for _ in range(_BISECTIONS):
         shift = (low + high) / 2
-        moved = tuple(min(max(value + shift, bounds[0]), bounds[1]) for value in wanted)
-        if _mean(moved, weights) > sparsity:
+        shifted = tuple(min(max(target + shift, lower), upper) for target in targets)
+        if _mean(shifted, weights) > sparsity:
             high = shift
         else:
             low = shift
-    return moved
+    return shifted
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
@@ -70,16 +78,16 @@ def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
 def apportion_zeros(
     total: int, sparsities: Sequence[float], blocks: Sequence[Sequence[int]]
 ) -> tuple[tuple[int, ...], ...]:
-    """Return how many weights each matrix of each block loses.
+    """Return the number of weights to prune in each matrix of each block.
 
     Args:
-        total: Weights that the whole model loses.
-        sparsities: Of the blocks.
-        blocks: Weights in each matrix of each block.
+        total: Number of weights to prune in the whole model.
+        sparsities: Sparsity of each block.
+        blocks: Number of weights of each matrix of each block.
 
     Returns:
-        Counts that add up to the total. Each block's is its share rounded to a whole
-        number, and each matrix's is that of its block likewise.
+        Counts that add up to the total. Each block's is its sparsity times its weights,
+        rounded to a whole number; the same holds for the matrices within a block.
     """
     claims = [
         Fraction(sparsity) * sum(matrices)

@@ -1,7 +1,8 @@
-"""Who solves which matrix, where several processes prune together.
+"""Assignment of matrices to ranks, where several processes prune together.
 
-Each has seen its own windows. What they know of a group is brought together with those
-that solve one of its matrices; solutions are given to all. Alone, all is one's own.
+Each rank runs its part of the windows. Statistics of a group are summed over all ranks,
+and ranks that solve one of its matrices also get the held-out inputs of all. Solutions
+are broadcast. A single process solves everything itself.
 """
 
 from dataclasses import replace
@@ -20,13 +21,14 @@ Owners = dict[str, int]
 
 
 def assign_matrices(stage: list[GroupInputs], ranks: Ranks) -> Owners:
-    """Return who solves what; whole matrices, the costliest first."""
+    """Assign each matrix of a stage to one rank, the costliest first."""
     matrices = [m for group_inputs in stage for m in group_inputs.group.matrices]
     owners = ranks.assign([_cost(matrix) for matrix in matrices])
     return {m.tensor: owner for m, owner in zip(matrices, owners, strict=True)}
 
 
 def _cost(planned: PlannedMatrix) -> float:
+    """Return operations up to a factor: a Cholesky factor, and a sweep over rows."""
     rows, columns = planned.matrix.shape
     return float((rows + columns) * columns**2)
 
@@ -34,35 +36,36 @@ def _cost(planned: PlannedMatrix) -> float:
 def reduce_to_owners(
     stage: list[GroupInputs], owners: Owners, ranks: Ranks
 ) -> list[GroupInputs]:
-    """Finish what is known of a stage; return the groups of this rank's matrices.
+    """Combine a stage's statistics; return the groups in which this rank solves some.
 
     Args:
-        stage: What this rank knows; emptied, so that what it has no use for is freed.
-        owners: Who solves what.
-        ranks: All of them.
+        stage: The groups with this rank's statistics. Emptied, so that groups of which
+            this rank solves no matrix are freed.
+        owners: Tensor -> the rank that solves it.
+        ranks: All processes; each of them must call this.
     """
-    kept: list[GroupInputs] = []
+    to_solve: list[GroupInputs] = []
     while stage:
         group_inputs = stage.pop(0)
-        is_own = any(
+        is_owner = any(
             owners[m.tensor] == ranks.rank for m in group_inputs.group.matrices
         )
-        group_inputs.finish(ranks, wanted=is_own)
-        if is_own:
-            kept.append(group_inputs)
-    return kept
+        group_inputs.finish(ranks, needs_held_out=is_owner)
+        if is_owner:
+            to_solve.append(group_inputs)
+    return to_solve
 
 
 def broadcast_selected(
     selected: Selected | None, dtype: torch.dtype, owner: int, ranks: Ranks
 ) -> Selected:
-    """Return everywhere what one rank has chosen for a matrix.
+    """Broadcast the solution that one rank selected for a matrix.
 
     Args:
-        selected: Of the owner; None elsewhere.
-        dtype: In which it will be stored, and travels.
-        owner: Who has chosen.
-        ranks: All of them.
+        selected: The solution on the owner; None on the other ranks.
+        dtype: Dtype in which the matrix will be stored, and is sent.
+        owner: The rank that solved the matrix.
+        ranks: All processes; each of them must call this.
     """
     if ranks.size == 1 and selected is not None:
         return selected

@@ -1,11 +1,13 @@
-"""The output as all processes of a run see it: rank 0 writes it and reads it for them.
+"""The output of a run with several processes: only rank 0 reads and writes it.
 
-So the others need no disk in common with it. Nobody waits until a file is written: what
-goes wrong there reaches the others as any failure does.
+The other ranks therefore need no file system in common with rank 0. No rank waits for a
+file to be written: if writing fails, the error reaches the other ranks as any other
+error of a rank does.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +17,60 @@ from halve.checkpoint import Checkpoint, Workspace, open_workspace
 from halve.distributed import Ranks
 
 
+@dataclass(frozen=True)
 class RankZeroOutput:
-    """A workspace, or none on the ranks that do not write.
+    """The output as one rank sees it.
 
     Attributes:
-        workspace: The folder in the making; rank 0 alone has it.
-        ranks: All who take part.
-        done: Shards that an earlier run has written.
-        place: `OUT.partial`, wherever it is.
-        folder: Where a rank's own mapped files may lie; None for the system's choice,
-            where `OUT.partial` is out of this machine's reach.
+        workspace: The folder that is being written on rank 0; None on the others.
+        ranks: All processes of the run.
+        is_complete: Whether an earlier run wrote everything but did not rename it.
+        done: Shards that an earlier run committed.
+        decisions: What earlier runs decided, by name.
+        place: Path of `OUT.partial` on the machine of rank 0.
+        folder: Where this rank puts memory-mapped files: `place`, or None for the
+            system's default where this machine has no such folder.
     """
 
-    def __init__(self, workspace: Workspace | None, ranks: Ranks) -> None:
-        self.workspace = workspace
-        self.ranks = ranks
-        found = ranks.broadcast_object(lambda: _state(workspace))
-        self.is_complete, self.done, self._decisions, self.place = found
-        self.folder: Path | None = self.place if self.place.is_dir() else None
+    workspace: Workspace | None
+    ranks: Ranks
+    is_complete: bool
+    done: frozenset[str]
+    decisions: dict[str, dict[str, Any]]
+    place: Path
+    folder: Path | None
+
+    @classmethod
+    def of(cls, workspace: Workspace | None, ranks: Ranks) -> "RankZeroOutput":
+        """Broadcast the state of rank 0's workspace; all ranks must call this."""
+        state = ranks.broadcast_object(lambda: _state(workspace))
+        is_complete, done, decisions, place = state
+        folder = place if place.is_dir() else None
+        return cls(workspace, ranks, is_complete, done, decisions, place, folder)
 
     def decision(self, name: str) -> dict[str, Any]:
-        """Return a decision of an earlier run; empty where there was none."""
-        return self._decisions.get(name, {})
+        """Return a decision of an earlier run; an empty one where there is none."""
+        return self.decisions.get(name, {})
 
     def decide_once(
         self, name: str, decide: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """Return a decision of this run, made by all ranks together, or an earlier one.
+        """Return an earlier run's decision, or make it now and record it.
 
         Args:
-            name: Of the decision.
-            decide: Makes it, the same on all ranks.
+            name: Name of the decision in the ledger.
+            decide: Makes the decision. Called by all ranks together, and must return
+                the same on each.
         """
-        if name in self._decisions:
-            return self._decisions[name]
+        if name in self.decisions:
+            return self.decisions[name]
         decision = decide()
         if self.workspace is not None:
             self.workspace.decide(name, decision)
         return decision
 
     def read(self, shard: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return tensors of a shard that is done."""
+        """Read tensors of a committed shard on rank 0 and broadcast them."""
         stored = None
         if self.workspace is not None:
             path = self.workspace.folder / shard
@@ -65,9 +80,9 @@ class RankZeroOutput:
 
 def _state(
     workspace: Workspace | None,
-) -> tuple[bool, set[str], dict[str, dict[str, Any]], Path]:
+) -> tuple[bool, frozenset[str], dict[str, dict[str, Any]], Path]:
     assert workspace is not None, "rank 0 has the workspace"
-    done, folder = set(workspace.committed), workspace.folder.resolve()
+    done, folder = frozenset(workspace.committed), workspace.folder.resolve()
     return workspace.is_complete, done, dict(workspace.decisions), folder
 
 
@@ -75,11 +90,11 @@ def _state(
 def open_output(
     out: Path, identity: dict[str, Any], ranks: Ranks
 ) -> Iterator[RankZeroOutput]:
-    """Open the workspace on rank 0, as `open_workspace` does, and tell the others.
+    """Open the workspace on rank 0 and broadcast its state.
 
     Raises:
-        OutputError: As there, on all ranks.
+        OutputError: See `open_workspace`; raised on all ranks.
     """
-    own = open_workspace(out, identity) if ranks.is_main_process else nullcontext()
-    with own as workspace:
-        yield RankZeroOutput(workspace, ranks)
+    context = open_workspace(out, identity) if ranks.is_main_process else nullcontext()
+    with context as workspace:
+        yield RankZeroOutput.of(workspace, ranks)

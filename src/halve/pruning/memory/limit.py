@@ -1,4 +1,4 @@
-"""How a run is to live within a limit on its memory."""
+"""How a run stays within a limit on its memory (`--memory`)."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,22 @@ from halve.errors import HalveError
 from halve.plan import Plan
 from halve.pruning.memory.forecast import Forecast, forecast_run
 
-# What is kept free of a limit where it can be: a tenth, since runs have taken up to a
-# tenth more than was foretold (docs/log.md).
-_SPARE = 10
+# A tenth of a limit is left free where possible: runs have taken up to a tenth more
+# than predicted (docs/log.md).
+_MARGIN = 10
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where a run keeps things; nothing here changes the result.
+    """Where a run stores activations; does not change the result.
 
     Attributes:
-        activations: Bytes of hidden states and dense inputs that may live in memory.
-        deferred: Whether inputs wider than hidden states go to a mapped file, to be summed
-            once the other groups of their block are solved. The widest Gram matrix of a
-            block then lies beside no other, and beside nothing that runs.
+        activations: Bytes of hidden states and cached dense inputs that may stay in
+            memory.
+        deferred: Whether inputs that are wider than hidden states go to a memory-mapped
+            file, and are summed once the other groups of their block are solved. The
+            largest Gram matrix of a block is then in memory without any other, and
+            without the activations of a forward pass.
     """
 
     activations: int
@@ -30,44 +32,43 @@ class MemoryPlan:
 def plan_memory(
     plan: Plan, memory: int | None, activations: int | None, processes: int = 1
 ) -> MemoryPlan:
-    """Choose where a run keeps things.
+    """Choose where a run stores activations.
 
     Args:
         plan: The run.
-        memory: Bytes that the whole process may take; None where that is not limited.
-            A tenth is kept free, for what the forecast does not know of, unless the
-            run fits only without.
-        activations: Bytes that were given; None for what the rest leaves, or for a
-            quarter of the machine's where nothing is limited.
-        processes: That share this machine.
+        memory: Bytes that the process may take; None for no limit. A tenth of it is
+            left free for what the forecast misses, unless the run only fits without.
+        activations: Bytes of activations that may stay in memory. None for what the
+            limit leaves; without a limit, for this process's part of a quarter of the
+            machine's memory.
+        processes: Number of processes of the run on this machine.
 
     Raises:
-        HalveError: The rest alone takes more than may be taken.
+        HalveError: The run needs more memory even with all activations on disk.
     """
-    own = (
-        default_activation_memory() // processes if activations is None else activations
-    )
     if memory is None:
-        return MemoryPlan(own)
-    aimed = memory - memory // _SPARE
-    needed, apart = (forecast_run(plan, 0, deferred) for deferred in (False, True))
-    deferred = needed.peak > aimed and apart.peak < needed.peak
-    if deferred:  # it takes disk rather than memory
-        needed = apart
-    if needed.peak > memory:
-        raise _too_little(needed, memory)
-    left = max(aimed - needed.peak, 0)
-    return MemoryPlan(left if activations is None else min(left, activations), deferred)
+        default = default_activation_memory() // processes
+        return MemoryPlan(default if activations is None else activations)
+    target = memory - memory // _MARGIN
+    together, deferred = (forecast_run(plan, 0, defer) for defer in (False, True))
+    # Deferring takes disk space and time, so only where it is needed and helps.
+    defers = together.peak > target and deferred.peak < together.peak
+    forecast = deferred if defers else together
+    if forecast.peak > memory:
+        raise _too_little(forecast, memory)
+    left = max(target - forecast.peak, 0)
+    return MemoryPlan(left if activations is None else min(left, activations), defers)
 
 
-def _too_little(needed: Forecast, memory: int) -> HalveError:
-    largest = needed.largest
-    parts = {"the process itself": needed.process} | largest.parts
+def _too_little(forecast: Forecast, memory: int) -> HalveError:
+    """Return the error for a limit below the peak, with the largest use of memory."""
+    phase = forecast.largest
+    parts = {"the process itself": forecast.process} | phase.parts
     part = max(parts, key=lambda name: parts[name])
     return HalveError(
-        f"At least {needed.peak / 2**30:.2f} GiB of memory are needed, and "
-        f"{memory / 2**30:.2f} GiB were given: while {largest.name}, "
+        f"The run needs at least {forecast.peak / 2**30:.2f} GiB of memory, but the "
+        f"limit is {memory / 2**30:.2f} GiB; while {phase.name}, "
         f"{parts[part] / 2**30:.2f} GiB go to {part}.",
-        "Give more (--memory), or choose a --solver that holds less: sparsegpt "
-        "does, and wanda hardly anything.",
+        "Raise --memory, or choose a --solver that needs less: sparsegpt does, and "
+        "wanda needs hardly any.",
     )

@@ -1,4 +1,10 @@
-"""Inputs of a block's groups, kept from one pass over all windows for later use."""
+"""Inputs of a block's groups that are stored in one pass over the windows, for later.
+
+There are two uses. Targets that are corrected for the error of the layers before need
+the inputs that matrices get in the dense model. And where memory is limited, the inputs
+of the widest group are stored, so that its Gram matrix is computed last, when no other
+one is in memory.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,28 +14,29 @@ from torch import Tensor
 
 from halve.calibration import allocate_hidden
 from halve.errors import UnsupportedModelError
-from halve.pruning.observe.input_groups import Group
+from halve.pruning.observe.block_state import BlockState, flat
+from halve.pruning.observe.input_groups import Group, hooks
 from halve.runtime.stream import Stream
 
 
 def is_wide(columns: int, width: int) -> bool:
-    """Say whether inputs of so many columns are set aside where memory is tight.
+    """Return whether inputs of so many columns are deferred where memory is limited.
 
-    Those wider than hidden states are: one group of a block, as a rule, whose Gram
-    matrix is the largest.
+    Those wider than hidden states are. In most models that is one group of a block (the
+    second matrix of the feed-forward network), which has the largest Gram matrix.
     """
     return columns > width
 
 
 @dataclass
 class ActivationCache:
-    """Inputs of groups, in float32.
+    """Inputs of groups for all windows of a stream, in float32.
 
     Attributes:
-        block: Name of the block, for errors.
+        block: Name of the block, for error messages.
         length: Tokens in a window.
-        places: Leader -> its inputs, [calls, tokens, columns], in memory or in a mapped
-            file.
+        places: Path of a group's leader -> its inputs, [calls, tokens, columns], in
+            memory or in a memory-mapped file.
     """
 
     block: str
@@ -37,7 +44,7 @@ class ActivationCache:
     places: dict[str, Tensor]
 
     @classmethod
-    def memory_plan(
+    def allocate(
         cls,
         stream: Stream,
         block: str,
@@ -45,17 +52,17 @@ class ActivationCache:
         budget: int,
         folder: Path | None,
     ) -> "ActivationCache":
-        """Return room for what some groups are given when a stream passes.
+        """Allocate an uninitialized cache.
 
         Args:
-            stream: Whose windows they are.
-            block: Its name.
-            groups: Whose inputs are kept.
-            budget: Bytes of each that may live in memory.
-            folder: Where mapped files lie past that.
+            stream: The windows whose inputs will be stored.
+            block: Name of the block.
+            groups: Groups whose inputs will be stored.
+            budget: Bytes of each group's inputs up to which they stay in memory.
+            folder: Where memory-mapped files are created beyond that.
 
         Raises:
-            OutputError: The disk has no room.
+            OutputError: There is not enough space on the disk.
         """
         samples, length = stream.windows.shape
         places = {
@@ -66,17 +73,22 @@ class ActivationCache:
         }
         return cls(block, length, places)
 
-    def keep(self, path: str, call: int, part: slice, inputs: Tensor) -> None:
-        """Keep the inputs of one call in one batch, [tokens, columns].
+    @staticmethod
+    def nbytes(tokens: int, columns: int) -> int:
+        """Return the bytes of one group's inputs, if it is called once in a pass."""
+        return 4 * tokens * columns
+
+    def put(self, path: str, call: int, part: slice, inputs: Tensor) -> None:
+        """Store the inputs of one call in one batch, [tokens, columns].
 
         Raises:
-            UnsupportedModelError: There is not one of them for each token.
+            UnsupportedModelError: The number of inputs is not that of the tokens.
         """
         place = self.inputs(path, call, part)
         if inputs.shape != place.shape:
             raise UnsupportedModelError(
-                f"{self.block}.{path} is given {len(inputs)} inputs for {len(place)} "
-                "tokens.",
+                f"{self.block}.{path} is called with {len(inputs)} inputs for "
+                f"{len(place)} tokens.",
                 "Pass --no-sequential, and no --memory or a larger one.",
             )
         place.copy_(inputs)
@@ -85,3 +97,37 @@ class ActivationCache:
         """Return the inputs of one call in one batch, [tokens, columns]."""
         tokens = slice(part.start * self.length, part.stop * self.length)
         return self.places[path][call, tokens]
+
+
+def cache_dense_inputs(
+    state: BlockState, groups: list[Group], budget: int, folder: Path | None
+) -> ActivationCache:
+    """Carry the dense stream through the block, and store the groups' inputs.
+
+    Args:
+        state: The block, which still has its dense weights.
+        groups: Groups whose inputs are stored.
+        budget: Bytes of all these inputs that may stay in memory.
+        folder: Where memory-mapped files are created beyond that.
+
+    Raises:
+        UnsupportedModelError: See `ActivationCache.put`.
+        OutputError: There is not enough space on the disk.
+    """
+    stream, each = state.dense_stream, budget // max(len(groups), 1)
+    cache = ActivationCache.allocate(stream, state.planned.name, groups, each, folder)
+    seen: dict[str, list[Tensor]] = {group.leader: [] for group in groups}
+
+    def note(path: str, inputs: Tensor) -> None:
+        # Cloned, since modules that run later may change the tensor in place.
+        seen[path].append(flat(inputs).clone())
+
+    def put(part: slice, _: Tensor) -> None:
+        for path, calls in seen.items():
+            for call, inputs in enumerate(calls):
+                cache.put(path, call, part, inputs)
+            calls.clear()
+
+    with hooks(state.block, seen, note):
+        stream.advance(state.block, state.planned.index, put)
+    return cache

@@ -1,4 +1,4 @@
-"""A block at work: its weights, what enters it, and what its matrices are given."""
+"""The block that is being pruned: its weights and the hidden states that enter it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,32 +14,34 @@ from halve.runtime.stream import Stream
 
 @dataclass(frozen=True)
 class Streams:
-    """The hidden states of the same windows on their two ways through a model.
+    """Hidden states of the same windows in the pruned and in the dense model.
 
     Attributes:
-        pruned: Through pruned blocks.
-        dense: Through the dense ones; None where no one asks what they give.
+        pruned: Hidden states computed by the pruned blocks.
+        dense: Hidden states computed by the dense blocks; None where neither corrected
+            targets nor block reconstruction need them.
     """
 
     pruned: Stream
     dense: Stream | None = None
 
 
-class _AllSeen(Exception):  # noqa: N818  (no error: the rest of the block is not needed)
-    pass
+class _AllSeen(Exception):  # noqa: N818  (control flow, no error)
+    """Stops a forward pass once the last input that is needed has been seen."""
 
 
 @dataclass(frozen=True)
 class BlockState:
-    """A block whose weights are exchanged one after the other.
+    """A block whose matrices are replaced one after the other.
 
     Attributes:
-        block: The module, as `BlockwiseModel.block` lends it.
-        planned: What it is.
-        streams: What enters it; None where there is no text.
-        changed: Parameters that were exchanged.
-        solved: Matrices that were pruned -> whether their zeros are to stay zeros.
-        quant_params: Matrices that were rounded -> what to.
+        block: The module with its weights, from `BlockwiseModel.block`.
+        planned: Its index, name and matrices.
+        streams: Hidden states that enter the block; None in a run without text.
+        changed: Paths of the parameters that were replaced.
+        solved: Path of each pruned matrix -> whether its zeros must stay zeros.
+        quant_params: Path of each quantized matrix -> function that rounds values, in
+            the parameter's layout, to its quantization grid.
     """
 
     block: nn.Module
@@ -51,7 +53,7 @@ class BlockState:
 
     @property
     def stream(self) -> Stream:
-        """The hidden states that enter the block, by way of pruned blocks."""
+        """The hidden states that enter the block in the pruned model."""
         assert self.streams is not None, "there is no text"
         return self.streams.pruned
 
@@ -59,40 +61,45 @@ class BlockState:
     def dense_stream(self) -> Stream:
         """The hidden states of the dense model."""
         assert self.streams is not None, "there is no text"
-        assert self.streams.dense is not None, "the dense model does not run beside"
+        assert self.streams.dense is not None, "the dense stream is not run"
         return self.streams.dense
 
     @property
     def ranks(self) -> Ranks:
-        """Who has the other windows; none where there is no text."""
+        """The processes that share the windows; only this one in a run without text."""
         return SINGLE_PROCESS if self.streams is None else self.streams.pruned.ranks
 
     @property
     def width(self) -> int:
-        """Numbers in the hidden state of a token."""
+        """Width of hidden states."""
         return self.stream.hidden.shape[-1]
 
     @property
     def has_dense(self) -> bool:
-        """Whether the dense model runs beside."""
+        """Whether the dense stream is run as well."""
         return self.streams is not None and self.streams.dense is not None
 
     def groups(self) -> list[Group]:
-        """Return the block's groups, in the order in which data meets them."""
+        """Return the block's groups, in the order in which they are computed."""
         return find_groups(self.stream, self.block, self.planned)
 
     def weight(self, planned: PlannedMatrix) -> Tensor:
-        """Return a matrix as it is, [rows, columns], in the dtype that it has here."""
+        """Return a matrix as it is now, [rows, columns], in its current dtype."""
         stored = self.block.get_parameter(weight_path(planned))
         return planned.matrix.as_rows(stored.data)
 
     def release(self, path: str) -> None:
-        """Free a parameter's value, which is about to be exchanged."""
+        """Free the value of a parameter that is about to be replaced."""
         parameter = self.block.get_parameter(path)
         parameter.data = parameter.data.new_empty(0)
 
     def exchange(self, path: str, value: Tensor) -> None:
-        """Put a value, rounded to what is stored, in the place of a parameter."""
+        """Replace the value of a parameter.
+
+        Args:
+            path: Path of the parameter within the block.
+            value: Already rounded to the dtype in which it will be stored.
+        """
         parameter = self.block.get_parameter(path)
         parameter.data = value.to(parameter.dtype)
         self.changed.add(path)
@@ -105,9 +112,10 @@ class BlockState:
 
         Args:
             part: The batch.
-            groups: Whose inputs are wanted.
-            take: Given a group's leader and its inputs, [tokens, columns], right when
-                they are met: what runs later may change them.
+            groups: The groups whose inputs are needed.
+            take: Called with the path of a group's leader and its inputs, [tokens,
+                columns]. It must use or copy them at once, since modules that run later
+                may change them in place.
         """
         left = sum(group.calls for group in groups)
 
@@ -125,20 +133,21 @@ class BlockState:
                 return
 
     def first_outputs(self) -> Tensor | None:
-        """Return what the block as it is makes of the first batch, if there is text."""
+        """Return the block's current outputs for the first batch; None without text."""
         if self.streams is None:
             return None
         part = next(self.stream.batches())
         return self.stream.run(self.block, self.planned.index, part)
 
     def advance(self, before: Tensor | None) -> float | None:
-        """Carry the stream, if there is one, through the block as it is.
+        """Carry the pruned stream, if there is one, through the block as it is now.
 
         Args:
-            before: Outputs of the first batch when the block was dense.
+            before: Y, outputs of the first batch with the dense weights; of the same
+                inputs as now, which come from pruned blocks.
 
         Returns:
-            ||Y - Y'|| / ||Y|| of those and what they are now.
+            ||Y - Y'|| / ||Y||, Y' being the outputs now; None without text.
         """
         if self.streams is None or before is None:
             return None
@@ -153,10 +162,10 @@ class BlockState:
 
 
 def weight_path(planned: PlannedMatrix) -> str:
-    """Return the name of a matrix's parameter within its block."""
+    """Return the path of a matrix's parameter within its block."""
     return f"{planned.matrix.path}.weight"
 
 
 def flat(inputs: Tensor) -> Tensor:
-    """Return inputs as [tokens, columns]."""
+    """Return inputs of any shape [..., columns] as [tokens, columns]."""
     return inputs.reshape(-1, inputs.shape[-1])

@@ -1,7 +1,8 @@
-"""What is known of a group's inputs when its matrices are pruned.
+"""Collect what solvers need to know of the inputs of a block's groups, in one pass.
 
-The statistic and the drift are sums over the windows that are fitted to; of the windows
-kept apart, inputs themselves are held, since they judge every candidate.
+Windows that are fitted to go into running sums: a statistic of the inputs, and their
+difference from the dense model's inputs. Of held-out windows the inputs themselves are
+stored, since every candidate is evaluated on them.
 """
 
 from collections import Counter
@@ -14,68 +15,21 @@ from halve.calibration_stats import CrossGram, Statistic
 from halve.distributed import Ranks
 from halve.errors import NumericalError
 from halve.numerics.finite import is_finite
-from halve.numerics.matmul import linear
 from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.block_state import BlockState
+from halve.pruning.observe.held_out import HeldOut
 from halve.pruning.observe.input_groups import Group
-
-# Tokens of held-out inputs that are kept for each group; more hardly move a choice.
-HELD_OUT_TOKENS = 4096
-
-
-@dataclass
-class HeldOut:
-    """Inputs that no candidate was fitted to.
-
-    Attributes:
-        pairs: Batches of inputs as they are now, and as they are in the dense model,
-            each [tokens, columns]; the same tensor where that is not known.
-        step: One token in so many is kept.
-    """
-
-    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    step: int = 1
-
-    @classmethod
-    def of(cls, tokens: int) -> "HeldOut":
-        """Return room for some of so many tokens."""
-        return cls(step=max(-(-tokens // HELD_OUT_TOKENS), 1))
-
-    def add(self, inputs: Tensor, dense: Tensor) -> None:
-        """Keep a batch, thinned."""
-        self.pairs.append((inputs[:: self.step].clone(), dense[:: self.step].clone()))
-
-    def join(self, ranks: Ranks, wanted: bool) -> None:
-        """Hold the batches of all ranks; none where they are not wanted."""
-        inputs = ranks.all_gather_tensors([pair[0] for pair in self.pairs], wanted)
-        dense = ranks.all_gather_tensors([pair[1] for pair in self.pairs], wanted)
-        self.pairs = list(zip(inputs, dense, strict=True))
-
-    def errors(self, weight: Tensor, solutions: Sequence[Tensor]) -> list[float]:
-        """Return ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2 of each solution Z.
-
-        Args:
-            weight: W, dense, [rows, columns].
-            solutions: Z, [rows, columns] each.
-        """
-        lost, kept = [0.0] * len(solutions), 0.0
-        for inputs, dense in self.pairs:
-            wanted = linear(dense, weight)
-            kept += float(wanted.square().sum())
-            for index, solution in enumerate(solutions):
-                lost[index] += float((wanted - linear(inputs, solution)).square().sum())
-        return [own / kept if kept else float(own > 0) for own in lost]
 
 
 @dataclass
 class GroupInputs:
-    """All that is known of a group's inputs.
+    """What is known of a group's inputs.
 
     Attributes:
         group: The matrices.
-        statistic: Of their inputs.
-        drift: How those differ from the dense model's; None where that is not wanted.
-        held_out: Inputs kept apart; empty where no window is.
+        statistic: Running summary of the inputs X in the pruned model.
+        drift: Running sum of (X_dense - X)^T X; None where targets are not corrected.
+        held_out: Inputs of held-out windows; empty where there are none.
     """
 
     group: Group
@@ -83,32 +37,33 @@ class GroupInputs:
     drift: CrossGram | None
     held_out: HeldOut = field(default_factory=HeldOut)
 
-    def add(self, inputs: Tensor, dense: Tensor | None, held_out: bool) -> None:
-        """Take in one batch, [tokens, columns].
+    def add(self, inputs: Tensor, dense: Tensor | None, is_held_out: bool) -> None:
+        """Add one batch.
 
         Args:
-            inputs: As they are.
-            dense: As they are in the dense model, if that is known.
-            held_out: Whether the batch is held out.
+            inputs: X, [tokens, columns].
+            dense: X_dense, [tokens, columns], if it is known.
+            is_held_out: Whether the batch is held out.
         """
-        if held_out:
+        if is_held_out:
             self.held_out.add(inputs, inputs if dense is None else dense)
             return
         self.statistic.add(inputs)
         if self.drift is not None and dense is not None:
             self.drift.add(inputs, dense)
 
-    def finish(self, ranks: Ranks, wanted: bool) -> None:
-        """Take in what all ranks know, in place; no batch can be added afterwards.
+    def finish(self, ranks: Ranks, needs_held_out: bool) -> None:
+        """Combine the sums of all ranks, in place; no batch can be added afterwards.
 
         Args:
-            ranks: All of them; each must do so.
-            wanted: Whether this one needs the inputs kept apart; sums it gets anyhow.
+            ranks: All processes; each of them must call this.
+            needs_held_out: Whether this rank solves a matrix of the group, and so needs
+                the held-out inputs of all ranks.
         """
         self.statistic.finish(ranks.all_reduce_)
         if self.drift is not None:
             self.drift.finish(ranks.all_reduce_)
-        self.held_out.join(ranks, wanted)
+        self.held_out.gather(ranks, needs_held_out)
 
 
 def collect(
@@ -118,55 +73,59 @@ def collect(
     dense: ActivationCache | None = None,
     deferred: ActivationCache | None = None,
 ) -> list[GroupInputs]:
-    """Run all windows through the block as it is now, up to the groups' inputs.
+    """Run all windows through the block as it is now, up to the last group's inputs.
 
     Args:
         state: The block.
-        groups: Whose inputs are wanted.
-        kind: Of statistic.
-        dense: What they are in the dense model, where that is asked.
-        deferred: Room for the inputs of some groups, for `accumulate_deferred`.
+        groups: Groups whose inputs are collected.
+        kind: Statistic to compute.
+        dense: Inputs of these groups in the dense model; None where targets are not
+            corrected.
+        deferred: Cache for the inputs of some of the groups. They are only stored, for
+            `accumulate_deferred`.
 
     Returns:
-        What is known of the others.
+        What is known of the groups that are not deferred.
 
     Raises:
         NumericalError: An input is not finite; names block, matrix and sample.
     """
     later = set() if deferred is None else deferred.places.keys()
-    found = {
-        group.leader: _nothing_yet(state, group, kind, dense is not None)
+    collected = {
+        group.leader: _empty(state, group, kind, dense is not None)
         for group in groups
         if group.leader not in later
     }
     for part in state.stream.batches():
-        _Batch(state, part, found, dense, deferred).run(groups)
-    return list(found.values())
+        _Batch(state, part, collected, dense, deferred).run(groups)
+    return list(collected.values())
 
 
 def accumulate_deferred(
     state: BlockState, group: Group, kind: type[Statistic], deferred: ActivationCache
 ) -> GroupInputs:
-    """Return what `collect` would have of a group, from the inputs it set aside.
+    """Return what `collect` would have returned for a group whose inputs it stored.
 
-    They are freed. Raises NumericalError as it does.
+    The stored inputs are freed.
+
+    Raises:
+        NumericalError: An input is not finite; names block, matrix and sample.
     """
-    group_inputs, path = (
-        _nothing_yet(state, group, kind, with_drift=False),
-        group.leader,
-    )
+    path = group.leader
+    group_inputs = _empty(state, group, kind, with_drift=False)
     for part in state.stream.batches():
         batch = _Batch(state, part, {path: group_inputs})
         for call in range(group.calls):
             inputs = deferred.inputs(path, call, part)
-            batch.take(path, inputs.to(state.stream.model.device))
+            batch.add(path, inputs.to(state.stream.model.device))
     del deferred.places[path]
     return group_inputs
 
 
-def _nothing_yet(
+def _empty(
     state: BlockState, group: Group, kind: type[Statistic], with_drift: bool
 ) -> GroupInputs:
+    """Return sums without any inputs."""
     device = state.stream.model.device
     weights = [state.weight(matrix) for matrix in group.matrices]
     drift = CrossGram(weights) if with_drift else None
@@ -176,50 +135,69 @@ def _nothing_yet(
 
 @dataclass
 class _Batch:
-    """One batch on its way into the evidence."""
+    """One batch of windows, whose inputs are added to the sums.
+
+    Attributes:
+        state: The block.
+        part: The batch.
+        collected: Path of a group's leader -> its sums.
+        dense: Inputs in the dense model, if they are needed.
+        deferred: Cache for groups that are not in `collected`.
+        calls: Path of a leader -> how often it was called in this batch.
+    """
 
     state: BlockState
     part: slice
-    found: dict[str, GroupInputs]
+    collected: dict[str, GroupInputs]
     dense: ActivationCache | None = None
     deferred: ActivationCache | None = None
     calls: Counter[str] = field(default_factory=Counter)
 
     def run(self, groups: list[Group]) -> None:
-        self.state.each_input(self.part, groups, self._meet)
+        """Run the batch through the block."""
+        self.state.each_input(self.part, groups, self._take)
 
-    def _meet(self, path: str, inputs: Tensor) -> None:
+    def _take(self, path: str, inputs: Tensor) -> None:
+        """Store or add the inputs of one call."""
         call = self.calls[path]
         self.calls[path] += 1
-        if path not in self.found:
-            assert self.deferred is not None, "all groups are summed"
-            self.deferred.keep(path, call, self.part, inputs)
+        if path not in self.collected:
+            assert self.deferred is not None, "only deferred groups have no sums"
+            self.deferred.put(path, call, self.part, inputs)
             return
         dense = None
         if self.dense is not None:
             dense = self.dense.inputs(path, call, self.part).to(inputs.device)
-        self.take(path, inputs, dense)
+        self.add(path, inputs, dense)
 
-    def take(self, path: str, inputs: Tensor, dense: Tensor | None = None) -> None:
-        held_out = self.state.stream.is_held_out(self.part)
-        self.found[path].add(inputs, dense, held_out)
-        sound = inputs if held_out else self.found[path].statistic
-        if not _is_finite(sound):
-            numbers = self.state.stream.numbers[self.part]
-            _report(f"{self.state.planned.name}.{path}", inputs, numbers)
+    def add(self, path: str, inputs: Tensor, dense: Tensor | None = None) -> None:
+        """Add the inputs of one call, and check that they are finite."""
+        is_held_out = self.state.stream.is_held_out(self.part)
+        group_inputs = self.collected[path]
+        group_inputs.add(inputs, dense, is_held_out)
+        # Of inputs that were summed the statistic is checked, which is smaller, and
+        # finds squares that overflow, too.
+        finite = (
+            is_finite(inputs) if is_held_out else group_inputs.statistic.is_finite()
+        )
+        if not finite:
+            name = f"{self.state.planned.name}.{path}"
+            raise _not_finite(name, inputs, self.state.stream.numbers[self.part])
 
 
-def _is_finite(known: Tensor | Statistic) -> bool:
-    if isinstance(known, Statistic):
-        return known.is_finite()
-    return is_finite(known)
+def _not_finite(name: str, inputs: Tensor, numbers: Sequence[int]) -> NumericalError:
+    """Return the error for a batch of inputs.
 
-
-def _report(name: str, inputs: Tensor, numbers: Sequence[int]) -> None:
+    Args:
+        name: Name of the matrix.
+        inputs: [tokens, columns].
+        numbers: Numbers of the batch's samples.
+    """
     finite = inputs.isfinite().reshape(len(numbers), -1).all(dim=1)
     bad = (~finite).nonzero()
+    # Where all are finite a square overflowed; the first sample stands for the batch.
     sample = numbers[int(bad[0]) if len(bad) else 0]
-    raise NumericalError(
+    return NumericalError(
         f"The inputs of {name} are not finite, or too large to square, in sample "
         f"{sample}.",
         "Check the checkpoint and the calibration text.",

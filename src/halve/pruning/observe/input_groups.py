@@ -1,4 +1,8 @@
-"""Which matrices of a block see the same input, and in which order."""
+"""Groups of matrices of a block that get the same input, and the order to prune them.
+
+Matrices of a group (such as the projections to queries, keys and values) share one Gram
+matrix. Groups are found by running the block, so no model family needs code here.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,14 +19,20 @@ from halve.runtime.stream import Stream
 
 Hook = Callable[[str, Tensor], object]
 
+# Groups of one width that a block has, at most, as far as the forecast knows: inputs of
+# the attention, of its output projection, and of the feed-forward network.
+_GROUPS = 3
+# Groups in a stage, at most, in the families that are known; see `stages`.
+MAX_GROUPS_PER_STAGE = 2
+
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that share their input; the first stands for all.
+    """Matrices that get the same input.
 
     Attributes:
-        matrices: In the order of the modules.
-        calls: How often the first is called in one pass.
+        matrices: The matrices, in the order of their modules.
+        calls: How often the first of them is called in one forward pass.
     """
 
     matrices: tuple[PlannedMatrix, ...]
@@ -30,18 +40,34 @@ class Group:
 
     @property
     def leader(self) -> str:
-        """Path of the first matrix within its block."""
+        """Path of the first matrix within its block; identifies the group."""
         return self.matrices[0].matrix.path
 
     @property
     def columns(self) -> int:
-        """Width of the input."""
+        """Width of the input, in_features."""
         return self.matrices[0].matrix.shape[1]
 
 
+def expected_groups(planned: PlannedBlock) -> Counter[int]:
+    """Return columns -> number of groups of that width, without running the block.
+
+    The number is an upper bound: matrices of one width are taken for separate groups,
+    up to three.
+    """
+    matrices = Counter(m.matrix.shape[1] for m in planned.matrices)
+    return Counter({c: min(count, _GROUPS) for c, count in matrices.items()})
+
+
 @contextmanager
-def hooks(block: nn.Module, streams: Iterable[str], hook: Hook) -> Iterator[None]:
-    """Call the hook with each module's path and input whenever it runs."""
+def hooks(block: nn.Module, paths: Iterable[str], hook: Hook) -> Iterator[None]:
+    """Call a hook with a module's path and input before each of its calls.
+
+    Args:
+        block: The block.
+        paths: Paths of the modules.
+        hook: Called with a path and the module's first argument.
+    """
 
     def watch(path: str) -> Any:  # noqa: ANN401
         def before(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -51,7 +77,7 @@ def hooks(block: nn.Module, streams: Iterable[str], hook: Hook) -> Iterator[None
 
     handles = [
         block.get_submodule(path).register_forward_pre_hook(watch(path))
-        for path in streams
+        for path in paths
     ]
     try:
         yield
@@ -61,15 +87,16 @@ def hooks(block: nn.Module, streams: Iterable[str], hook: Hook) -> Iterator[None
 
 
 def find_groups(stream: Stream, block: nn.Module, planned: PlannedBlock) -> list[Group]:
-    """Run one window and see which modules are given the same tensor.
+    """Run one window through a block and see which modules get the same tensor.
 
     Returns:
-        The groups, in the order in which data meets them.
+        The groups, in the order in which they are computed.
 
     Raises:
         UnsupportedModelError: A matrix is never used.
     """
-    seen: dict[str, Tensor] = {}  # kept alive, so that no address is used twice
+    # Holding the tensors ensures that no address is reused, and identifies two of them.
+    seen: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 
     def note(path: str, inputs: Tensor) -> None:
@@ -82,8 +109,8 @@ def find_groups(stream: Stream, block: nn.Module, planned: PlannedBlock) -> list
     for matrix in planned.matrices:
         if matrix.matrix.path not in seen:
             raise UnsupportedModelError(
-                f"Matrix {matrix.tensor} takes no part when its block runs, so nothing "
-                "can be learnt of its inputs.",
+                f"Matrix {matrix.tensor} is not used when its block runs, so there are "
+                "no inputs to calibrate it on.",
                 "Open an issue that names the model.",
             )
         groups[_identity(seen[matrix.matrix.path])].append(matrix)
@@ -94,27 +121,32 @@ def find_groups(stream: Stream, block: nn.Module, planned: PlannedBlock) -> list
 
 
 def stages(groups: list[Group], width: int) -> list[list[Group]]:
-    """Return runs of groups that are pruned on the inputs of one pass.
+    """Cut the groups into stages, whose statistics are collected in one pass.
 
-    A group feeds the next one, which must wait for it, but for a group whose single
-    matrix is as high as hidden states are wide: such a matrix only adds to them, as an
-    attention's output does, and what is added moves them little.
+    A group's solution changes the inputs of the next group, so a stage normally ends
+    with each group. The exception is a group whose only matrix has as many rows as
+    hidden states are wide, such as the output projection of the attention. Its output
+    is added to the residual stream, which it changes little, so the group that follows
+    shares its pass.
 
     Args:
-        groups: In the order in which data meets them.
-        width: Of hidden states.
+        groups: Groups in the order in which they are computed.
+        width: Width of hidden states.
     """
-    runs: list[list[Group]] = []
-    waits = True
+    stages_: list[list[Group]] = []
+    starts_stage = True
     for group in groups:
-        if waits:
-            runs.append([])
-        runs[-1].append(group)
-        heights = [matrix.matrix.shape[0] for matrix in group.matrices]
-        waits = heights != [width]
-    return runs
+        if starts_stage:
+            stages_.append([])
+        stages_[-1].append(group)
+        rows = [matrix.matrix.shape[0] for matrix in group.matrices]
+        starts_stage = rows != [width]
+    return stages_
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    version = tensor_version(tensor)
-    return (tensor.data_ptr(), tensor.shape[-1], tensor.numel(), version)
+    """Return what two tensors have in common if they hold the same values for sure.
+
+    The version counts changes in place: the same memory may hold two inputs in turn.
+    """
+    return (tensor.data_ptr(), tensor.shape[-1], tensor.numel(), tensor_version(tensor))

@@ -1,26 +1,42 @@
-"""Refining: the kept weights of a block, tuned together to the dense block's outputs.
+"""Block reconstruction: tune a pruned block so that it reproduces the dense one.
 
-Once a block is pruned, all that is left in it (kept weights, biases, norms) is tuned by
-Adam, so that on the hidden states that really enter it, by way of the pruned blocks
-before, it gives what the dense block gives in the dense model. There are no labels, and
-only one block and its activations are in memory. Masks are fixed, and applied again
-after every step. (As in EBFT, Guo et al. (2024), and 3BASiL's "transformer
-matching" (2025); here with the best state on held-out windows kept.)
+Once the matrices of a block are pruned, all parameters that are left in it (unpruned
+weights, biases, norms) are tuned together by Adam. The input is the hidden states that
+reach the block in the pruned model, X'; the target is the dense block's output in the
+dense model, Y = f(X). The loss of a batch is
+
+    ||Y - f'(X')||^2 / ||Y||^2.
+
+There are no labels, and only one block and its activations are in memory. Masks are
+fixed and re-applied after every step. After each epoch the error on held-out windows is
+measured, and the best parameters are the ones that are stored.
+
+As in EBFT (Guo et al., 2024) and the "transformer matching" of 3BASiL (2025), except
+for the choice of the best epoch on held-out windows.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from halve.distributed import Ranks
 from halve.pruning.observe.block_state import BlockState
 
-# Of Adam at most, as a share of the root mean square of a parameter.
+# Adam's largest learning rate, as a fraction of the root mean square of a parameter.
 _RATE = 0.015
-# Share of that which is left at the end, and share of the steps until it is reached.
-_LEAST, _WARM = 0.05, 0.1
+# The rate rises over the first tenth of the steps, and ends at a twentieth.
+_WARM_UP, _FINAL_RATE = 0.1, 0.05
 _BETAS = (0.9, 0.95)
+# Copies of a block's parameters in float32: the values, their gradients, Adam's two
+# moments, the parameters at the start, and the best ones.
+_COPIES = 6
+# A forward and a backward pass take as many operations as three forward passes. The
+# activations saved for the backward pass, and their gradients, take as much memory as
+# three forward passes.
+_FORWARD_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -28,8 +44,8 @@ class TuneOptions:
     """How a block is tuned.
 
     Attributes:
-        epochs: Passes over the windows that are fitted to.
-        seed: Shuffles the batches.
+        epochs: Passes over the calibration windows that are not held out.
+        seed: Seed for the order of the batches.
     """
 
     epochs: int
@@ -38,96 +54,141 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What refining brought: ||Y - Y'||^2 / ||Y||^2 of outputs on held-out windows.
+    """Relative error ||Y - Y'||^2 / ||Y||^2 of the outputs on held-out windows.
 
     Attributes:
-        before: Of the block as it was pruned.
-        after: Of the block as it is now; never more.
+        before: Error of the block as it was pruned.
+        after: Error of the block as it is stored; never greater.
     """
 
     before: float
     after: float
 
 
+def tuning_nbytes(parameters: int, weights: int, batch: int) -> dict[str, int]:
+    """Return the bytes that tuning a block takes beside its weights, by use.
+
+    Args:
+        parameters: Number of parameters in the block.
+        weights: Number of weights in its prunable matrices.
+        batch: Bytes of activations of one batch in a forward pass.
+    """
+    return {
+        "masks": weights,  # bool
+        "copies": _COPIES * 4 * parameters,
+        "activations": _FORWARD_PASSES * batch,
+    }
+
+
+def tuning_passes(epochs: int) -> int:
+    """Return how many forward passes over all windows tuning costs as much as."""
+    return _FORWARD_PASSES * epochs
+
+
 def refine(
     state: BlockState, dtypes: dict[str, torch.dtype], refining: TuneOptions
 ) -> TuneResult:
-    """Tune a pruned block; it is left as it was where that brings nothing.
+    """Tune a pruned block; it stays as it was where no epoch reduces the error.
 
     Args:
-        state: The block. Its own stream stands before it, the dense one behind it.
-        dtypes: Parameter -> dtype it is stored in, for those that may change.
-        refining: How.
+        state: The block. Its pruned stream holds the block's inputs X'; its dense
+            stream has already passed the block and holds the targets Y.
+        dtypes: Path of each parameter that may change -> dtype it is stored in.
+        refining: Number of epochs, and the seed.
 
     Returns:
-        Errors before and after, both with parameters rounded to those dtypes.
+        Errors before and after, both measured with the parameters rounded to those
+        dtypes and, if the block is quantized, to its quantization grids.
 
     Cost:
-        An epoch is a forward and a backward pass, as much as three passes of the block.
-        Of memory, four copies of its parameters (their values, gradients and two
-        moments), and one batch's activations.
+        See `tuning_nbytes` and `tuning_passes`.
     """
-    tuning = _Tuning(state, dtypes, refining)
-    before = best = tuning.held_out_error()
+    tuning = _Tuning.start(state, dtypes, refining)
+    before = lowest = tuning.held_out_error()
     for _ in range(refining.epochs):
         tuning.epoch()
         error = tuning.held_out_error()
-        if error < best:
-            best = error
-            tuning.keep()
+        if error < lowest:
+            lowest = error
+            tuning.remember_best()
     tuning.install_best()
-    return TuneResult(before, best)
+    return TuneResult(before, lowest)
 
 
+@dataclass
 class _Tuning:
-    """Parameters on their way, and the best that were met."""
+    """The state of Adam on one block.
 
-    def __init__(
-        self, state: BlockState, dtypes: dict[str, torch.dtype], refining: TuneOptions
-    ) -> None:
-        self.state = state
-        self.dtypes = dtypes
-        parts = list(state.stream.steps())
-        self.held_out = [part for part in parts if state.stream.is_held_out(part)]
-        self.fitted = [part for part in parts if not state.stream.is_held_out(part)]
-        self.ranks = state.ranks
-        # All ranks take a step together; one that has no batch left waits for the rest.
-        self.steps = max(self.ranks.all_gather(len(self.fitted)))
-        self.generator = torch.Generator().manual_seed(refining.seed)
-        self.parameters = {path: state.block.get_parameter(path) for path in dtypes}
-        self.first = {path: p.data for path, p in self.parameters.items()}
-        self.values = {
-            path: value.to(torch.float32, copy=True)
-            for path, value in self.first.items()
+    Dictionaries map the path of a parameter within the block to a value.
+
+    Attributes:
+        state: The block.
+        dtypes: Dtypes in which parameters are stored.
+        fitted: This rank's batches that are fitted to.
+        held_out: This rank's held-out batches.
+        steps: Steps in an epoch.
+        generator: Draws the order of the batches.
+        parameters: The module's parameters.
+        first: Values at the start, as they are in the block.
+        values: Values that are tuned, float32.
+        masks: True where a weight may differ from zero, for pruned matrices only.
+        optimizer: Adam, over `parameters`.
+        schedule: Learning rate over the steps.
+        best: Stored values of the best epoch; empty while none beats the start.
+    """
+
+    state: BlockState
+    dtypes: dict[str, torch.dtype]
+    fitted: list[slice]
+    held_out: list[slice]
+    steps: int
+    generator: torch.Generator
+    parameters: dict[str, nn.Parameter]
+    first: dict[str, Tensor]
+    values: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls, state: BlockState, dtypes: dict[str, torch.dtype], options: TuneOptions
+    ) -> "_Tuning":
+        """Copy the parameters to float32 and set up Adam."""
+        batches = list(state.stream.steps())
+        fitted = [part for part in batches if not state.stream.is_held_out(part)]
+        # A step needs all ranks; one without a batch left adds a gradient of zero.
+        steps = max(state.ranks.all_gather(len(fitted)))
+        parameters = {path: state.block.get_parameter(path) for path in dtypes}
+        first = {path: parameter.data for path, parameter in parameters.items()}
+        values = {p: value.to(torch.float32, copy=True) for p, value in first.items()}
+        masks = {
+            # Where nothing was pruned, a weight that was rounded to 0 may change.
+            path: (first[path] != 0) | (not stays_zero)
+            for path, stays_zero in state.solved.items()
+            if path in first
         }
-        self.best: dict[str, Tensor] = {}
-        self.kept = {
-            path: (self.first[path] != 0) | (not stay)
-            for path, stay in state.solved.items()
-            if path in self.first
-        }
-        self.optimiser = torch.optim.Adam(
-            [
-                {"params": [self.parameters[path]], "lr": _RATE * size}
-                for path, size in self._sizes().items()
-            ],
-            betas=_BETAS,
+        optimizer = _adam(parameters, _scales(values, masks.keys()))
+        return cls(
+            state=state,
+            dtypes=dtypes,
+            fitted=fitted,
+            held_out=[part for part in batches if state.stream.is_held_out(part)],
+            steps=steps,
+            generator=torch.Generator().manual_seed(options.seed),
+            parameters=parameters,
+            first=first,
+            values=values,
+            masks=masks,
+            optimizer=optimizer,
+            schedule=_schedule(optimizer, options.epochs * steps),
         )
-        steps = refining.epochs * self.steps
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, lambda step: _share_of_rate(step / max(steps, 1))
-        )
 
-    def _sizes(self) -> dict[str, float]:
-        """Return how large a parameter's steps are: as large as it is itself.
-
-        A bias may be all zeros, so vectors are taken for as large as the matrices.
-        """
-        own = {path: _size(value) for path, value in self.values.items()}
-        least = min((own[path] for path in self.kept), default=0.0)
-        return {
-            p: size if p in self.kept else max(size, least) for p, size in own.items()
-        }
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that tune the block together."""
+        return self.state.ranks
 
     def epoch(self) -> None:
         """Take one step for every batch that is fitted to, in random order."""
@@ -139,96 +200,147 @@ class _Tuning:
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
 
-    def _step(self, parts: list[slice]) -> None:
-        # Straight through: the gradient of rounded weights moves the unrounded ones.
-        self._put(self._on_grids())
-        if self.ranks.size == 1:
-            with torch.enable_grad():
-                self._loss(parts[0]).backward()
-        else:
-            self._backward_together(parts)
-        self._put(self.values)
-        self.optimiser.step()
-        for path, kept in self.kept.items():
-            self.values[path].mul_(kept)
-        self.optimiser.zero_grad()
-        self.schedule.step()
-
-    def _backward_together(self, parts: list[slice]) -> None:
-        """Find the gradients of the loss of all ranks' batches taken as one.
+    def _step(self, batches: list[slice]) -> None:
+        """Take one step of Adam.
 
         Args:
-            parts: This rank's batch, or none.
+            batches: This rank's batch, or none.
+        """
+        # Straight-through estimator: the gradient is taken at the quantized weights,
+        # and moves the unquantized ones.
+        self._set_parameters(self._fake_quantized())
+        if self.ranks.size == 1:
+            with torch.enable_grad():
+                self._loss(batches[0]).backward()
+        else:
+            self._backward_together(batches)
+        self._set_parameters(self.values)
+        self.optimizer.step()
+        for path, mask in self.masks.items():  # Adam's moments move zeros as well
+            self.values[path].mul_(mask)
+        self.optimizer.zero_grad()
+        self.schedule.step()
+
+    def _backward_together(self, batches: list[slice]) -> None:
+        """Compute gradients of the loss over the batches of all ranks as one batch.
+
+        That loss is sum_r ||Y_r - Y'_r||^2 / sum_r ||Y_r||^2 over ranks r, so each rank
+        divides its own error by the common denominator, and gradients are summed.
+
+        Args:
+            batches: This rank's batch, or none.
         """
         with torch.enable_grad():
-            losses = [self._lost_and_kept(part) for part in parts]
-            (kept,) = self.ranks.all_sum(sum(float(kept) for _, kept in losses))
-            for lost, _ in losses:
-                (lost / kept).backward()
+            terms = [self._error_and_energy(part) for part in batches]
+            (total,) = self.ranks.all_sum(sum(float(energy) for _, energy in terms))
+            for error, _ in terms:
+                (error / total).backward()
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self.ranks.all_reduce_(parameter.grad)
 
     def _loss(self, part: slice) -> Tensor:
-        lost, kept = self._lost_and_kept(part)
-        return lost / kept
+        """Return ||Y - Y'||^2 / ||Y||^2 of a batch."""
+        error, energy = self._error_and_energy(part)
+        return error / energy
 
-    def _lost_and_kept(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Return ||Y - Y'||^2 and ||Y||^2 of a batch."""
+    def _error_and_energy(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Return ||Y - Y'||^2 and ||Y||^2 of a batch, scalars."""
         state = self.state
-        outputs = state.stream.run(state.block, state.planned.index, part)
-        wanted = state.dense_stream.hidden[part].to(outputs.device)
-        return (outputs - wanted).square().sum(), wanted.square().sum()
+        outputs = state.stream.run(state.block, state.planned.index, part)  # Y'
+        targets = state.dense_stream.hidden[part].to(outputs.device)  # Y
+        return (outputs - targets).square().sum(), targets.square().sum()
 
     def held_out_error(self) -> float:
-        """Return the error of the parameters as they would be stored."""
-        self._put(self._rounded())
+        """Return the mean loss of the held-out batches, with parameters as stored."""
+        self._set_parameters(self._as_stored())
         losses = [float(self._loss(part)) for part in self.held_out]
         total, batches = self.ranks.all_sum(sum(losses), len(losses))
         return total / batches
 
-    def keep(self) -> None:
+    def remember_best(self) -> None:
         """Remember the parameters as the best so far."""
-        self.best = self._rounded()
+        self.best = self._as_stored()
 
     def install_best(self) -> None:
-        """Leave the best parameters in the block, the first where none were better."""
-        self._put(self.first)
+        """Put the best parameters into the block, or the first if none were better."""
+        self._set_parameters(self.first)
         for path, value in self.best.items():
-            self.ranks.broadcast_(value)  # processors may round each in its own way
+            # Ranks may run on different processors, whose results differ in last bits.
+            self.ranks.broadcast_(value)
             self.state.exchange(path, value)
 
-    def _on_grids(self) -> dict[str, Tensor]:
-        quant_params = self.state.quant_params
+    def _fake_quantized(self) -> dict[str, Tensor]:
+        """Return the values, those of quantized matrices rounded to their grids."""
+        fake_quantize = self.state.quant_params
         return {
-            p: quant_params[p](v) if p in quant_params else v
+            p: fake_quantize[p](v) if p in fake_quantize else v
             for p, v in self.values.items()
         }
 
-    def _rounded(self) -> dict[str, Tensor]:
-        found = self._on_grids()
-        # Copied even where nothing is rounded: the values go on being tuned.
+    def _as_stored(self) -> dict[str, Tensor]:
+        """Return copies of the values, rounded to what the output will hold."""
+        # Copied even where nothing is rounded, since tuning changes them in place.
         return {
-            p: v.to(self.dtypes[p]).to(v.dtype, copy=True) for p, v in found.items()
+            p: v.to(self.dtypes[p]).to(v.dtype, copy=True)
+            for p, v in self._fake_quantized().items()
         }
 
-    def _put(self, values: dict[str, Tensor]) -> None:
+    def _set_parameters(self, values: dict[str, Tensor]) -> None:
         for path, parameter in self.parameters.items():
             parameter.data = values[path]
 
 
-def _share_of_rate(done: float) -> float:
-    """Return how much of the full rate is used: a rise, then a cosine to a little.
+def _adam(
+    parameters: dict[str, nn.Parameter], scales: dict[str, float]
+) -> torch.optim.Optimizer:
+    """Return Adam with a learning rate in proportion to each parameter's scale."""
+    groups = [
+        {"params": [parameters[path]], "lr": _RATE * scale}
+        for path, scale in scales.items()
+    ]
+    return torch.optim.Adam(groups, betas=_BETAS)
 
-    Adam's first steps have no memory, and are as large as they can be.
+
+def _scales(values: dict[str, Tensor], matrices: Collection[str]) -> dict[str, float]:
+    """Return the scale of each parameter's steps: its root mean square.
+
+    A bias may be all zeros and would never move, so vectors get at least the smallest
+    scale of the matrices.
     """
-    return min(done / _WARM, 1.0) * (
-        _LEAST + (1 - _LEAST) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    scales = {path: _root_mean_square(value) for path, value in values.items()}
+    smallest = min((scales[path] for path in matrices), default=0.0)
+    return {
+        path: scale if path in matrices else max(scale, smallest)
+        for path, scale in scales.items()
+    }
+
+
+def _root_mean_square(values: Tensor) -> float:
+    """Return the root mean square of the nonzero values; 0 where there are none."""
+    nonzero = values[values != 0]
+    return float(nonzero.square().mean().sqrt()) if len(nonzero) else 0.0
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the learning rate's schedule over so many steps."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _rate_factor(step / max(steps, 1))
     )
 
 
-def _size(values: Tensor) -> float:
-    """Return the root mean square of what is not zero."""
-    kept = values[values != 0]
-    return float(kept.square().mean().sqrt()) if len(kept) else 0.0
+def _rate_factor(done: float) -> float:
+    """Return the fraction of the full learning rate: linear warm-up, cosine decay.
+
+    The warm-up is needed because Adam's first steps have full size whatever the
+    gradient: its second moment has seen one gradient only.
+
+    Args:
+        done: Fraction of all steps that have been taken.
+    """
+    warm_up = min(done / _WARM_UP, 1.0)
+    cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2  # from 1 to 0
+    return warm_up * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)

@@ -1,0 +1,279 @@
+"""Memory of a run, phase by phase.
+
+Every formula belongs to the class or function that takes the memory; here they are only
+added up. A phase lists what is in memory beside the process itself and the hidden
+states between blocks.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from operator import or_
+
+from halve.calibration_stats import CrossGram, GramMatrix, adding_nbytes
+from halve.layout import PlannedBlock, PlannedMatrix
+from halve.numerics.matmul import HALF_DTYPES, widening_nbytes
+from halve.plan import Plan
+from halve.pruning.memory.solving import solving_cost
+from halve.pruning.observe.activation_cache import ActivationCache, is_wide
+from halve.pruning.observe.held_out import HeldOut
+from halve.pruning.observe.input_groups import MAX_GROUPS_PER_STAGE, expected_groups
+from halve.pruning.tune.block_reconstruction import tuning_nbytes
+from halve.runtime.blockwise_model import loaded_dtype, windows_per_batch
+from halve.runtime.stream import Stream
+from halve.solvers import Needs, Solver
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is in memory at one time.
+
+    Attributes:
+        name: Name of the phase.
+        parts: Use of the memory -> bytes.
+    """
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A plan, and what follows from it for memory and operations.
+
+    Attributes:
+        plan: The run.
+        solvers: Solvers of the candidates.
+        deferred: See `MemoryPlan`.
+    """
+
+    plan: Plan
+    solvers: list[Solver]
+    deferred: bool
+
+    @property
+    def blocks(self) -> tuple[PlannedBlock, ...]:
+        """All blocks of the model."""
+        return self.plan.layout.blocks
+
+    @property
+    def corrects(self) -> bool:
+        """Whether targets are corrected, so that groups are solved stage by stage."""
+        return self.plan.options.corrects
+
+    @property
+    def needs(self) -> Needs:
+        """What solvers and corrections together read of the inputs."""
+        needs = reduce(or_, (solver.needs for solver in self.solvers))
+        return needs | Needs.FACTOR if self.corrects else needs
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether Gram matrices are computed; vectors of norms count as nothing."""
+        return self.needs.statistic is GramMatrix
+
+    @property
+    def runs_text(self) -> bool:
+        """Whether windows run through the model at all."""
+        options = self.plan.options
+        return options.has_dense or options.held_out > 0 or bool(self.needs)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in one batch."""
+        length = self.plan.options.seq_len or 1
+        return min(windows_per_batch(length) * length, self.plan.tokens)
+
+    def deferred_groups(self, block: PlannedBlock) -> list[int]:
+        """Return the columns of each group whose inputs are deferred."""
+        if not self.deferred or self.corrects or not self.needs_grams:
+            return []
+        columns = expected_groups(block).elements()
+        return [c for c in columns if is_wide(c, self.plan.width)]
+
+    def deferred_nbytes(self) -> int:
+        """Return the bytes of deferred inputs in the block that has the most."""
+        columns = max(sum(self.deferred_groups(block)) for block in self.blocks)
+        return ActivationCache.nbytes(self.plan.tokens, columns)
+
+
+def all_phases(work: Workload) -> Iterator[Phase]:
+    """Yield the phases of a run in turn, block after block."""
+    yield Phase("embedding", {"embeddings": _outside_nbytes(work.plan)})
+    for block in work.blocks:
+        yield _collecting(work, block)
+        for columns in sorted(work.deferred_groups(block)):
+            yield _summing(work, block, columns)
+        for matrix in {m.matrix.shape: m for m in block.matrices}.values():
+            yield _solving(work, block, matrix)
+        if work.plan.options.refine:
+            yield _refining(work, block)
+        yield _writing(work.plan, block)
+
+
+def _collecting(work: Workload, block: PlannedBlock) -> Phase:
+    """Return the phase in which windows run through the block."""
+    narrow = max(_narrow_elements(work.plan, matrix) for matrix in block.matrices)
+    groups = expected_groups(block)
+    together = groups - Counter(work.deferred_groups(block))
+    grams = (_statistics_nbytes(work, block, c, running=True) for c in together)
+    return Phase(
+        "collecting",
+        {
+            "weights": _weights_nbytes(work.plan, block),
+            "float32 copy": widening_nbytes(narrow),
+            "grams": max(grams, default=0),
+            "activations": _batch_nbytes(work, block),
+        },
+    )
+
+
+def _summing(work: Workload, block: PlannedBlock, columns: int) -> Phase:
+    """Return the phase in which deferred inputs are summed, a batch at a time."""
+    return Phase(
+        "summing",
+        {
+            "weights": _weights_nbytes(work.plan, block),
+            "grams": _statistics_nbytes(work, block, columns, running=True),
+            "activations": ActivationCache.nbytes(work.batch_tokens, columns),
+        },
+    )
+
+
+def _solving(work: Workload, block: PlannedBlock, planned: PlannedMatrix) -> Phase:
+    """Return the phase in which one matrix is solved."""
+    cost = solving_cost(work.solvers, work.needs, planned, work.corrects)
+    # A solver widens a matrix of 16 bits as a whole. Corrected targets are computed in
+    # float32 in any case, and counted by `solving_cost`.
+    widens = not work.corrects and any(solver.widens for solver in work.solvers)
+    columns = planned.matrix.shape[1]
+    return Phase(
+        "solving",
+        {
+            "weights": _weights_nbytes(work.plan, block),
+            "float32 copy": 4 * widens * _narrow_elements(work.plan, planned),
+            "grams": _statistics_nbytes(work, block, columns, running=False),
+            "factors": cost.factors,
+            "matrices": cost.matrices,
+        },
+    )
+
+
+def _refining(work: Workload, block: PlannedBlock) -> Phase:
+    """Return the phase of block reconstruction."""
+    parts = tuning_nbytes(
+        parameters=_elements(work.plan, work.plan.layout.shards[block.shard]),
+        weights=sum(matrix.elements for matrix in block.matrices),
+        batch=_batch_nbytes(work, block),
+    )
+    return Phase("refining", {"weights": _weights_nbytes(work.plan, block), **parts})
+
+
+def _writing(plan: Plan, block: PlannedBlock) -> Phase:
+    """Return the phase in which a shard is written, and read back to verify it."""
+    names = plan.layout.shards[block.shard]
+    stored = sum(plan.layout.tensors[name].nbytes for name in names)
+    weights = _weights_nbytes(plan, block)
+    return Phase("writing", {"weights": weights, "files": 2 * stored})
+
+
+def _statistics_nbytes(
+    work: Workload, block: PlannedBlock, columns: int, running: bool
+) -> int:
+    """Return the bytes of all statistics in memory when a group is summed or solved.
+
+    Args:
+        work: The run.
+        block: The block.
+        columns: Columns of the group.
+        running: Whether batches are still added.
+    """
+    if not work.needs_grams:
+        return 0
+    adding = running * adding_nbytes(columns)
+    if work.corrects:
+        return _stage_nbytes(work, block, columns, running) + adding
+    # Statistics are freed once their group is solved. The widest group is usually the
+    # last one, so those that are at least as wide are in memory; a deferred group is
+    # alone. The temporaries in `adding` are an upper bound that covers the low parts of
+    # the diagonal tiles as well.
+    wide = work.deferred_groups(block)
+    rest = (expected_groups(block) - Counter(wide)).elements()
+    together = [columns] if columns in wide else [c for c in rest if c >= columns]
+    return sum(GramMatrix.nbytes(c, running=False) for c in together) + adding
+
+
+def _stage_nbytes(
+    work: Workload, block: PlannedBlock, columns: int, running: bool
+) -> int:
+    """Return the bytes of the statistics of a stage of groups of this width."""
+    options = work.plan.options
+    held_out = options.held_out * (options.seq_len or 0)
+    shapes = [matrix.matrix.shape for matrix in block.matrices]
+    rows = sum(height for height, width in shapes if width == columns)
+    group = (
+        GramMatrix.nbytes(columns, running)
+        + CrossGram.nbytes(rows, columns, running)
+        + HeldOut.nbytes(held_out, columns)
+    )
+    return min(expected_groups(block)[columns], MAX_GROUPS_PER_STAGE) * group
+
+
+def _outside_nbytes(plan: Plan) -> int:
+    """Return the bytes of the largest tensor outside the blocks.
+
+    It is in memory as it is stored and, if it is computed with, in float32 as well.
+    """
+    layout = plan.layout
+    block_shards = {block.shard for block in layout.blocks}
+    outside = (
+        name
+        for shard, names in layout.shards.items()
+        if shard not in block_shards
+        for name in names
+    )
+    return max(
+        (
+            layout.tensors[name].nbytes
+            + (name not in layout.unread) * 4 * _elements(plan, [name])
+            for name in outside
+        ),
+        default=0,
+    )
+
+
+def _weights_nbytes(plan: Plan, block: PlannedBlock) -> int:
+    """Return the bytes of a block's weights as `BlockwiseModel.block` loads them."""
+    plain = {m.tensor for m in block.matrices if m.matrix.plain}
+    tensors = ((n, plan.layout.tensors[n]) for n in plan.layout.shards[block.shard])
+    return sum(
+        prod(info.shape) * loaded_dtype(info.dtype, widen=name not in plain).itemsize
+        for name, info in tensors
+    )
+
+
+def _narrow_elements(plan: Plan, planned: PlannedMatrix) -> int:
+    """Return the weights of a matrix if it has 16 bits in memory; else 0."""
+    narrow = plan.layout.tensors[planned.tensor].dtype in HALF_DTYPES
+    return (narrow and planned.matrix.plain) * planned.elements
+
+
+def _elements(plan: Plan, names: Iterable[str]) -> int:
+    """Return the numbers in tensors of the checkpoint."""
+    return sum(prod(plan.layout.tensors[name].shape) for name in names)
+
+
+def _batch_nbytes(work: Workload, block: PlannedBlock) -> int:
+    """Return the bytes of activations while a batch runs through the block."""
+    if not work.runs_text:
+        return 0
+    scores = work.plan.scored_heads * (work.plan.options.seq_len or 1)
+    inner = max(scores, *(max(m.matrix.shape) for m in block.matrices))
+    return Stream.batch_nbytes(work.batch_tokens, work.plan.width, inner)

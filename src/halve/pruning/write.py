@@ -1,0 +1,130 @@
+"""Write shards: what a block's shard holds, its verification, and its record.
+
+A shard is read back from disk before it is committed. The record of a block therefore
+describes the bytes in the file, not the tensors that were meant to be written.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint import Checkpoint, Workspace
+from halve.errors import TargetMissedError
+from halve.formats import store
+from halve.layout import PlannedBlock, PlannedMatrix
+from halve.plan import Plan
+from halve.pruning.prune_block import PrunedBlock
+from halve.pruning.select.selection import Selected
+from halve.records import BlockRecord, MatrixRecord
+from halve.runtime.blockwise_model import BlockwiseModel
+
+
+def write_outside_blocks(
+    plan: Plan, model: BlockwiseModel, workspace: Workspace
+) -> None:
+    """Commit the shards that hold no block, unchanged, unless committed already.
+
+    Raises:
+        NumericalError: A tensor contains NaN or infinity.
+    """
+    block_shards = {block.shard for block in plan.layout.blocks}
+    for shard, names in plan.layout.shards.items():
+        if shard not in block_shards and shard not in workspace.committed:
+            tensors = model.checkpoint.read(names)
+            for name, tensor in tensors.items():
+                model.check_finite(name, tensor)
+            workspace.commit(shard, tensors, lambda path: {})
+
+
+def write_block(
+    plan: Plan,
+    model: BlockwiseModel,
+    workspace: Workspace,
+    planned: PlannedBlock,
+    pruned: PrunedBlock,
+) -> None:
+    """Write the shard of a pruned block, verify it, and commit it with its record.
+
+    Raises:
+        TargetMissedError: A matrix in the file does not satisfy its pattern or its
+            quantization grid. Nothing is committed then.
+    """
+    names = plan.layout.shards[planned.shard]
+    unchanged = [name for name in names if name not in pruned.tensors]
+    tensors = model.checkpoint.read(unchanged)
+    tensors |= _stored_tensors(planned, pruned, plan.options.packed)
+    workspace.commit(
+        planned.shard, tensors, lambda path: _verify(planned, pruned, path)
+    )
+
+
+def _stored_tensors(
+    planned: PlannedBlock, pruned: PrunedBlock, packed: bool
+) -> dict[str, Tensor]:
+    """Return the changed tensors of a block as its file holds them, packed if asked."""
+    tensors = dict(pruned.tensors)
+    if packed:
+        for matrix in planned.matrices:
+            weight = tensors.pop(matrix.tensor)
+            tensors |= store(matrix.tensor, weight, matrix.matrix.transposed)
+    return tensors
+
+
+def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str, Any]:
+    """Read a written shard back and return the block's record as JSON values.
+
+    Raises:
+        TargetMissedError: See `write_block`.
+    """
+    written = Checkpoint.of_files([path]).read(pruned.selected_by_tensor)
+    matrices: list[MatrixRecord] = []
+    for matrix in planned.matrices:
+        weight = matrix.matrix.as_rows(written[matrix.tensor])
+        selected = pruned.selected_by_tensor[matrix.tensor]
+        if (shortfall := _shortfall(selected, weight)) is not None:
+            raise TargetMissedError(
+                f"{matrix.tensor} in {path} misses its target: {shortfall}.",
+                "This is a bug in Halve; report it with the name of the model.",
+            )
+        matrices.append(_matrix_record(matrix, selected, weight))
+    refined = pruned.refined and (pruned.refined.before, pruned.refined.after)
+    record = BlockRecord(
+        planned.name, tuple(matrices), pruned.error, pruned.seconds, refined
+    )
+    return asdict(record)
+
+
+def _matrix_record(
+    matrix: PlannedMatrix, selected: Selected, weight: Tensor
+) -> MatrixRecord:
+    """Return the record of a matrix, given as read back, [rows, columns]."""
+    rows, columns = matrix.matrix.shape
+    sparsity = float((weight == 0).double().mean())
+    grid = selected.candidate.grid
+    return MatrixRecord(
+        tensor=matrix.tensor,
+        rows=rows,
+        columns=columns,
+        sparsity=sparsity,
+        error=selected.outcome.error,
+        damping=selected.outcome.damping,
+        solver=selected.candidate.name,
+        held_out=selected.held_out,
+        runner_up=selected.runner_up,
+        grid=grid and asdict(grid),
+        bits=grid and grid.bits_per_weight(sparsity),
+        pattern=str(selected.candidate.pattern),
+    )
+
+
+def _shortfall(selected: Selected, weight: Tensor) -> str | None:
+    """Return how a stored matrix, [rows, columns], misses its target; None if not."""
+    quant_params = selected.solution.quant_params
+    if quant_params is not None and not torch.equal(
+        quant_params.fake_quantize(weight.float()), weight.float()
+    ):
+        return "some values are not on its quantization grid"
+    return selected.candidate.pattern.shortfall(weight)
