@@ -1,13 +1,12 @@
 """`halve pack` and `halve unpack`."""
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import typer
-
-from halve.cli import options
+from halve.cli.options import Json, Model, Out, Quiet, with_options
+from halve.options import PackOptions, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from halve.options import PackOptions
     from halve.records import PackRecord
 
 PACK_EXAMPLES = """
@@ -23,58 +22,42 @@ UNPACK_EXAMPLES = """
 `halve unpack ./opt-125m-packed -o ./opt-125m-dense`
 """
 
-Out = Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new folder.")]
 
-
+@with_options()
 def pack(
-    model: options.Model,
+    model: Model,
     out: Out,
-    positive_zeros: Annotated[
-        bool,
-        typer.Option(
-            "--positive-zeros",
-            help="Drop minus zeros, too, which multiplying by a mask leaves behind.",
-        ),
-    ] = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    options: PackOptions,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Store a pruned model small: a bit for each weight beside what is kept."""
-    from halve.options import PackOptions
-
-    options = PackOptions("pack", positive_zeros, trust_remote_code)
-    record = _rewrite(model, out, options, quiet)
-    _print(record, as_json)
+    """Store a pruned model compactly: a bit per weight, and the nonzero weights."""
+    _print(_rewrite(model, out, options, quiet), as_json)
 
 
+@with_options()
 def unpack(
-    model: options.Model,
+    model: Model,
     out: Out,
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Store a packed model dense again, bit for bit."""
-    from halve.options import PackOptions
-
     options = PackOptions("unpack", False, trust_remote_code)
-    record = _rewrite(model, out, options, quiet)
-    _print(record, as_json)
+    _print(_rewrite(model, out, options, quiet), as_json)
 
 
-def _rewrite(model: str, out: str, options: "PackOptions", quiet: bool) -> "PackRecord":
-    from dataclasses import replace
-
+def _rewrite(model: str, out: str, options: PackOptions, quiet: bool) -> "PackRecord":
     from halve.cli.console import progress_line
     from halve.packing import rewrite_model
 
     with progress_line(quiet) as show:
-        told = replace(
+        shown = replace(
             options,
             progress=lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
         )
-        return rewrite_model(model, out, told)
+        return rewrite_model(model, out, shown)
 
 
 def _print(record: "PackRecord", as_json: bool) -> None:
@@ -85,17 +68,19 @@ def _print(record: "PackRecord", as_json: bool) -> None:
         return
     dense = [m.tensor for m in record.matrices if not m.packed]
     count, packed = len(record.matrices), len(record.matrices) - len(dense)
-    share = percent(record.stored_bytes / record.dense_bytes)
+    fraction = percent(record.stored_bytes / record.dense_bytes)
     before, after = size(record.dense_bytes), size(record.stored_bytes)
     if record.kind == "unpack":
         print(f"{count} matrices are dense: {after}.")
     else:
-        print(f"{packed} of {count} matrices are packed: {after}, {share} of {before}.")
+        print(
+            f"{packed} of {count} matrices are packed: {after}, {fraction} of {before}."
+        )
         if minus_zeros := sum(matrix.minus_zeros for matrix in record.matrices):
             print(
-                f"{minus_zeros:,} zeros have a minus sign and are kept, bit for bit; "
-                "--positive-zeros drops them."
+                f"{minus_zeros:,} negative zeros are stored, bit for bit; "
+                "--positive-zeros saves their bytes."
             )
         if dense:
-            print(f"Dense, as packing would not shrink them: {', '.join(dense)}.")
+            print(f"Left dense (packing would not shrink them): {', '.join(dense)}.")
     print(f"Finished {record.finished}, after {duration(record.seconds)}.")

@@ -1,6 +1,6 @@
 """What is in a model's files, whether it is whole, how fast and large it runs."""
 
-from halve.measure.bench import run_bench
+from halve.measure.bench import BenchModels, run_bench
 from halve.measure.inspection import inspect_model
 from halve.measure.random_models import write_random_model
 from halve.measure.speed import TORCH, bench_cases, measure_speed
@@ -8,6 +8,7 @@ from halve.measure.verification import verify_output
 
 __all__ = [
     "TORCH",
+    "BenchModels",
     "bench_cases",
     "inspect_model",
     "measure_speed",

@@ -1,7 +1,7 @@
 """Everything that `halve bench` measures, put together."""
 
 import platform
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,22 +29,37 @@ _PROMPT = 512
 _GENERATED = 128
 
 
-def run_bench(bench: BenchOptions, progress: Callable[[str], None]) -> BenchRecord:
-    """Measure footprints, bandwidth and speed; see `halve bench`.
+@dataclass(frozen=True)
+class BenchModels:
+    """The model to measure, in both forms.
+
+    Attributes:
+        name: Its name, for the record.
+        dense: Folder of the model, dense.
+        packed: Folder of the same model, packed.
+    """
+
+    name: str
+    dense: Path
+    packed: Path
+
+
+def run_bench(models: BenchModels, options: BenchOptions) -> BenchRecord:
+    """Measure footprints, bandwidth and speed; see `halve.bench` for the contract.
 
     Cost:
         Memory for the model dense and packed at once.
     """
-    plan = _cases(bench)
-    progress("measuring memory")
+    plan = _cases(models, options)
+    options.progress("measuring memory")
     footprints = {
-        "dense": footprint(bench.dense, bench.trust_remote_code),
-        "packed": footprint(bench.packed, bench.trust_remote_code),
+        "dense": footprint(models.dense, options.trust_remote_code),
+        "packed": footprint(models.packed, options.trust_remote_code),
     }
     found = kernels()
-    dense, packed = _tensors(bench.dense), _tensors(bench.packed)
+    dense, packed = _tensors(models.dense), _tensors(models.packed)
     return BenchRecord(
-        model=bench.name,
+        model=models.name,
         parameters=sum(info.nbytes // info.dtype.itemsize for info in dense),
         sizes={
             TORCH: sum(info.stored_bytes for info in dense),
@@ -57,21 +72,21 @@ def run_bench(bench: BenchOptions, progress: Callable[[str], None]) -> BenchReco
         bandwidth=read_bandwidth(),
         results=tuple(
             measure_speed(
-                bench.packed,
+                models.packed,
                 plan,
-                bench.rounds,
-                progress,
-                bench.trust_remote_code,
+                options.rounds,
+                options.progress,
+                options.trust_remote_code,
             )
         ),
         footprints=footprints,
     )
 
 
-def _cases(bench: BenchOptions) -> list[BenchCase]:
-    config = load_config(bench.dense, bench.trust_remote_code)
+def _cases(models: BenchModels, options: BenchOptions) -> list[BenchCase]:
+    config = load_config(models.dense, options.trust_remote_code)
     longest = longest_sequence(config) or max(_PROMPT, _GENERATED + 1)
-    prompt, generated = bench.prompt, bench.generated
+    prompt, generated = options.prompt, options.generated
     if prompt == 0 and generated == 0:
         raise HalveError(
             "A prompt of no tokens and none generated leave nothing to time.",
@@ -81,10 +96,10 @@ def _cases(bench: BenchOptions) -> list[BenchCase]:
     generated = min(_GENERATED, longest - 1) if generated is None else generated
     if max(prompt, generated + 1) > longest:
         raise HalveError(
-            f"{bench.name} takes {longest} tokens, which is less than a test needs.",
+            f"{models.name} takes {longest} tokens, which is less than a test needs.",
             f"Pass --pp {longest} and --tg {longest - 1}, or less.",
         )
-    return bench_cases(prompt, generated, bench.batches)
+    return bench_cases(prompt, generated, options.batches)
 
 
 def _tensors(folder: Path) -> list:

@@ -15,12 +15,12 @@ from halve.formats import store
 from halve.layout import PlannedBlock
 from halve.options import RunOptions
 from halve.patterns import Patterns
-from halve.plan import Plan
 from halve.pruning.allocate.exact_counts import check_total, exact_patterns
 from halve.pruning.allocate.search import AllocationSearch
 from halve.pruning.distributed.output import RankZeroOutput
 from halve.pruning.memory.limit import plan_memory
 from halve.pruning.observe.block_state import BlockState, Streams
+from halve.pruning.plan import Plan
 from halve.pruning.prune_block import BlockOptions, PrunedBlock, install, prune_block
 from halve.pruning.select.candidates import candidates
 from halve.pruning.select.selection import Selected

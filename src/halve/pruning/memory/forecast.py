@@ -16,9 +16,9 @@ from halve.calibration import default_budget
 from halve.calibration_stats import MAX_TILE, GramMatrix, NoStatistics
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.numerics.matmul import NARROW, WIDENED
-from halve.plan import Plan
 from halve.pruning.observe.activation_cache import is_wide
 from halve.pruning.observe.collect import HELD_OUT_TOKENS
+from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import candidates
 from halve.runtime.blockwise_model import BATCH_TOKENS
 from halve.solvers import Solver, SolverCost

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from halve.calibration import default_budget
 from halve.errors import HalveError
-from halve.plan import Plan
 from halve.pruning.memory.forecast import Forecast, forecast_run
+from halve.pruning.plan import Plan
 
 # What is kept free of a limit where it can be: a tenth, since runs have taken up to a
 # tenth more than was foretold (docs/log.md).
