@@ -35,7 +35,6 @@ from halve.options import (
     PruneKeywords,
     PruneOptions,
     RunOptions,
-    check_ranges,
     describe_options,
 )
 from halve.packing import rewrite_model
@@ -367,7 +366,7 @@ def bench(
         Memory for the model dense and packed at once; disk for the counterpart.
     """
     merged = _merged(options or BenchOptions(), keywords)
-    check_ranges(merged)
+    merged.check()
     with (
         _threads(merged.threads),
         _model(model, merged) as (name, source),

@@ -9,6 +9,7 @@ typer, so that `halve --help` is fast.
 import os
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, get_args
 
 from halve.errors import HalveError
@@ -89,20 +90,31 @@ def options_of(options: Any) -> list[tuple[Field, Option]]:  # noqa: ANN401
 
 def describe_options(*classes: type) -> str:
     """Return the `Attributes` or `Args` lines for all options of some classes."""
-    lines = [
-        f"    {field.name}: {full_text(option)}"
+    paragraphs = [
+        fill(
+            f"{field.name}: {full_text(option)}",
+            width=80,
+            initial_indent="    ",
+            subsequent_indent="        ",
+        )
         for options in classes
         for field, option in options_of(options)
     ]
-    return "\n".join(lines)
+    return "\n".join(paragraphs)
 
 
 def full_text(option: Option) -> str:
-    """Return everything there is to read about an option, in sentences."""
-    choices = f"One of {', '.join(option.choices)}." if option.choices else ""
-    unset = f"None stands for {option.unset}." if option.unset else ""
+    """Return an option's help, choices, unit, default and details, in sentences."""
     unit = f"In {option.unit}." if option.unit else ""
-    return " ".join(filter(None, [option.help, choices, unit, unset, option.details]))
+    unset = f"Default: {option.unset}." if option.unset else ""
+    sentences = [with_choices(option), unit, unset, option.details]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def with_choices(option: Option) -> str:
+    """Return an option's help, followed by its choices if it has any."""
+    choices = f" One of {', '.join(option.choices)}." if option.choices else ""
+    return option.help + choices
 
 
 _Class = TypeVar("_Class", bound=type)
@@ -114,7 +126,7 @@ def _documented(options: _Class) -> _Class:
     return options
 
 
-def check_ranges(options: Any) -> None:  # noqa: ANN401
+def _check_ranges(options: Any) -> None:  # noqa: ANN401
     """Raise HalveError on the first number outside the range of its option."""
     for field, option in options_of(options):
         value = getattr(options, field.name)
@@ -150,7 +162,8 @@ ActivationMemory = Annotated[
         unit="bytes",
         unset="a quarter of the machine's memory",
         metavar="SIZE",
-        details="They spill to a memory-mapped file. Changes no result.",
+        details="Spilled hidden states are read from a memory-mapped file. Changes no "
+        "result.",
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -193,7 +206,11 @@ class PruneOptions:
         ),
     ] = "c4"
     samples: Annotated[
-        int, Option("Number of calibration windows.", CALIBRATION, unit="windows")
+        int,
+        Option(
+            "Number of calibration windows.",
+            CALIBRATION,
+        ),
     ] = 128
     seq_len: Annotated[
         int | None,
@@ -212,7 +229,10 @@ class PruneOptions:
     ] = 0.01
     block_size: Annotated[
         int,
-        Option("Columns that sparsegpt processes at a time.", SOLVER, unit="columns"),
+        Option(
+            "Columns that sparsegpt processes at a time.",
+            SOLVER,
+        ),
     ] = 128
     device: Device = "auto"
     packed: Annotated[
@@ -255,7 +275,11 @@ class PruneOptions:
         ),
     ] = False
     epochs: Annotated[
-        int, Option("Passes over the windows for --refine.", SOLVER, unit="passes")
+        int,
+        Option(
+            "Passes over the windows for --refine.",
+            SOLVER,
+        ),
     ] = 3
     quantize: Annotated[
         str | None,
@@ -274,7 +298,6 @@ class PruneOptions:
         Option(
             "Consecutive weights of a row that have one scale.",
             FEW_BITS,
-            unit="weights",
         ),
     ] = 128
     symmetric: Annotated[
@@ -290,7 +313,6 @@ class PruneOptions:
         Option(
             "Bits per weight, including mask and scales; selects sparsity and grid.",
             FEW_BITS,
-            unit="bits per weight",
             unset="the given sparsity and grid",
             details="Both are selected for each matrix on held-out windows, among the "
             "pairs of that size. Cannot be combined with sparsity or quantize.",
@@ -487,7 +509,6 @@ class EvalOptions:
         Option(
             "Maximum number of segments, from the beginning of the text.",
             TEXT,
-            unit="segments",
             unset="all",
             minimum=1,
         ),
@@ -496,6 +517,10 @@ class EvalOptions:
     activation_memory: ActivationMemory = None
     trust_remote_code: TrustRemoteCode = False
     progress: Callable[[int, int], None] = lambda block, blocks: None
+
+    def check(self) -> None:
+        """Raise HalveError on the first number out of range."""
+        _check_ranges(self)
 
 
 @_documented
@@ -568,21 +593,19 @@ class BenchOptions:
         Option(
             "Sequences to decode at a time; may be repeated.",
             MEASUREMENT,
-            unit="sequences",
             minimum=1,
             flags=("--batch",),
         ),
     ] = (1, 4, 16)
     rounds: Annotated[
         int,
-        Option("Number of repetitions.", MEASUREMENT, unit="rounds", minimum=1),
+        Option("Number of repetitions.", MEASUREMENT, minimum=1),
     ] = 5
     threads: Annotated[
         int | None,
         Option(
             "Number of threads.",
             MEASUREMENT,
-            unit="threads",
             unset="torch's own setting",
             minimum=1,
             maximum=4 * (os.cpu_count() or 1),
@@ -590,6 +613,10 @@ class BenchOptions:
     ] = None
     trust_remote_code: TrustRemoteCode = False
     progress: Callable[[str], None] = lambda step: None
+
+    def check(self) -> None:
+        """Raise HalveError on the first number out of range."""
+        _check_ranges(self)
 
     def names_one_model(self, model: str | os.PathLike[str] | None) -> bool:
         """Return whether exactly one model, given or random, is named."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from halve.options import OUTPUT, PANELS, Option, option_of, options_of
+from halve.options import OUTPUT, PANELS, Option, option_of, options_of, with_choices
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, or a name on the Hub.")
@@ -85,7 +85,7 @@ def command_options(command: Callable) -> list[CommandOption]:
         for parameter in signature(command).parameters.values()
         for option in _options_of_parameter(parameter)
     ]
-    order = ("", *PANELS)
+    order = (*PANELS, "")
     return sorted(found, key=lambda option: order.index(option.option.panel))
 
 
@@ -119,10 +119,9 @@ def _typer_parameter(found: CommandOption, panels: bool) -> Parameter:
         type_ = str
     if get_origin(type_) is tuple:
         type_, default = list[get_args(type_)[0]], list(default)
-    choices = f" One of {', '.join(option.choices)}." if option.choices else ""
     info = typer.Option(
-        *_flags(found),
-        help=option.help + choices,
+        *option_flags(found),
+        help=with_choices(option),
         parser=parse_bytes if option.unit == "bytes" else None,
         metavar=option.metavar,
         show_default=option.unset or (default is not None and default is not False),
@@ -136,11 +135,12 @@ def _typer_parameter(found: CommandOption, panels: bool) -> Parameter:
     )
 
 
-def _flags(found: CommandOption) -> tuple[str, ...]:
-    """Return the names of an option; a switch has no negative form by default."""
-    if found.option.flags or found.type is not bool:
-        return found.option.flags
-    return (f"--{found.name.replace('_', '-')}",)
+def option_flags(found: CommandOption) -> tuple[str, ...]:
+    """Return the names of an option on the command line.
+
+    A switch has a negative form only if its option names one.
+    """
+    return found.option.flags or (f"--{found.name.replace('_', '-')}",)
 
 
 def _gathered(
