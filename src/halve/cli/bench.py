@@ -39,7 +39,7 @@ def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A pruned model, dense or packed: folder or name."
+            metavar="MODEL", help="A pruned model, dense or packed: folder or name."
         ),
     ] = None,
     output: Annotated[Output, Option("Format of the table.", OUTPUT)] = Output.md,
@@ -96,7 +96,7 @@ _COLUMNS = (
     "t/s",
     "ratio",
     "weights read per token",
-    "fraction of bandwidth",
+    "bandwidth used",
 )
 
 
