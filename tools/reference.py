@@ -57,14 +57,15 @@ def section(command: CommandInfo) -> str:
     )
 
 
-def row(found: CommandOption, keywords: set[str]) -> str:
+def row(declared: CommandOption, keywords: set[str]) -> str:
     """Return the row of one option."""
     cells = [
-        ", ".join(f"`{flag}`" for flag in option_flags(found)),
-        f"`{found.name}`" if found.name in keywords else "",
-        type_name(found.type) + (f", {found.option.unit}" if found.option.unit else ""),
-        default(found),
-        f"{with_choices(found.option)} {found.option.details}".strip(),
+        ", ".join(f"`{flag}`" for flag in option_flags(declared)),
+        f"`{declared.name}`" if declared.name in keywords else "",
+        type_name(declared.type)
+        + (f", {declared.option.unit}" if declared.option.unit else ""),
+        default(declared),
+        f"{with_choices(declared.option)} {declared.option.details}".strip(),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -78,12 +79,12 @@ def type_name(type_: type | UnionType) -> str:
     return "None" if type_ is NoneType else type_.__name__
 
 
-def default(found: CommandOption) -> str:
+def default(declared: CommandOption) -> str:
     """Return the default, and what it stands for if it is None."""
-    if found.default is Parameter.empty:
+    if declared.default is Parameter.empty:
         return "required"
-    meaning = f": {found.option.unset}" if found.option.unset else ""
-    return f"`{found.default}`{meaning}"
+    meaning = f": {declared.option.unset}" if declared.option.unset else ""
+    return f"`{declared.default}`{meaning}"
 
 
 if __name__ == "__main__":

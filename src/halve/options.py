@@ -181,8 +181,8 @@ class PruneOptions:
         Option(
             "Fraction of weights to prune (50% or 0.5), or n:m, such as 2:4.",
             TARGET,
-            details="With n:m, n of every m consecutive inputs of a row are kept. 0 is "
-            "accepted together with quantize.",
+            details="With n:m, at most n of every m consecutive inputs of a row stay "
+            "nonzero. 0 is accepted together with quantize.",
         ),
     ] = "50%"
     solver: Annotated[

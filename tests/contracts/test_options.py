@@ -111,10 +111,10 @@ def test_choices_are_the_names_that_exist():
 
 @pytest.mark.parametrize("command", app.registered_commands, ids=lambda c: c.name)
 def test_the_flags_of_a_command_differ(command):
-    found = command_options(command.callback.__wrapped__)
-    flags = [flag for option in found for flag in option.option.flags]
+    declared = command_options(command.callback.__wrapped__)
+    flags = [flag for option in declared for flag in option.option.flags]
     assert len(flags) == len(set(flags))
-    assert len(found) == len({option.name for option in found})
+    assert len(declared) == len({option.name for option in declared})
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_messages_serve_both_python_and_the_command_line(
 ):
     with pytest.raises(HalveError) as error:
         options_class(**values).check()
-    assert all(words in str(error.value) for words in mentions)
+    assert all(phrase in str(error.value) for phrase in mentions)
 
 
 @pytest.mark.parametrize("options_class", CLASSES)

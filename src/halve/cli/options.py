@@ -80,13 +80,13 @@ def with_options(*, panels: bool = False) -> Callable[[Callable], Callable[..., 
 
 def command_options(command: Callable) -> list[CommandOption]:
     """Return the options of a command, ordered by heading."""
-    found = [
+    options = [
         option
         for parameter in signature(command).parameters.values()
         for option in _options_of_parameter(parameter)
     ]
     order = (*PANELS, "")
-    return sorted(found, key=lambda option: order.index(option.option.panel))
+    return sorted(options, key=lambda option: order.index(option.option.panel))
 
 
 def _options_of_parameter(parameter: Parameter) -> Iterator[CommandOption]:
@@ -112,15 +112,15 @@ def _set_parameters(
     run.__annotations__ = {p.name: p.annotation for p in by_name}
 
 
-def _typer_parameter(found: CommandOption, panels: bool) -> Parameter:
+def _typer_parameter(declared: CommandOption, panels: bool) -> Parameter:
     """Return an option as a parameter that typer turns into a flag."""
-    option, type_, default = found.option, found.type, found.default
+    option, type_, default = declared.option, declared.type, declared.default
     if type_ == str | float:
         type_ = str
     if get_origin(type_) is tuple:
         type_, default = list[get_args(type_)[0]], list(default)
     info = typer.Option(
-        *option_flags(found),
+        *option_flags(declared),
         help=with_choices(option),
         parser=parse_bytes if option.unit == "bytes" else None,
         metavar=option.metavar,
@@ -131,16 +131,16 @@ def _typer_parameter(found: CommandOption, panels: bool) -> Parameter:
     )
     annotation = Annotated[type_, info]
     return Parameter(
-        found.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        declared.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
 
 
-def option_flags(found: CommandOption) -> tuple[str, ...]:
+def option_flags(declared: CommandOption) -> tuple[str, ...]:
     """Return the names of an option on the command line.
 
     A switch has a negative form only if its option names one.
     """
-    return found.option.flags or (f"--{found.name.replace('_', '-')}",)
+    return declared.option.flags or (f"--{declared.name.replace('_', '-')}",)
 
 
 def _gathered(
@@ -155,7 +155,8 @@ def _gathered(
             value = tuple(value) if isinstance(value, list) else value
             fields.setdefault(option.group, {})[option.name] = value
     classes = {name: p.annotation for name, p in signature(command).parameters.items()}
-    return arguments | {name: classes[name](**found) for name, found in fields.items()}
+    built = {name: classes[name](**values) for name, values in fields.items()}
+    return arguments | built
 
 
 def parse_bytes(text: str) -> int:
