@@ -15,7 +15,7 @@ import torch
 from machine import describe_machine
 from torch.nn import functional
 
-from halve.formats import pack
+from halve.formats.bitmask import pack
 from halve.runtime.cpu.kernels import Kernels, kernels
 
 _CACHED = 300e6  # bytes of copies, well past the last cache

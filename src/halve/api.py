@@ -37,7 +37,7 @@ from halve.options import (
     RunOptions,
     describe_options,
 )
-from halve.packing import rewrite_model
+from halve.packing import pack_model, unpack_model
 from halve.patterns import parse_pattern
 from halve.pruning import DryRun, dry_run, prune_model
 from halve.records import (
@@ -250,8 +250,8 @@ def pack(
         docs/format.md.
     """
     show = progress or (lambda _: None)
-    rewriting = PackOptions("pack", positive_zeros, trust_remote_code, show)
-    return rewrite_model(model, out, rewriting)
+    rewriting = PackOptions(positive_zeros, trust_remote_code, show)
+    return pack_model(model, out, rewriting)
 
 
 def unpack(
@@ -266,8 +266,8 @@ def unpack(
     `unpack(pack(m)) == m`, bit for bit. Arguments, errors and cost as for `pack`.
     """
     show = progress or (lambda _: None)
-    rewriting = PackOptions("unpack", False, trust_remote_code, show)
-    return rewrite_model(model, out, rewriting)
+    rewriting = PackOptions(False, trust_remote_code, show)
+    return unpack_model(model, out, rewriting)
 
 
 @_takes(EvalOptions)
@@ -414,14 +414,17 @@ def _model(
 @contextmanager
 def _counterparts(source: Path, options: BenchOptions) -> Iterator[tuple[Path, Path]]:
     """Yield a model dense and packed; the one that is missing is temporary."""
-    is_packed = any(i.parts for i in Checkpoint.open(source).tensors.values())
-    kind = "unpack" if is_packed else "pack"
     with TemporaryDirectory(prefix="halve-bench-") as folder:
-        other = Path(folder) / kind
-        options.progress(f"{kind}ing")
-        rewriting = PackOptions(kind, not is_packed, options.trust_remote_code)
-        rewrite_model(source, other, rewriting)
-        yield (other, source) if is_packed else (source, other)
+        other = Path(folder) / "model"
+        if Checkpoint.open(source).is_packed:
+            options.progress("unpacking")
+            unpack_model(source, other, PackOptions(False, options.trust_remote_code))
+            yield other, source
+        else:
+            options.progress("packing")
+            # Positive zeros take fewer bytes, and give the same products.
+            pack_model(source, other, PackOptions(True, options.trust_remote_code))
+            yield source, other
 
 
 def inspect(model: str | Path, *, trust_remote_code: bool = False) -> Inspection:

@@ -528,7 +528,6 @@ class EvalOptions:
 class PackOptions:
     """Options of packing and unpacking."""
 
-    kind: str = "pack"
     positive_zeros: Annotated[
         bool,
         Option(

@@ -92,7 +92,7 @@ def test_keywords_override_the_fields_of_an_object(monkeypatch):
 @pytest.mark.parametrize("options_class", CLASSES)
 def test_every_field_but_progress_has_help(options_class):
     for field in fields(options_class):
-        if field.name not in ("progress", "kind"):
+        if field.name != "progress":
             option = option_of(field.type)
             assert option is not None, field.name
             assert option.help.endswith("."), field.name

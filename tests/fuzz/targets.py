@@ -24,7 +24,8 @@ from safetensors.torch import save
 
 from halve.calibration import load_corpus
 from halve.checkpoint import Checkpoint, open_workspace, parse_note, read_record
-from halve.formats import pack, split
+from halve.formats import split
+from halve.formats.bitmask import pack
 from halve.models import build_meta_model
 from halve.records import (
     BlockRecord,

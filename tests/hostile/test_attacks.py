@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import halve
 from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError
-from halve.formats import pack, split
+from halve.formats import split
+from halve.formats.bitmask import pack
 from halve.runtime.generation import check_whole
 from tests.fuzz.judge import judge
 from tests.hostile import spoilers as by

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import halve
-from halve.checkpoint import checkpoint as reader
+from halve.checkpoint import Checkpoint
+from halve.checkpoint import safetensors_file as reader
 from halve.errors import CheckpointError, OutputError
 from tests.integration.test_resume import Stopped, digests, stop_at
 from tests.tables import save_pico
@@ -124,7 +125,7 @@ def _set_times_as_recorded(path: Path, partial: Path) -> None:
 
 def test_a_file_cut_between_header_and_data(model, monkeypatch):
     """Mapped, this would end in SIGBUS."""
-    checkpoint = reader.Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model)
     name, info = next(iter(checkpoint.tensors.items()))
     real = reader._spans
 
@@ -184,12 +185,12 @@ def test_tensors_are_read_as_they_are_stored(tmp_path):
         .view(dtype)
         .reshape(shape)
         .clone()
-        for dtype in reader._DTYPES.values()
+        for dtype in reader.DTYPES.values()
         for shape in ((4, 3), (5,), (), (0,), (2, 0))
     }
     save_file(tensors, tmp_path / "model.safetensors")
     expected = load_file(tmp_path / "model.safetensors")
-    found = reader.Checkpoint.open(tmp_path).read(tensors)
+    found = Checkpoint.open(tmp_path).read(tensors)
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert tensor.dtype == expected[name].dtype

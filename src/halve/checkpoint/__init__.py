@@ -1,7 +1,8 @@
 """Lazy in, atomic out: the files of a model."""
 
-from halve.checkpoint.checkpoint import Checkpoint, TensorInfo, has_no_weights
+from halve.checkpoint.checkpoint import Checkpoint
 from halve.checkpoint.files import sha256
+from halve.checkpoint.index import has_no_weights
 from halve.checkpoint.output import (
     RECORD,
     check_space,
@@ -11,6 +12,7 @@ from halve.checkpoint.output import (
     read_record,
 )
 from halve.checkpoint.source import locate
+from halve.checkpoint.tensor_info import TensorInfo
 from halve.checkpoint.workspace import Workspace, open_workspace
 
 __all__ = [

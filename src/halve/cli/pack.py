@@ -7,6 +7,8 @@ from halve.cli.options import Json, Model, Out, Quiet, with_options
 from halve.options import PackOptions, TrustRemoteCode
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from halve.records import PackRecord
 
 PACK_EXAMPLES = """
@@ -32,7 +34,12 @@ def pack(
     quiet: Quiet = False,
 ) -> None:
     """Store a pruned model compactly: a bit per weight, and the nonzero weights."""
-    _print(_rewrite(model, out, options, quiet), as_json)
+    from halve.cli.console import progress_line
+    from halve.packing import pack_model
+
+    with progress_line(quiet) as show:
+        record = pack_model(model, out, _reporting(options, show))
+    _print(record, as_json)
 
 
 @with_options()
@@ -44,20 +51,21 @@ def unpack(
     quiet: Quiet = False,
 ) -> None:
     """Store a packed model dense again, bit for bit."""
-    options = PackOptions("unpack", False, trust_remote_code)
-    _print(_rewrite(model, out, options, quiet), as_json)
-
-
-def _rewrite(model: str, out: str, options: PackOptions, quiet: bool) -> "PackRecord":
     from halve.cli.console import progress_line
-    from halve.packing import rewrite_model
+    from halve.packing import unpack_model
 
+    options = PackOptions(False, trust_remote_code)
     with progress_line(quiet) as show:
-        shown = replace(
-            options,
-            progress=lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
-        )
-        return rewrite_model(model, out, shown)
+        record = unpack_model(model, out, _reporting(options, show))
+    _print(record, as_json)
+
+
+def _reporting(options: PackOptions, show: "Callable[[str], None]") -> PackOptions:
+    """Return options under which each file is reported on the progress line."""
+    return replace(
+        options,
+        progress=lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
+    )
 
 
 def _print(record: "PackRecord", as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Everything that `halve bench` measures, put together."""
+"""Runs all measurements of `halve bench`: memory, bandwidth, speed."""
 
 import platform
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from halve.checkpoint import Checkpoint
+from halve.checkpoint import Checkpoint, TensorInfo
 from halve.errors import HalveError
 from halve.measure.footprint import footprint
 from halve.measure.speed import (
@@ -24,7 +24,7 @@ from halve.records import BenchRecord
 from halve.runtime.cpu.kernels import TORCH as NO_KERNEL
 from halve.runtime.cpu.kernels import kernels
 
-# What llama-bench measures by default.
+# Prompt and generated tokens that llama-bench measures by default.
 _PROMPT = 512
 _GENERATED = 128
 
@@ -47,20 +47,28 @@ class BenchModels:
 def run_bench(models: BenchModels, options: BenchOptions) -> BenchRecord:
     """Measure footprints, bandwidth and speed; see `halve.bench` for the contract.
 
+    Args:
+        models: The model, dense and packed.
+        options: What to measure.
+
+    Raises:
+        HalveError: Nothing is to be timed, or a test needs more tokens than the model
+            takes.
+
     Cost:
         Memory for the model dense and packed at once.
     """
-    plan = _cases(models, options)
+    cases = _cases(models, options)
     options.progress("measuring memory")
     footprints = {
         "dense": footprint(models.dense, options.trust_remote_code),
         "packed": footprint(models.packed, options.trust_remote_code),
     }
-    found = kernels()
+    loaded = kernels()
     dense, packed = _tensors(models.dense), _tensors(models.packed)
     return BenchRecord(
         model=models.name,
-        parameters=sum(info.nbytes // info.dtype.itemsize for info in dense),
+        parameters=sum(info.elements for info in dense),
         sizes={
             TORCH: sum(info.stored_bytes for info in dense),
             HALVE_DENSE: sum(info.stored_bytes for info in dense),
@@ -68,12 +76,12 @@ def run_bench(models: BenchModels, options: BenchOptions) -> BenchRecord:
         },
         cpu=_cpu(),
         threads=torch.get_num_threads(),
-        kernel=found.name if found else NO_KERNEL,
+        kernel=loaded.name if loaded else NO_KERNEL,
         bandwidth=read_bandwidth(),
         results=tuple(
             measure_speed(
                 models.packed,
-                plan,
+                cases,
                 options.rounds,
                 options.progress,
                 options.trust_remote_code,
@@ -89,25 +97,25 @@ def _cases(models: BenchModels, options: BenchOptions) -> list[BenchCase]:
     prompt, generated = options.prompt, options.generated
     if prompt == 0 and generated == 0:
         raise HalveError(
-            "A prompt of no tokens and none generated leave nothing to time.",
-            "Leave out --pp 0 or --tg 0.",
+            "With no prompt and no generated tokens there is nothing to time.",
+            "Set prompt or generated to more than 0 (--pp, --tg).",
         )
     prompt = min(_PROMPT, longest) if prompt is None else prompt
     generated = min(_GENERATED, longest - 1) if generated is None else generated
     if max(prompt, generated + 1) > longest:
         raise HalveError(
-            f"{models.name} takes {longest} tokens, which is less than a test needs.",
-            f"Pass --pp {longest} and --tg {longest - 1}, or less.",
+            f"{models.name} takes {longest} tokens, fewer than a test needs.",
+            f"Set prompt to {longest} and generated to {longest - 1}, or less (--pp, --tg).",
         )
     return bench_cases(prompt, generated, options.batches)
 
 
-def _tensors(folder: Path) -> list:
+def _tensors(folder: Path) -> list[TensorInfo]:
     return list(Checkpoint.open(folder).tensors.values())
 
 
 def _cpu() -> str:
-    """Return the CPU's name, where the system tells it."""
+    """Return the name of the CPU, or its architecture if the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
