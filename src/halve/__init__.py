@@ -1,14 +1,15 @@
-"""Halve prunes large language models in one shot and proves what it did.
+"""Halve prunes large language models in one shot and measures what was lost.
 
     import halve
+    halve.plan("facebook/opt-125m", sparsity="2:4")
     halve.prune("facebook/opt-125m", "out", sparsity="2:4", calibration="wikitext2")
     halve.perplexity("out", data="wikitext2")
     halve.inspect("out")
     halve.verify("out")
     halve.pack("out", "out-packed")
 
-Names are loaded on first use, so that `import halve` costs nothing. After it,
-transformers' own `from_pretrained` loads packed models, and they run sparse.
+Names are loaded on first use, so `import halve` is fast. After it, transformers' own
+`from_pretrained` loads packed models and runs them with Halve's kernels.
 """
 
 from importlib import import_module
@@ -17,31 +18,126 @@ from typing import TYPE_CHECKING, Any
 from halve.integrations.transformers.hook import register_with_transformers
 
 if TYPE_CHECKING:
-    from halve.api import inspect, pack, perplexity, prune, unpack, verify
-    from halve.errors import HalveError
+    from halve.api import (
+        bench,
+        compare,
+        inspect,
+        pack,
+        perplexity,
+        plan,
+        prune,
+        unpack,
+        verify,
+    )
+    from halve.errors import (
+        CalibrationError,
+        CheckpointError,
+        DistributedError,
+        HalveError,
+        HalveWarning,
+        NumericalError,
+        OutputError,
+        PatternError,
+        QuantizationError,
+        SourceError,
+        TargetMissedError,
+        UnsupportedModelError,
+    )
+    from halve.options import BenchOptions, EvalOptions, PruneOptions, RunOptions
+    from halve.pruning import DryRun, Forecast
+    from halve.pruning.plan import Plan
+    from halve.records import (
+        BenchRecord,
+        ComparisonRecord,
+        Inspection,
+        PackRecord,
+        PerplexityRecord,
+        Progress,
+        PruneRecord,
+        Verification,
+    )
     from halve.runtime.generation import generate, load
 
-__version__ = "0.1.0"
+    __version__: str
 
+# Public name -> module that defines it.
 _HOMES = {
+    "BenchOptions": "halve.options",
+    "BenchRecord": "halve.records",
+    "CalibrationError": "halve.errors",
+    "CheckpointError": "halve.errors",
+    "ComparisonRecord": "halve.records",
+    "DistributedError": "halve.errors",
+    "DryRun": "halve.pruning",
+    "EvalOptions": "halve.options",
+    "Forecast": "halve.pruning",
     "HalveError": "halve.errors",
+    "HalveWarning": "halve.errors",
+    "Inspection": "halve.records",
+    "NumericalError": "halve.errors",
+    "OutputError": "halve.errors",
+    "PackRecord": "halve.records",
+    "PatternError": "halve.errors",
+    "PerplexityRecord": "halve.records",
+    "Plan": "halve.pruning.plan",
+    "Progress": "halve.records",
+    "PruneOptions": "halve.options",
+    "PruneRecord": "halve.records",
+    "QuantizationError": "halve.errors",
+    "RunOptions": "halve.options",
+    "SourceError": "halve.errors",
+    "TargetMissedError": "halve.errors",
+    "UnsupportedModelError": "halve.errors",
+    "Verification": "halve.records",
+    "bench": "halve.api",
+    "compare": "halve.api",
     "generate": "halve.runtime.generation",
     "inspect": "halve.api",
     "load": "halve.runtime.generation",
     "pack": "halve.api",
     "perplexity": "halve.api",
+    "plan": "halve.api",
     "prune": "halve.api",
     "unpack": "halve.api",
     "verify": "halve.api",
 }
 
 __all__ = [
+    "BenchOptions",
+    "BenchRecord",
+    "CalibrationError",
+    "CheckpointError",
+    "ComparisonRecord",
+    "DistributedError",
+    "DryRun",
+    "EvalOptions",
+    "Forecast",
     "HalveError",
+    "HalveWarning",
+    "Inspection",
+    "NumericalError",
+    "OutputError",
+    "PackRecord",
+    "PatternError",
+    "PerplexityRecord",
+    "Plan",
+    "Progress",
+    "PruneOptions",
+    "PruneRecord",
+    "QuantizationError",
+    "RunOptions",
+    "SourceError",
+    "TargetMissedError",
+    "UnsupportedModelError",
+    "Verification",
+    "bench",
+    "compare",
     "generate",
     "inspect",
     "load",
     "pack",
     "perplexity",
+    "plan",
     "prune",
     "unpack",
     "verify",
@@ -49,6 +145,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name == "__version__":
+        return import_module("importlib.metadata").version("halve")
     if name not in _HOMES:
         raise AttributeError(f"module 'halve' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
@@ -58,4 +156,4 @@ register_with_transformers()
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, "__version__"])

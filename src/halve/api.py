@@ -1,14 +1,48 @@
-"""The verbs as functions, each with a docstring that is a contract."""
+"""The verbs of Halve as functions, whose docstrings are their contracts.
 
-from collections.abc import Callable
+Options are declared in `halve.options` alone. `prune`, `plan`, `perplexity`, `compare`
+and `bench` accept an options object, or its fields as keywords, or both; then the
+keywords override the object's fields.
+"""
+
+import inspect as introspection
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar, Unpack, cast
 
+import torch
+
+from halve.checkpoint import Checkpoint, resolve_model
+from halve.errors import HalveError
+from halve.evaluation import compare as compare_models
 from halve.evaluation import evaluate
-from halve.measure import inspect_model, verify_output
-from halve.options import EvalOptions, PackOptions, PruneOptions, RunOptions
+from halve.measure import (
+    BenchModels,
+    inspect_model,
+    run_bench,
+    verify_output,
+    write_random_model,
+)
+from halve.options import (
+    BenchKeywords,
+    BenchOptions,
+    EvalKeywords,
+    EvalOptions,
+    PackOptions,
+    PruneKeywords,
+    PruneOptions,
+    RunOptions,
+    describe_options,
+)
 from halve.packing import pack_model, unpack_model
-from halve.pruning import prune_model
+from halve.patterns import parse_pattern
+from halve.pruning import DryRun, dry_run, prune_model
 from halve.records import (
+    BenchRecord,
+    ComparisonRecord,
     Inspection,
     PackRecord,
     PerplexityRecord,
@@ -17,147 +51,161 @@ from halve.records import (
     Verification,
 )
 
+_Function = TypeVar("_Function", bound=Callable)
+_Options = TypeVar("_Options", PruneOptions, RunOptions, EvalOptions, BenchOptions)
 
-def prune(  # noqa: PLR0913  (the options of the command line, one for one)
+
+def _takes(*classes: type) -> Callable[[_Function], _Function]:
+    """Return a decorator that shows the fields of options classes in `help()`.
+
+    The signature gets one keyword for each field, with its default, in the place of
+    `**keywords`; the docstring gets the help of each.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        signature = introspection.signature(function)
+        positional = [p for p in signature.parameters.values() if p.name != "keywords"]
+        keywords = [
+            introspection.Parameter(
+                field.name,
+                introspection.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.type,
+            )
+            for options in classes
+            for field in fields(options)
+        ]
+        shown = signature.replace(parameters=[*positional, *keywords])
+        documentation = introspection.getdoc(function)
+        described = f"{documentation}\n\nKeywords:\n{describe_options(*classes)}\n"
+        function.__doc__ = described
+        cast("Any", function).__signature__ = shown
+        return function
+
+    return decorate
+
+
+def _merged(options: _Options, keywords: Any) -> _Options:  # noqa: ANN401
+    """Return options with the fields replaced that keywords name.
+
+    Raises:
+        TypeError: There is no such keyword.
+    """
+    return replace(options, **keywords)
+
+
+def _split(
+    options: PruneOptions | None,
+    run_options: RunOptions | None,
+    keywords: PruneKeywords,
+) -> tuple[PruneOptions, RunOptions]:
+    """Return both kinds of options, each with the keywords that are its fields."""
+    names = {field.name for field in fields(RunOptions)}
+    run = {name: value for name, value in keywords.items() if name in names}
+    rest = {name: value for name, value in keywords.items() if name not in names}
+    return (
+        _merged(options or PruneOptions(), rest),
+        _merged(run_options or RunOptions(), run),
+    )
+
+
+@_takes(PruneOptions, RunOptions)
+def prune(
     model: str | Path,
     out: str | Path,
     *,
-    sparsity: str | float = "50%",
-    solver: str = "auto",
-    calibration: str = "c4",
-    samples: int = 128,
-    seq_len: int | None = None,
-    seed: int = 0,
-    damping: float = 0.01,
-    block_size: int = 128,
-    device: str = "auto",
-    activation_memory: int | None = None,
-    memory: int | None = None,
-    packed: bool = False,
-    refit: bool = False,
-    sequential: bool | None = None,
-    refine: bool = False,
-    epochs: int = 3,
-    quantize: str | None = None,
-    group_size: int = 128,
-    symmetric: bool = True,
-    target_bits: float | None = None,
-    allocation: str = "uniform",
-    trust_remote_code: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    options: PruneOptions | None = None,
+    run_options: RunOptions | None = None,
+    **keywords: Unpack[PruneKeywords],
 ) -> PruneRecord:
     """Prune a causal language model in one shot into a new folder.
 
     The new folder has the model's tensor names, dtypes, config, tokenizer and
     generation files, and loads in plain transformers. Every linear layer of every
-    block then has the sparsity asked for: exactly `floor(weights * sparsity)` zeros or
-    more, or n kept of every m (with `allocation="error"` the whole model has it, and
-    matrices their shares); that is read back from the files before they count.
-    Embeddings, norms and the head are copied as they are.
+    block then has the requested sparsity: at least `floor(weights * sparsity)` zeros,
+    or n nonzeros in every m (with `allocation="error"` the whole model has that number
+    of zeros, and each matrix a fraction chosen for it). This is verified by reading
+    every file back before it is committed. Embeddings, norms and the head are copied
+    unchanged.
 
-    `out` is absent or whole. Until the end the work lies in `OUT.partial`; the same
-    call goes on there after any interruption and ends in the same bytes (`halve.json`,
-    which holds times, apart). Called again on a finished folder it changes nothing.
+    `out` is either absent or complete. Until the end the work lies in `OUT.partial`;
+    after any interruption the same call resumes there and ends in the same bytes
+    (except `halve.json`, which holds times). Called again on a finished folder it
+    changes nothing.
 
-    Where the memory of a GPU is exhausted, the batch is halved, a HalveWarning says so,
-    and the run goes on after the last shard. The result is then not, to the bit, what
-    another batch gives: sums are rounded otherwise, and refining takes smaller steps.
+    If the memory of a GPU is exhausted, the batch is halved, a HalveWarning says so,
+    and the run continues after the last committed shard. The result is then not
+    bit-identical to that of another batch size: sums are rounded differently, and
+    refining takes smaller steps.
 
     Args:
-        model: A folder with a checkpoint of transformers (safetensors or
-            pytorch_model.bin, whole or in shards), or a name on the hub.
+        model: A folder with a transformers checkpoint (safetensors or
+            pytorch_model.bin, whole or in shards), or a name on the Hub.
         out: The new folder; must not exist, or be empty.
-        sparsity: A share (`0.5`, `"50%"`) or n kept of every m inputs (`"2:4"`).
-        solver: `auto`, `admm`, `sparsegpt`, `wanda` or `magnitude` (docs/solvers.md).
-            `auto` keeps a sixteenth of the windows apart and takes, for each matrix,
-            the solution of `admm` or of `wanda` with refit, by those.
-        calibration: `c4`, `wikitext2`, `ptb`, a data set of the hub, a .txt, .jsonl
-            or .parquet file, `stdlib` (this Python's own sources), or `self` (text
-            sampled from the model, which then must fit into memory).
-        samples: Calibration windows.
-        seq_len: Tokens in each; by default the model's longest, 2048 at most.
-        seed: Draws the windows.
-        damping: Share of the mean diagonal added to Gram matrices.
-        block_size: Columns that SparseGPT handles at once.
-        device: `cpu`, `cuda` or `auto`.
-        activation_memory: Bytes of hidden states kept in memory before they go to a
-            mapped file; by default a quarter of the machine's.
-        memory: Bytes that the whole process may take; decides where hidden states
-            live and whether a block's widest inputs are summed later, from a mapped
-            file. Refused where the rest alone takes more. Changes no result.
-        packed: Whether to store the pruned matrices packed, as `pack` does.
-        refit: Whether the kept weights are tuned by conjugate gradients once the mask
-            is chosen; the layer error never rises. `admm` does that by itself.
-        sequential: Whether the matrices of a block are pruned in the order in which
-            data meets them, each so that its outputs come near to the dense model's
-            although its inputs are the pruned model's. By default for `auto` and
-            `admm` only.
-        refine: Whether each block, once pruned, is tuned (kept weights, biases, norms)
-            to the outputs of the dense one. A sixteenth of the windows is kept apart,
-            and what is best on those stays: never worse than without.
-        epochs: Passes over the windows for that.
-        quantize: `int8`, `int4`, `int3` or `int2`: the kept weights are rounded to a
-            grid of so many bits, each loss made up for by the weights that are rounded
-            later; `sparsity` may be 0 then. The new folder holds the values, in the
-            dtype of the model, and `halve.json` the grid.
-        group_size: Weights of a row that share a scale.
-        symmetric: Whether grids go without zero points.
-        target_bits: Bits a weight, mask and scales included, instead of a sparsity and
-            a grid: both are chosen for each matrix by windows kept apart.
-        allocation: How an unstructured sparsity is shared out over the blocks:
-            `uniform`, every matrix alike; or `error`, blocks that suffer more are
-            pruned less, if that loses less on windows kept apart. The zeros of the
-            whole model are then `floor(weights * sparsity)`, to the last one.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        progress: Told of each phase of each block.
+        options: What to do; by default `PruneOptions()`.
+        run_options: Memory, trust and progress; by default `RunOptions()`.
+        **keywords: Fields of either, which override those of the objects.
 
     Returns:
-        What was done, as in `OUT/halve.json`.
+        The record of the run, which `OUT/halve.json` contains too.
 
     Raises:
-        HalveError: Whatever a user can put right, in two sentences.
+        HalveError: Any error that you can fix; the message says what is wrong and what
+            to do.
 
     Cost:
         Memory: one block's weights as they are stored; the Gram matrices of one block,
-        each columns^2 floats; one matrix in float32 (`sparsegpt`; others a dozen); the
-        hidden states, samples * seq_len * width floats, in memory or on disk; whatever
-        the depth of the model. Time: two passes of the windows through the model,
-        tokens * columns^2 operations for each Gram matrix, and about (rows + columns) *
-        columns^2 for each matrix. `sequential` and `refine`: the hidden states twice;
-        `sequential` besides the dense inputs of one block's matrices, in memory or on
-        disk, and a third square matrix for each input; about two passes more.
-        `refine`: three passes an epoch. `allocation="error"`: two to four runs of
-        `sparsegpt` first, with nothing written.
+        each columns^2 floats; one matrix in float32 (`sparsegpt`; a dozen for others);
+        the hidden states, samples * seq_len * width floats, in memory or on disk. None
+        of it depends on the depth of the model. Time: two passes of the windows through
+        the model, tokens * columns^2 operations for each Gram matrix, and about
+        (rows + columns) * columns^2 for each matrix. `sequential` and `refine` hold the
+        hidden states twice; `sequential` also holds the dense inputs of one block's
+        matrices, in memory or on disk, and a third square matrix for each input, and
+        takes about two passes more. `refine` takes three passes per epoch.
+        `allocation="error"` first takes two to four runs of `sparsegpt`, which write
+        nothing.
 
     Source:
         Frantar and Alistarh, "SparseGPT" (2023), algorithm 1; for wanda, Sun et al.
         (2023), equation 1; for admm, Meng et al., "ALPS" (2024), algorithm 1.
     """
-    options = PruneOptions(
-        sparsity=sparsity,
-        solver=solver,
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        damping=damping,
-        block_size=block_size,
-        device=device,
-        packed=packed,
-        refit=refit,
-        sequential=sequential,
-        refine=refine,
-        epochs=epochs,
-        quantize=quantize,
-        group_size=group_size,
-        symmetric=symmetric,
-        target_bits=target_bits,
-        allocation=allocation,
-    )
-    run_options = RunOptions(
-        activation_memory, memory, trust_remote_code, progress or (lambda _: None)
-    )
-    return prune_model(model, out, options, run_options)
+    return prune_model(model, out, *_split(options, run_options, keywords))
+
+
+@_takes(PruneOptions, RunOptions)
+def plan(
+    model: str | Path,
+    *,
+    options: PruneOptions | None = None,
+    run_options: RunOptions | None = None,
+    **keywords: Unpack[PruneKeywords],
+) -> DryRun:
+    """Plan a call of `prune` and forecast its cost, without reading a weight.
+
+    Only the config and the headers of the files are read; the config alone if the
+    folder has no weights. Nothing is written.
+
+    Args:
+        model: A folder or a name on the Hub, whose weights are not downloaded.
+        options: What to do; by default `PruneOptions()`.
+        run_options: Memory and trust; by default `RunOptions()`.
+        **keywords: Fields of either, which override those of the objects.
+
+    Returns:
+        The plan, the peak memory of every phase, the disk space, and the estimated
+        duration on this machine (to about a factor of two).
+
+    Raises:
+        HalveError: Any error of `prune` that can be detected before a weight is read:
+            an invalid option, an unsupported model, a damaged header, a pattern that
+            does not fit a matrix, or a memory limit that is too low.
+
+    Cost:
+        Builds the model without weights, and a tenth of a second of matrix products to
+        measure this machine's speed.
+    """
+    return dry_run(model, *_split(options, run_options, keywords))
 
 
 def pack(
@@ -168,31 +216,32 @@ def pack(
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PackRecord:
-    """Store a pruned model's matrices as a bit mask and the weights that are kept.
+    """Store each matrix of a pruned model as a bit mask and its nonzero weights.
 
     The new folder holds the same model in fewer bytes: at 50 % zeros, 16-bit matrices
-    take 56.3 % of what they took. It loads in transformers after `import halve` and
-    runs as it is; without Halve, transformers refuses it. A matrix that would not get
-    smaller (under about 6 % zeros in 16 bits) stays dense, as do embeddings, norms and
-    the head. Every matrix is read back from the files and compared bit for bit.
+    take 56.3 % of their dense size. It loads in transformers after `import halve` and
+    runs without being unpacked; without Halve, transformers refuses it. A matrix
+    that packing would not shrink (under about 6 % zeros in 16 bits) stays dense, as do
+    embeddings, norms and the head. Every matrix is read back from the files and
+    compared bit for bit.
 
-    As with `prune`, `out` is absent or whole, and the same call goes on after any
-    interruption.
+    As with `prune`, `out` is either absent or complete, and the same call resumes after
+    any interruption.
 
     Args:
-        model: A folder or a name on the hub.
+        model: A folder or a name on the Hub.
         out: The new folder; must not exist, or be empty.
-        positive_zeros: Whether minus zeros become zeros first. They arise where weights
-            were multiplied by a mask; otherwise they are kept, bit for bit, and take
-            their room.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        progress: Told of each file.
+        positive_zeros: Turn negative zeros into zeros first. They result from
+            multiplying weights by a mask; otherwise they are stored like any other
+            weight, bit for bit, and take as many bytes.
+        trust_remote_code: Allow Python code that comes with the model to run.
+        progress: Called before each file.
 
     Returns:
-        How each matrix is stored, as in `OUT/halve.json`.
+        How each matrix is stored, which `OUT/halve.json` contains too.
 
     Raises:
-        HalveError: Whatever a user can put right; also where nothing would get smaller.
+        HalveError: Packing would shrink nothing, or any other error that you can fix.
 
     Cost:
         Reads and writes every tensor once; memory for the largest block, twice.
@@ -212,7 +261,7 @@ def unpack(
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PackRecord:
-    """Store a packed model dense, for programs that know nothing of Halve.
+    """Store a packed model dense, for programs that do not support Halve's format.
 
     `unpack(pack(m)) == m`, bit for bit. Arguments, errors and cost as for `pack`.
     """
@@ -221,70 +270,177 @@ def unpack(
     return unpack_model(model, out, rewriting)
 
 
-def perplexity(  # noqa: PLR0913  (the options of the command line, one for one)
+@_takes(EvalOptions)
+def perplexity(
     model: str | Path,
     *,
-    data: str = "wikitext2",
-    seq_len: int | None = None,
-    segments: int | None = None,
-    device: str = "auto",
-    activation_memory: int | None = None,
-    trust_remote_code: bool = False,
+    options: EvalOptions | None = None,
+    **keywords: Unpack[EvalKeywords],
 ) -> PerplexityRecord:
-    """Judge a model on a text by the protocol of the SparseGPT paper.
+    """Measure a model's perplexity on a text by the protocol of the SparseGPT paper.
 
     The text is joined, cut into segments that do not overlap, and run through the
     model block by block in float32; the perplexity is exp of the mean over segments of
-    a segment's mean loss. Figures of different sequence lengths must not be compared.
+    a segment's mean loss. Figures of different sequence lengths are not comparable.
 
     Args:
-        model: A folder or a name on the hub.
-        data: `wikitext2` (test part, joined by blank lines), `ptb` (test part), `c4`
-            (first 1100 documents of the validation part, 256 segments), `stdlib`
-            (modules of this Python's library held out by hash), a data set of the hub
-            or a file.
-        seq_len: Tokens in a segment; by default the model's longest, 2048 at most.
-        segments: At most so many, from the beginning; by default all.
-        device: `cpu`, `cuda` or `auto`.
-        activation_memory: Bytes of hidden states kept in memory before they go to a
-            mapped file; by default a quarter of the machine's.
-        trust_remote_code: Whether Python code that comes with the model may run.
+        model: A folder or a name on the Hub.
+        options: Text, length and device; by default `EvalOptions()`.
+        **keywords: Fields of `EvalOptions`, which override those of the object.
 
     Returns:
-        Perplexity, its standard error from the spread of the segments, and what it was
-        measured on.
+        The perplexity, its standard error from the variation between segments, and
+        what it was measured on.
 
     Raises:
-        HalveError: Whatever a user can put right, in two sentences.
+        HalveError: Any error that you can fix; the message says what is wrong and what
+            to do.
 
     Cost:
-        Memory as for `prune`, less the Gram matrices. Time: one pass of the text.
+        Memory as for `prune`, without the Gram matrices. Time: one pass of the text.
     """
-    options = EvalOptions(
-        data=data,
-        seq_len=seq_len,
-        segments=segments,
-        device=device,
-        activation_memory=activation_memory,
-        trust_remote_code=trust_remote_code,
-    )
-    return evaluate(model, options)
+    return evaluate(model, _merged(options or EvalOptions(), keywords))
+
+
+@_takes(EvalOptions)
+def compare(
+    model: str | Path,
+    reference: str | Path,
+    *,
+    options: EvalOptions | None = None,
+    **keywords: Unpack[EvalKeywords],
+) -> ComparisonRecord:
+    """Measure how far a model's predictions diverge from those of a reference.
+
+    Both models predict every token of the same segments, as in `perplexity`.
+
+    Args:
+        model: The model to judge, a folder or a name on the Hub.
+        reference: The model to compare it with, usually the dense one.
+        options: Text, length and device; by default `EvalOptions()`.
+        **keywords: Fields of `EvalOptions`, which override those of the object.
+
+    Returns:
+        The perplexity of both, KL(reference || model) in nats per token (mean, median
+        and 99th percentile), and the fraction of tokens for which both predict the same
+        most likely token.
+
+    Raises:
+        CalibrationError: The tokenizers differ, so that the segments do.
+        HalveError: As in `perplexity`.
+
+    Cost:
+        Twice that of `perplexity`, in memory and time.
+    """
+    return compare_models(model, reference, _merged(options or EvalOptions(), keywords))
+
+
+@_takes(BenchOptions)
+def bench(
+    model: str | Path | None = None,
+    *,
+    options: BenchOptions | None = None,
+    **keywords: Unpack[BenchKeywords],
+) -> BenchRecord:
+    """Time a model dense in torch, dense in Halve's kernel, and packed.
+
+    The rounds of the three backends are interleaved, so that a change in the machine's
+    speed affects all of them. The counterpart of the model, packed or dense, is written
+    to a temporary folder.
+
+    Args:
+        model: A pruned model, dense or packed: a folder or a name on the Hub. None with
+            `random_llama` or `random_opt`.
+        options: What to measure; by default `BenchOptions()`.
+        **keywords: Fields of `BenchOptions`, which override those of the object.
+
+    Returns:
+        Tokens per second of every backend in every test, the bytes of weights that a
+        token reads, the machine's memory bandwidth, and the peak memory of loading and
+        running the model dense and packed.
+
+    Raises:
+        HalveError: Not exactly one model is named, or any other error that you can fix.
+
+    Cost:
+        Memory for the model dense and packed at once; disk for the counterpart.
+    """
+    merged = _merged(options or BenchOptions(), keywords)
+    merged.check()
+    with (
+        _threads(merged.threads),
+        _model(model, merged) as (name, source),
+        _counterparts(source, merged) as (dense, packed),
+    ):
+        return run_bench(BenchModels(name, dense, packed), merged)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Set the number of torch's threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _model(
+    model: str | Path | None, options: BenchOptions
+) -> Iterator[tuple[str, Path]]:
+    """Yield the name and folder of the model to time, a random one if requested."""
+    if not options.names_one_model(model):
+        raise HalveError(
+            "Not exactly one model is named.",
+            "Name a model, or set one of random_llama and random_opt (--random-llama, "
+            "--random-opt).",
+        )
+    if model is not None:
+        yield str(model), resolve_model(model)
+        return
+    sizes = {"llama": options.random_llama, "opt": options.random_opt}
+    [(family, size)] = [
+        (name, size) for name, size in sizes.items() if size is not None
+    ]
+    pattern = parse_pattern(options.sparsity)
+    with TemporaryDirectory(prefix="halve-bench-") as folder:
+        options.progress(f"generating a random {family} {size}")
+        write_random_model(Path(folder), family, size, pattern)
+        yield f"random {family} {size}, {options.sparsity} zeros", Path(folder)
+
+
+@contextmanager
+def _counterparts(source: Path, options: BenchOptions) -> Iterator[tuple[Path, Path]]:
+    """Yield a model dense and packed; the one that is missing is temporary."""
+    with TemporaryDirectory(prefix="halve-bench-") as folder:
+        other = Path(folder) / "model"
+        if Checkpoint.open(source).is_packed:
+            options.progress("unpacking")
+            unpack_model(source, other, PackOptions(False, options.trust_remote_code))
+            yield other, source
+        else:
+            options.progress("packing")
+            # Positive zeros take fewer bytes, and give the same products.
+            pack_model(source, other, PackOptions(True, options.trust_remote_code))
+            yield source, other
 
 
 def inspect(model: str | Path, *, trust_remote_code: bool = False) -> Inspection:
     """Count what is in a model's files: sparsity and pattern of every prunable matrix.
 
     Args:
-        model: A folder or a name on the hub.
-        trust_remote_code: Whether Python code that comes with the model may run.
+        model: A folder or a name on the Hub.
+        trust_remote_code: Allow Python code that comes with the model to run.
 
     Returns:
-        For each matrix its shape, dtype, share of zeros, tightest pattern, bytes, and
-        whether it is packed;
-        for the whole model its parameters, zeros and bytes.
+        For each matrix its shape, dtype, fraction of zeros, tightest pattern, bytes,
+        and whether it is packed; for the whole model its parameters, zeros and bytes.
 
     Raises:
-        HalveError: Whatever a user can put right, in two sentences.
+        HalveError: Any error that you can fix; the message says what is wrong and what
+            to do.
 
     Cost:
         Reads every tensor once; memory for one tensor at a time.
@@ -293,26 +449,26 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False) -> Inspection
 
 
 def verify(out: str | Path, *, trust_remote_code: bool = False) -> Verification:
-    """Check a folder that Halve has made against what was written and promised.
+    """Check a folder that Halve wrote against its record, `halve.json`.
 
-    Every file that was written is compared with its SHA-256 in `halve.json`, and that
-    file with its own: a flipped bit or a cut byte is found in any of them. Where all
-    are the same, every matrix is counted: its zeros, its n:m pattern, and whether its
-    values lie on the grid that it was rounded to. Files that were added and that no
-    one loads are not looked at. It tells damage, not forgery: there is no signature.
+    Every file is compared with its SHA-256 in `halve.json`, and that file with its own
+    checksum, so a flipped bit or a missing byte in any of them is detected. If all
+    match, every matrix is checked: its zeros, its n:m pattern, and whether its values
+    lie on the grid to which it was quantized. Files that were added and that nothing
+    loads are ignored. This detects damage, not forgery: there is no signature.
 
     Args:
-        out: A folder that `prune`, `pack` or `unpack` has made, or a name on the hub.
-        trust_remote_code: Whether Python code that comes with the model may run.
+        out: A folder that `prune`, `pack` or `unpack` wrote, or a name on the Hub.
+        trust_remote_code: Allow Python code that comes with the model to run.
 
     Returns:
-        What was checked, and a finding for each file or matrix that is not as it should
-        be; `sound` where there is none.
+        What was checked, and a finding for each file or matrix that differs; `sound` if
+        there is none.
 
     Raises:
-        CheckpointError: `halve.json` is not there, or is itself not what was written,
-            so that nothing can be held against it.
-        HalveError: Whatever a user can put right, in two sentences.
+        CheckpointError: `halve.json` is missing, or itself damaged, so that nothing can
+            be checked.
+        HalveError: Any other error that you can fix.
 
     Cost:
         Reads every file twice; memory for one tensor at a time.

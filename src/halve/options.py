@@ -1,79 +1,345 @@
-"""What the user chose, and what makes no sense of it."""
+"""The options of every command, each declared once.
 
+A field's annotation carries its help text, unit, choices and heading (`Option`). The
+command line, the keywords of the Python functions and `docs/api/options.md` are built
+from these classes or tested against them. Importing this module loads neither torch nor
+typer, so that `halve --help` is fast.
+"""
+
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import Field, dataclass, fields
+from textwrap import fill
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, get_args
 
 from halve.errors import HalveError
-from halve.grids import QuantScheme, parse_scheme, schemes_for_bits
-from halve.patterns import NM, Pattern, Unstructured, parse_pattern
-from halve.records import Progress
-from halve.solvers import SOLVERS
 
-# Solvers whose targets are corrected unless the user says otherwise: where it measures
-# better. The others are as they were published.
+if TYPE_CHECKING:
+    from halve.grids import QuantScheme
+    from halve.patterns import Pattern
+    from halve.records import Progress
+
+# Headings of `--help` and of the reference page, in their order.
+PANELS = (
+    TARGET := "Target",
+    TEXT := "Text",
+    MODEL := "Random model",
+    MEASUREMENT := "Measurement",
+    SOLVER := "Solver",
+    CALIBRATION := "Calibration",
+    FEW_BITS := "Few bits",
+    RESOURCES := "Resources",
+    OUTPUT := "Output",
+)
+_LENGTH = "the model's maximum, or 2048 if that is less"
+
+# Names that the modules below define. They are repeated here because those modules
+# import torch; a test compares them.
+SOLVER_CHOICES = ("auto", "admm", "sparsegpt", "wanda", "magnitude")
+QUANTIZE_CHOICES = ("int8", "int4", "int3", "int2")
+ALLOCATION_CHOICES = ("uniform", "error")
+
+# Solvers that correct their targets by default, because it lowers their error. The
+# others follow their papers, which do not.
 _SEQUENTIAL = ("auto", "admm")
-# One window in so many is kept apart where something is chosen.
+# One calibration window in this many is held out where something is selected.
 _HELD_OUT = 16
-_ALLOCATIONS = ("uniform", "error")
 
 
 @dataclass(frozen=True)
-class PruneOptions:
-    """What the user chose, as far as it changes the result.
+class Option:
+    """What a user reads about one option.
 
     Attributes:
-        sparsity: `50%`, `0.5` or `2:4`.
-        solver: A name of `halve.solvers.SOLVERS`.
-        calibration: Name of a corpus, a file, or `self`.
-        samples: Calibration windows.
-        seq_len: Tokens in each; None for the model's own length, 2048 at most.
-        seed: Of the windows.
-        damping: Share of the mean diagonal added to Gram matrices.
-        block_size: Columns that SparseGPT handles at once.
-        device: `cpu`, `cuda` or `auto`.
-        packed: Whether matrices are stored packed.
-        refit: Whether the kept weights are tuned once the mask is chosen.
-        sequential: Whether the matrices of a block are pruned in the order in which
-            data meets them, for error-corrected targets; None leaves it to the solver.
-        refine: Whether whole blocks are tuned after they are pruned.
-        epochs: Passes over the windows for that.
-        quantize: `int8`, `int4`, `int3` or `int2` to round the kept weights to a grid
-            of so many bits; None to leave them as they are. The sparsity may be 0 then.
-        group_size: Weights that share a scale.
-        symmetric: Whether grids have no zero points.
-        target_bits: Bits a weight, mask and scales included: the sparsity and the grid
-            are chosen for each matrix among the pairs that take so many.
-        allocation: How an unstructured sparsity is shared out over the blocks:
-            `uniform`, or by their `error`.
+        help: What it does, in one sentence.
+        panel: Heading under which `--help` lists it.
+        choices: Values that it accepts, where they are a closed set.
+        unit: Unit of its value. The command line accepts `bytes` as a size (`8GiB`).
+        unset: What the default, None, stands for.
+        minimum: Smallest value that it accepts.
+        maximum: Largest value that it accepts.
+        flags: Its names on the command line, where they differ from the field's name.
+        metavar: Placeholder for its value in `--help`.
+        details: Further sentences, for the reference page and docstrings only.
     """
 
-    sparsity: str | float = "50%"
-    solver: str = "auto"
-    calibration: str = "c4"
-    samples: int = 128
-    seq_len: int | None = None
-    seed: int = 0
-    damping: float = 0.01
-    block_size: int = 128
-    device: str = "auto"
-    packed: bool = False
-    refit: bool = False
-    sequential: bool | None = None
-    refine: bool = False
-    epochs: int = 3
-    quantize: str | None = None
-    group_size: int = 128
-    symmetric: bool = True
-    target_bits: float | None = None
-    allocation: str = "uniform"
+    help: str
+    panel: str = ""
+    choices: tuple[str, ...] = ()
+    unit: str = ""
+    unset: str = ""
+    minimum: int | None = None
+    maximum: int | None = None
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    details: str = ""
+
+
+def option_of(annotation: Any) -> Option | None:  # noqa: ANN401
+    """Return the `Option` in an annotation; None where it has none."""
+    return next(
+        (part for part in get_args(annotation) if isinstance(part, Option)), None
+    )
+
+
+def options_of(options: Any) -> list[tuple[Field, Option]]:  # noqa: ANN401
+    """Return the fields of an options class, or instance, that a user may set."""
+    pairs = [(field, option_of(field.type)) for field in fields(options)]
+    return [(field, option) for field, option in pairs if option is not None]
+
+
+def describe_options(*classes: type) -> str:
+    """Return the `Attributes` or `Args` lines for all options of some classes."""
+    paragraphs = [
+        fill(
+            f"{field.name}: {full_text(option)}",
+            width=80,
+            initial_indent="    ",
+            subsequent_indent="        ",
+        )
+        for options in classes
+        for field, option in options_of(options)
+    ]
+    return "\n".join(paragraphs)
+
+
+def full_text(option: Option) -> str:
+    """Return an option's help, choices, unit, default and details, in sentences."""
+    unit = f"In {option.unit}." if option.unit else ""
+    unset = f"Default: {option.unset}." if option.unset else ""
+    sentences = [with_choices(option), unit, unset, option.details]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def with_choices(option: Option) -> str:
+    """Return an option's help, followed by its choices if it has any."""
+    choices = f" One of {', '.join(option.choices)}." if option.choices else ""
+    return option.help + choices
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def _documented(options: _Class) -> _Class:
+    """Append the help of every option to the docstring of an options class."""
+    options.__doc__ = f"{options.__doc__}\n\nAttributes:\n{describe_options(options)}\n"
+    return options
+
+
+def _check_ranges(options: Any) -> None:  # noqa: ANN401
+    """Raise HalveError on the first number outside the range of its option."""
+    for field, option in options_of(options):
+        value = getattr(options, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            _check_range(field.name, option, number)
+
+
+def _check_range(name: str, option: Option, value: Any) -> None:  # noqa: ANN401
+    if option.minimum is not None and value is not None and value < option.minimum:
+        raise HalveError(
+            f"{name} is {value}, which is too small.",
+            f"Set {name} to {option.minimum} or more ({_flag(name, option)}).",
+        )
+    if option.maximum is not None and value is not None and value > option.maximum:
+        raise HalveError(
+            f"{name} is {value}, which is too large.",
+            f"Set {name} to {option.maximum} or less ({_flag(name, option)}).",
+        )
+
+
+def _flag(name: str, option: Option) -> str:
+    return option.flags[0] if option.flags else f"--{name.replace('_', '-')}"
+
+
+Device = Annotated[
+    str, Option("Where to compute: cpu, cuda, or auto (cuda if available).", RESOURCES)
+]
+ActivationMemory = Annotated[
+    int | None,
+    Option(
+        "Memory for hidden states, such as 8GiB; the rest spills to disk.",
+        RESOURCES,
+        unit="bytes",
+        unset="a quarter of the machine's memory",
+        metavar="SIZE",
+        details="Spilled hidden states are read from a memory-mapped file. Changes no "
+        "result.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, Option("Allow Python code that comes with the model to run.")
+]
+
+
+@_documented
+@dataclass(frozen=True)
+class PruneOptions:
+    """Options of pruning that change the result."""
+
+    sparsity: Annotated[
+        str | float,
+        Option(
+            "Fraction of weights to prune (50% or 0.5), or n:m, such as 2:4.",
+            TARGET,
+            details="With n:m, at most n of every m consecutive inputs of a row stay "
+            "nonzero. 0 is accepted together with quantize.",
+        ),
+    ] = "50%"
+    solver: Annotated[
+        str,
+        Option(
+            "Algorithm that prunes one matrix.",
+            SOLVER,
+            choices=SOLVER_CHOICES,
+            details="auto computes admm and wanda with refit for each matrix and takes "
+            "the one with the lower error on held-out windows, a sixteenth of all.",
+        ),
+    ] = "auto"
+    calibration: Annotated[
+        str,
+        Option(
+            "Calibration text: c4, wikitext2, ptb, a Hub data set, a .txt, .jsonl or "
+            ".parquet file, stdlib (this Python's sources), or self (text sampled from "
+            "the model).",
+            CALIBRATION,
+            details="With self, the model must fit into memory.",
+        ),
+    ] = "c4"
+    samples: Annotated[
+        int,
+        Option(
+            "Number of calibration windows.",
+            CALIBRATION,
+        ),
+    ] = 128
+    seq_len: Annotated[
+        int | None,
+        Option("Length of a window.", CALIBRATION, unit="tokens", unset=_LENGTH),
+    ] = None
+    seed: Annotated[
+        int, Option("Seed for drawing the calibration windows.", CALIBRATION)
+    ] = 0
+    damping: Annotated[
+        float,
+        Option(
+            "Fraction of the mean diagonal to add to Gram matrices.",
+            SOLVER,
+            details="From 0 to 1.",
+        ),
+    ] = 0.01
+    block_size: Annotated[
+        int,
+        Option(
+            "Columns that sparsegpt processes at a time.",
+            SOLVER,
+        ),
+    ] = 128
+    device: Device = "auto"
+    packed: Annotated[
+        bool,
+        Option(
+            "Store the pruned matrices packed, as `halve pack` does.",
+            OUTPUT,
+            flags=("--pack",),
+        ),
+    ] = False
+    refit: Annotated[
+        bool,
+        Option(
+            "Tune the remaining weights once the mask is chosen.",
+            SOLVER,
+            details="Runs conjugate gradients on the layer error, which never rises. "
+            "admm always does this.",
+        ),
+    ] = False
+    sequential: Annotated[
+        bool | None,
+        Option(
+            "Prune the matrices of a block in order, each correcting for the pruning "
+            "of those before it.",
+            SOLVER,
+            unset="on for auto and admm, off for the others",
+            flags=("--sequential/--no-sequential",),
+            details="The target of each matrix is corrected so that its outputs on the "
+            "pruned model's inputs approximate the dense model's outputs.",
+        ),
+    ] = None
+    refine: Annotated[
+        bool,
+        Option(
+            "Tune each pruned block to reproduce the dense block's outputs.",
+            SOLVER,
+            details="Adam updates the remaining weights, biases and norms; no labels "
+            "are used. A sixteenth of the windows is held out and the best state on "
+            "those is stored, so the held-out error never rises.",
+        ),
+    ] = False
+    epochs: Annotated[
+        int,
+        Option(
+            "Passes over the windows for --refine.",
+            SOLVER,
+        ),
+    ] = 3
+    quantize: Annotated[
+        str | None,
+        Option(
+            "Quantize the remaining weights to a grid of this many bits.",
+            FEW_BITS,
+            choices=QUANTIZE_CHOICES,
+            unset="no quantization",
+            details="The error of each rounding is compensated by the weights that are "
+            "quantized later. The output stores dequantized values in the model's "
+            "dtype, and halve.json the grid of each matrix.",
+        ),
+    ] = None
+    group_size: Annotated[
+        int,
+        Option(
+            "Consecutive weights of a row that have one scale.",
+            FEW_BITS,
+        ),
+    ] = 128
+    symmetric: Annotated[
+        bool,
+        Option(
+            "Quantize symmetrically, or asymmetrically with zero points.",
+            FEW_BITS,
+            flags=("--symmetric/--asymmetric",),
+        ),
+    ] = True
+    target_bits: Annotated[
+        float | None,
+        Option(
+            "Bits per weight, including mask and scales; selects sparsity and grid.",
+            FEW_BITS,
+            unset="the given sparsity and grid",
+            details="Both are selected for each matrix on held-out windows, among the "
+            "pairs of that size. Cannot be combined with sparsity or quantize.",
+        ),
+    ] = None
+    allocation: Annotated[
+        str,
+        Option(
+            "How an unstructured sparsity is distributed over the blocks: equally, or "
+            "less for blocks with a larger error.",
+            TARGET,
+            choices=ALLOCATION_CHOICES,
+            details="error tries several allocations on the whole model and takes the "
+            "one that diverges least on held-out windows, uniform included. The whole "
+            "model then has floor(weights * sparsity) zeros, exactly.",
+        ),
+    ] = "uniform"
 
     @property
-    def pairs(self) -> list[tuple[Pattern, QuantScheme | None]]:
-        """Patterns and grids to choose from; one, unless bits are what is given."""
+    def pairs(self) -> "list[tuple[Pattern, QuantScheme | None]]":
+        """Pairs of pattern and grid to select from; one unless target_bits is set."""
+        from halve.grids import parse_scheme, schemes_for_bits  # noqa: PLC0415
+        from halve.patterns import Unstructured, parse_pattern  # noqa: PLC0415
+
         if self.target_bits is not None:
-            found = schemes_for_bits(self.target_bits, self.group_size, self.symmetric)
-            return [(Unstructured(sparsity), grid) for sparsity, grid in found]
+            pairs = schemes_for_bits(self.target_bits, self.group_size, self.symmetric)
+            return [(Unstructured(sparsity), grid) for sparsity, grid in pairs]
         if self.quantize is None:
             return [(parse_pattern(self.sparsity), None)]
         grid = parse_scheme(self.quantize, self.group_size, self.symmetric)
@@ -81,181 +347,337 @@ class PruneOptions:
 
     @property
     def corrects(self) -> bool:
-        """Whether matrices are pruned in order, for error-corrected targets."""
+        """Whether matrices are pruned in order, with error-corrected targets."""
         if self.sequential is None:
             return self.solver in _SEQUENTIAL
         return self.sequential
 
     @property
     def has_dense(self) -> bool:
-        """Whether the dense model runs beside, to be compared with."""
+        """Whether the hidden states of the dense model are computed as well."""
         return self.corrects or self.refine
 
     @property
     def activation_parts(self) -> int:
-        """Into how many parts the memory for activations is cut.
+        """Number of equal parts into which the memory for activations is divided.
 
-        Two streams, where there are two, and what the dense one leaves behind.
+        With a dense model: one for each model's hidden states, and one for the dense
+        inputs of a block's matrices.
         """
         return 3 if self.has_dense else 1
 
     @property
     def held_out(self) -> int:
-        """Windows kept apart, to choose by."""
-        chooses = self.solver == "auto" or self.refine or len(self.pairs) > 1
-        return max(self.samples // _HELD_OUT, 1) if chooses else 0
+        """Number of windows held out to select candidates and refined states."""
+        selects = self.solver == "auto" or self.refine or len(self.pairs) > 1
+        return max(self.samples // _HELD_OUT, 1) if selects else 0
 
     @property
     def allocation_held_out(self) -> int:
-        """Windows kept apart while allocations are tried, to judge those by."""
+        """Number of windows held out to judge allocations."""
         return max(self.samples // _HELD_OUT, 1) if self.allocation == "error" else 0
 
     def check(self) -> None:
-        """Raise HalveError on the first setting that makes no sense."""
-        _ = self.pairs  # raises where they make no sense
-        if self.target_bits is not None and (
-            self.quantize or self.sparsity != PruneOptions.sparsity
-        ):
-            raise HalveError(
-                "A sparsity or grid was given as well as bits a weight, by which both "
-                "are chosen.",
-                "Pass --target-bits alone, or the other two.",
-            )
-        if self.solver not in ("auto", *SOLVERS):
-            raise HalveError(
-                f"There is no solver {self.solver!r}.",
-                f"Choose one of auto, {', '.join(SOLVERS)}.",
-            )
+        """Raise HalveError on the first option, or combination, that is invalid."""
+        _ = self.pairs  # parses the pattern and the grid
+        self._check_target_bits()
+        self._check_choice("solver", SOLVER_CHOICES)
+        self._check_choice("allocation", ALLOCATION_CHOICES)
         for name in ("samples", "block_size", "seq_len", "epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise HalveError(
-                    f"{name} is {value}, which is not positive.", "Pass 1 or more."
-                )
-        self._check_grids()
+            self._check_positive(name)
+        self._check_grid_options()
         self._check_allocation()
-        if max(self.held_out, self.allocation_held_out) >= self.samples:
+        self._check_held_out()
+        self._check_damping()
+
+    def _check_target_bits(self) -> None:
+        if self.target_bits is None:
+            return
+        if self.quantize or self.sparsity != PruneOptions.sparsity:
             raise HalveError(
-                f"One of {self.samples} samples was to be kept apart to choose by, and "
-                "none would be left to calibrate on.",
-                "Pass --samples 2 or more.",
-            )
-        if not 0 <= self.damping <= 1:
-            raise HalveError(
-                f"The damping is {self.damping}; a share of the mean diagonal from 0 "
-                "to 1 was expected.",
-                "Pass --damping 0.01.",
+                "target_bits selects the sparsity and the grid, but one of them was "
+                "given as well.",
+                "Set target_bits alone (--target-bits), or sparsity and quantize "
+                "(--sparsity, --quantize).",
             )
 
-    def _check_grids(self) -> None:
-        chosen = (self.group_size, self.symmetric)
-        if self.pairs[0][1] is None and chosen != (
-            PruneOptions.group_size,
-            PruneOptions.symmetric,
-        ):
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
             raise HalveError(
-                "A group size or zero points were asked for, but nothing is rounded.",
-                "Pass --quantize int4 or --target-bits as well.",
+                f"There is no {name} {value!r}.",
+                f"Set {name} to one of {', '.join(choices)} (--{name}).",
+            )
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value < 1:
+            raise HalveError(
+                f"{name} is {value}, which is not positive.",
+                f"Set {name} to 1 or more (--{name.replace('_', '-')}).",
+            )
+
+    def _check_grid_options(self) -> None:
+        chosen = (self.group_size, self.symmetric)
+        default = (PruneOptions.group_size, PruneOptions.symmetric)
+        if self.pairs[0][1] is None and chosen != default:
+            raise HalveError(
+                "group_size or symmetric was given, but nothing is quantized.",
+                "Set quantize or target_bits as well (--quantize int4, "
+                "--target-bits 3).",
             )
 
     def _check_allocation(self) -> None:
-        if self.allocation not in _ALLOCATIONS:
-            raise HalveError(
-                f"There is no allocation {self.allocation!r}.",
-                f"Choose one of {', '.join(_ALLOCATIONS)}.",
-            )
         if self.allocation == "uniform":
             return
+        from halve.patterns import NM  # noqa: PLC0415
+
         pattern, *others = [pattern for pattern, _ in self.pairs]
-        if isinstance(pattern, NM) or pattern.sparsity == 0 or others:
-            what = "A number of bits a weight" if others else f"The pattern {pattern}"
+        if not (isinstance(pattern, NM) or pattern.sparsity == 0 or others):
+            return
+        target = "target_bits" if others else f"The pattern {pattern}"
+        raise HalveError(
+            f"{target} prunes all blocks alike, so allocation {self.allocation!r} has "
+            "nothing to distribute.",
+            "Set allocation to uniform (--allocation uniform), or sparsity to a "
+            "fraction such as 50%.",
+        )
+
+    def _check_held_out(self) -> None:
+        if max(self.held_out, self.allocation_held_out) >= self.samples:
             raise HalveError(
-                f"{what} prunes all blocks alike, so there is nothing to share out by "
-                f"{self.allocation}.",
-                "Pass --allocation uniform, or an unstructured sparsity such as 50%.",
+                f"samples is {self.samples}, of which one is held out, so none is left "
+                "for calibration.",
+                "Set samples to 2 or more (--samples).",
+            )
+
+    def _check_damping(self) -> None:
+        if not 0 <= self.damping <= 1:
+            raise HalveError(
+                f"damping is {self.damping}, which is not a fraction of the mean "
+                "diagonal.",
+                "Set damping to a value between 0 and 1, such as 0.01 (--damping).",
             )
 
 
+@_documented
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes about it; nothing here changes the result.
+    """Options of a pruning run that change no result."""
 
-    Attributes:
-        activation_memory: Bytes of hidden states that may live in a process's memory;
-            None for a quarter of the machine's, shared by the processes on it.
-        memory: Bytes that a process may take, by which that is chosen (`plan_memory`).
-        trust_remote_code: Whether Python code that comes with the model may run.
-        progress: Told of each phase.
-    """
+    activation_memory: ActivationMemory = None
+    memory: Annotated[
+        int | None,
+        Option(
+            "Limit on the memory of the whole process, such as 20GiB.",
+            RESOURCES,
+            unit="bytes",
+            unset="no limit",
+            metavar="SIZE",
+            details="Decides how much of the hidden states spills to disk, and whether "
+            "the Gram matrices of a block's widest inputs are deferred and computed "
+            "from disk. A run that cannot fit is refused before it starts. Changes no "
+            "result.",
+        ),
+    ] = None
+    trust_remote_code: TrustRemoteCode = False
+    progress: "Callable[[Progress], None]" = lambda progress: None
 
-    activation_memory: int | None = None
-    memory: int | None = None
-    trust_remote_code: bool = False
-    progress: Callable[[Progress], None] = lambda progress: None
 
-
+@_documented
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to judge on, and how.
+    """Options of an evaluation."""
 
-    Attributes:
-        data: wikitext2, ptb, c4, stdlib, a data set of the hub, or a file.
-        seq_len: Tokens in a segment; None for the model's own length, 2048 at most.
-        segments: At most so many; None for all.
-        device: `cpu`, `cuda` or `auto`.
-        activation_memory: Bytes of hidden states that may live in memory; None for a
-            quarter of the machine's.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        progress: Told of each block: its index and how many there are.
-    """
-
-    data: str = "wikitext2"
-    seq_len: int | None = None
-    segments: int | None = None
-    device: str = "auto"
-    activation_memory: int | None = None
-    trust_remote_code: bool = False
+    data: Annotated[
+        str,
+        Option(
+            "Text to evaluate on: wikitext2, ptb, c4, stdlib, a Hub data set, or a "
+            ".txt, .jsonl or .parquet file.",
+            TEXT,
+            details="wikitext2 (joined by blank lines) and ptb are the test splits; c4 "
+            "is the first 1100 documents of the validation split, 256 segments; stdlib "
+            "is the modules of this Python's library that calibration does not use.",
+        ),
+    ] = "wikitext2"
+    seq_len: Annotated[
+        int | None,
+        Option("Length of a segment.", TEXT, unit="tokens", unset=_LENGTH),
+    ] = None
+    segments: Annotated[
+        int | None,
+        Option(
+            "Maximum number of segments, from the beginning of the text.",
+            TEXT,
+            unset="all",
+            minimum=1,
+        ),
+    ] = None
+    device: Device = "auto"
+    activation_memory: ActivationMemory = None
+    trust_remote_code: TrustRemoteCode = False
     progress: Callable[[int, int], None] = lambda block, blocks: None
 
+    def check(self) -> None:
+        """Raise HalveError on the first number out of range."""
+        _check_ranges(self)
 
+
+@_documented
 @dataclass(frozen=True)
 class PackOptions:
-    """What is asked for.
+    """Options of packing and unpacking."""
 
-    Attributes:
-        positive_zeros: Whether minus zeros become zeros first. They arise where a
-            weight was multiplied by a mask, and are kept, bit for bit, otherwise.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        progress: Told of each file.
-    """
+    positive_zeros: Annotated[
+        bool,
+        Option(
+            "Turn negative zeros into zeros first, which saves their bytes.",
+            OUTPUT,
+            details="They result from multiplying a weight by a mask. Otherwise they "
+            "are stored like any other weight, bit for bit.",
+        ),
+    ] = False
+    trust_remote_code: TrustRemoteCode = False
+    progress: "Callable[[Progress], None]" = lambda progress: None
 
-    positive_zeros: bool = False
-    trust_remote_code: bool = False
-    progress: Callable[[Progress], None] = lambda progress: None
 
-
+@_documented
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure.
+    """Options of a benchmark."""
 
-    Attributes:
-        name: Of the model, for the table.
-        dense: Folder of the model, dense.
-        packed: Folder of the same model, packed.
-        prompt: Tokens of the prompt, 0 for no such test; None for 512, or what the
-            model takes.
-        generated: Tokens generated, 0 for no such test; None for 128, or what the model
-            takes.
-        batches: Sequences decoded at once.
-        rounds: How often.
-        trust_remote_code: Whether Python code that comes with the model may run.
-    """
+    random_llama: Annotated[
+        str | None,
+        Option(
+            "Generate a random Llama of this size instead: 110m, 1.2b or 7b.",
+            MODEL,
+            metavar="SIZE",
+        ),
+    ] = None
+    random_opt: Annotated[
+        str | None,
+        Option(
+            "Generate a random OPT of this size instead: 125m, 1.3b or 6.7b.",
+            MODEL,
+            metavar="SIZE",
+        ),
+    ] = None
+    sparsity: Annotated[
+        str | float, Option("Sparsity of the random model: 50%, 0.5 or 2:4.", MODEL)
+    ] = "50%"
+    prompt: Annotated[
+        int | None,
+        Option(
+            "Tokens of the prompt; 0 skips the test.",
+            MEASUREMENT,
+            unit="tokens",
+            unset="512, or the model's maximum",
+            minimum=0,
+            flags=("--pp",),
+        ),
+    ] = None
+    generated: Annotated[
+        int | None,
+        Option(
+            "Tokens to generate; 0 skips the test.",
+            MEASUREMENT,
+            unit="tokens",
+            unset="128, or the model's maximum",
+            minimum=0,
+            flags=("--tg",),
+        ),
+    ] = None
+    batches: Annotated[
+        tuple[int, ...],
+        Option(
+            "Sequences to decode at a time; may be repeated.",
+            MEASUREMENT,
+            minimum=1,
+            flags=("--batch",),
+        ),
+    ] = (1, 4, 16)
+    rounds: Annotated[
+        int,
+        Option("Number of repetitions.", MEASUREMENT, minimum=1),
+    ] = 5
+    threads: Annotated[
+        int | None,
+        Option(
+            "Number of threads.",
+            MEASUREMENT,
+            unset="torch's own setting",
+            minimum=1,
+            maximum=4 * (os.cpu_count() or 1),
+        ),
+    ] = None
+    trust_remote_code: TrustRemoteCode = False
+    progress: Callable[[str], None] = lambda step: None
 
-    name: str
-    dense: Path
-    packed: Path
+    def check(self) -> None:
+        """Raise HalveError on the first number out of range."""
+        _check_ranges(self)
+
+    def names_one_model(self, model: str | os.PathLike[str] | None) -> bool:
+        """Return whether exactly one model, given or random, is named."""
+        named = (model, self.random_llama, self.random_opt)
+        return sum(name is not None for name in named) == 1
+
+
+class RunKeywords(TypedDict, total=False):
+    """The fields of `RunOptions` as keywords."""
+
+    activation_memory: int | None
+    memory: int | None
+    trust_remote_code: bool
+    progress: "Callable[[Progress], None]"
+
+
+class PruneKeywords(RunKeywords, total=False):
+    """The fields of `PruneOptions` and `RunOptions` as keywords."""
+
+    sparsity: str | float
+    solver: str
+    calibration: str
+    samples: int
+    seq_len: int | None
+    seed: int
+    damping: float
+    block_size: int
+    device: str
+    packed: bool
+    refit: bool
+    sequential: bool | None
+    refine: bool
+    epochs: int
+    quantize: str | None
+    group_size: int
+    symmetric: bool
+    target_bits: float | None
+    allocation: str
+
+
+class EvalKeywords(TypedDict, total=False):
+    """The fields of `EvalOptions` as keywords."""
+
+    data: str
+    seq_len: int | None
+    segments: int | None
+    device: str
+    activation_memory: int | None
+    trust_remote_code: bool
+    progress: Callable[[int, int], None]
+
+
+class BenchKeywords(TypedDict, total=False):
+    """The fields of `BenchOptions` as keywords."""
+
+    random_llama: str | None
+    random_opt: str | None
+    sparsity: str | float
     prompt: int | None
     generated: int | None
     batches: tuple[int, ...]
     rounds: int
-    trust_remote_code: bool = False
+    threads: int | None
+    trust_remote_code: bool
+    progress: Callable[[str], None]

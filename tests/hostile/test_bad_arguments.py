@@ -1,4 +1,4 @@
-"""Bad arguments, texts and output folders are refused, and nothing is touched."""
+"""Invalid arguments, texts and output folders are refused; no file is changed."""
 
 import fcntl
 import json
@@ -23,12 +23,12 @@ FEW = ("--samples", 4, "--seq-len", 16, "--quiet", "--device", "cpu")
 
 @pytest.fixture
 def prune_refused(refused, pico, text, tmp_path):
-    """Return a function that prunes a good model with some bad arguments."""
+    """Return a function that prunes a valid model with some invalid arguments."""
 
-    def run(*words, model=None, out=None, calibration=text, **expected):
+    def run(*arguments, model=None, out=None, calibration=text, **expected):
         return refused(
             *("prune", model or pico("llama"), "-o", out or tmp_path / "out"),
-            *("--calibration", calibration, *FEW, *words),
+            *("--calibration", calibration, *FEW, *arguments),
             **expected,
         )
 
@@ -103,8 +103,8 @@ MODELS = {
     "no such folder": ("./nonesuch", ("nonesuch", "path")),
     "no such folder, absolute": ("/nonesuch/folder", ("/nonesuch/folder", "path")),
     "no such model": ("nonesuch", ("nonesuch", "network")),
-    "no way to the hub": ("facebook/opt-125m", ("facebook/opt-125m", "network")),
-    "no name of the hub": ("a b", ("a b", "name")),
+    "hub unreachable": ("facebook/opt-125m", ("facebook/opt-125m", "network")),
+    "no valid name": ("a b", ("a b", "name")),
     "endless": ("a" * 5000, ("path",)),
     "unknown home": ("~nobody-here/model", ("~nobody-here", "path")),
     "a file": (__file__, ("is a file", "folder")),
@@ -119,14 +119,14 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("row", MODELS)
-def test_models_that_are_not_there(row, command, refused, text, tmp_path):
+def test_models_that_do_not_exist(row, command, refused, text, tmp_path):
     name, mentions = MODELS[row]
     words = COMMANDS[command](name, text, tmp_path / "out")
     refused(*words, mentions=mentions)
 
 
 def test_hub_that_refuses_connections(prune_refused, monkeypatch):
-    """As without a network, but through every layer of the hub's library."""
+    """As without a network, but through every layer of huggingface_hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     prune_refused(model="someone/model", mentions=("someone/model", "network"))
@@ -215,7 +215,7 @@ def test_parquet_without_text(column, prune_refused, tmp_path):
     prune_refused(calibration=path, mentions=("a.parquet", "`text`"))
 
 
-def test_a_folder_is_no_text(prune_refused, tmp_path):
+def test_a_folder_is_not_a_text(prune_refused, tmp_path):
     (tmp_path / "texts").mkdir()
     prune_refused(calibration=tmp_path / "texts", mentions=("texts",))
 
@@ -275,7 +275,7 @@ RECORDS = ("garbage", "{}", "7", '{"blocks": 7}')
 
 
 @pytest.mark.parametrize("row", OUTPUTS)
-def test_outputs_that_are_taken(row, prune_refused, tmp_path):
+def test_outputs_that_exist(row, prune_refused, tmp_path):
     make, mentions = OUTPUTS[row]
     make(tmp_path / "out")
     prune_refused(mentions=mentions)
@@ -294,7 +294,7 @@ def test_output_that_is_the_model(prune_refused, pico, tmp_path):
     prune_refused(model=model, out=tmp_path / "link", mentions=("model itself",))
 
 
-def test_model_in_the_place_of_the_work(prune_refused, pico, tmp_path):
+def test_model_in_the_folder_of_the_work(prune_refused, pico, tmp_path):
     model = shutil.copytree(pico("llama"), tmp_path / "out.partial")
     prune_refused(model=model, mentions=("out.partial",))
 
@@ -308,7 +308,9 @@ OUT_NAMES = {
 
 
 @pytest.mark.parametrize("row", OUT_NAMES)
-def test_outputs_that_cannot_be(row, refused, pico, text, tmp_path, monkeypatch):
+def test_outputs_that_cannot_be_created(
+    row, refused, pico, text, tmp_path, monkeypatch
+):
     name, mentions = OUT_NAMES[row]
     (tmp_path / "taken").write_text("mine")
     monkeypatch.chdir(tmp_path)
@@ -323,7 +325,7 @@ def test_outputs_that_cannot_be_looked_up(name, refused, pico, text, tmp_path):
 
 
 def test_work_of_other_arguments_is_kept(prune_refused, tmp_path, monkeypatch):
-    """A run that failed half-way is not resumed by one that asks for other things."""
+    """A run that failed half-way is not resumed by one with other options."""
     monkeypatch.setattr("halve.checkpoint.disk.save_file", _full_disk)
     prune_refused(mentions=("disk is full",), started=True)
     words = ("--sparsity", "2:4", "--seed", 1)
@@ -351,7 +353,7 @@ def test_a_disk_known_to_be_too_small(prune_refused, monkeypatch):
     prune_refused(mentions=("free", "GiB"))
 
 
-def test_too_little_room_for_hidden_states(prune_refused, monkeypatch):
+def test_too_little_space_for_hidden_states(prune_refused, monkeypatch):
     monkeypatch.setattr("os.posix_fallocate", _full_disk)
     words = ("--activation-memory", "1")
     prune_refused(*words, mentions=("hidden states", "GiB"), started=True)
@@ -378,8 +380,8 @@ def test_a_disk_that_fills_up_loses_nothing(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_the_installed_command_says_one_line_and_no_more(pico, tmp_path):
-    """In a process of its own, where libraries could warn on standard error."""
+def test_the_installed_command_prints_one_line(pico, tmp_path):
+    """In a new process, in which libraries could warn on standard error."""
     model = shutil.copytree(pico("llama"), tmp_path / "spoilt")
     by.code(model)
     run = subprocess.run(
@@ -403,7 +405,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("row", PROMPTS)
-def test_prompts_that_cannot_be_gone_on_from(row, refused, pico):
+def test_prompts_that_cannot_be_continued(row, refused, pico):
     prompt, mentions = PROMPTS[row]
     refused("generate", pico("opt"), prompt, mentions=mentions)
 

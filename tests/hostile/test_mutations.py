@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import halve
 from halve.options import PruneOptions
-from halve.plan import make_plan
+from halve.pruning.plan import make_plan
 from tests.hostile import spoilers as by
 
 few = settings(

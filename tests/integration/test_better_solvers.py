@@ -12,11 +12,11 @@ from halve.errors import UnsupportedModelError
 from halve.layout import PlannedBlock
 from halve.options import PruneOptions
 from halve.patterns import parse_pattern
-from halve.plan import make_plan
 from halve.pruning.observe.activation_cache import cache_dense_inputs
 from halve.pruning.observe.block_state import BlockState, Streams
 from halve.pruning.observe.collect import collect
 from halve.pruning.observe.input_groups import stages
+from halve.pruning.plan import make_plan
 from halve.pruning.tune.block_reconstruction import _Tuning
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream

@@ -1,4 +1,4 @@
-"""The skin: what it prints where, and with which exit code."""
+"""The command line: what it prints, on which stream, and its exit codes."""
 
 import json
 import subprocess
@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+import halve
 from halve.cli import main
+from halve.errors import HalveError
 from tests.tables import BUNDLED
 
 
@@ -30,7 +32,7 @@ def options(text):
 
 
 @pytest.mark.parametrize(
-    "command", ["prune", "eval", "inspect", "verify", "generate", "demo"]
+    "command", ["prune", "eval", "inspect", "verify", "generate", "bench", "demo"]
 )
 def test_help_ends_with_examples(command, run):
     code, out, _ = run(command, "--help")
@@ -44,7 +46,25 @@ def test_bad_usage_exits_with_two(arguments, run):
     assert run(*arguments)[0] == 2
 
 
-def test_prune_prints_a_table_and_its_progress_apart(run, pico, options, tmp_path):
+def test_prune_help_has_panels(run):
+    _, out, _ = run("prune", "--help")
+    panels = ["Target", "Solver", "Calibration", "Few bits", "Resources", "Output"]
+    places = [out.index(f"─ {panel} ─") for panel in panels]
+    assert places == sorted(places)
+    for flag in (
+        "--sequential",
+        "--no-sequential",
+        "--asymmetric",
+        "--pack",
+        "--refit",
+    ):
+        assert flag in out
+    assert "--no-refit" not in out
+
+
+def test_prune_prints_a_table_and_its_progress_on_different_streams(
+    run, pico, options, tmp_path
+):
     code, out, err = run("prune", pico("llama"), "-o", tmp_path / "out", *options)
     assert code == 0
     assert "model.layers.1" in out
@@ -60,7 +80,7 @@ def test_prune_json_is_one_object_and_quiet_is_silent(run, pico, options, tmp_pa
     assert json.loads(out) == json.loads((target / "halve.json").read_text())
 
 
-def test_dry_run_says_what_would_be_done_and_does_nothing(run, pico, tmp_path):
+def test_dry_run_prints_the_plan_and_writes_nothing(run, pico, tmp_path):
     target = tmp_path / "out"
     code, out, _ = run("prune", pico("llama"), "-o", target, "--dry-run")
     assert code == 0
@@ -69,6 +89,10 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(run, pico, tmp_path):
     figures = json.loads(out)
     assert figures["prunable_weights"] == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert not any(tmp_path.iterdir())
+    plan = halve.plan(pico("llama")).to_dict()
+    assert plan["identity"] == figures["identity"]
+    assert plan["bytes_output"] == figures["bytes_output"]
+    assert plan.keys() == figures.keys()
 
 
 def test_the_dry_run_prints_every_phase(run, pico, tmp_path):
@@ -87,8 +111,8 @@ def test_the_dry_run_prints_every_phase(run, pico, tmp_path):
 
 
 def test_an_allocation_is_planned_and_printed(run, pico, options, tmp_path):
-    wanted = ["--allocation", "error", "--solver", "sparsegpt"]
-    arguments = ["prune", pico("llama"), "-o", tmp_path / "out", *options, *wanted]
+    chosen = ["--allocation", "error", "--solver", "sparsegpt"]
+    arguments = ["prune", pico("llama"), "-o", tmp_path / "out", *options, *chosen]
     code, out, _ = run(*arguments, "--dry-run")
     assert code == 0
     assert "after two to four trials" in out
@@ -98,7 +122,7 @@ def test_an_allocation_is_planned_and_printed(run, pico, options, tmp_path):
     assert "block 2 of 2: trying allocations, strength 0.05" in err
 
 
-def test_a_finished_run_says_so(run, pico, options, tmp_path):
+def test_a_finished_run_is_reported(run, pico, options, tmp_path):
     arguments = ["prune", pico("llama"), "-o", tmp_path / "out", *options]
     _, first, _ = run(*arguments)
     code, second, err = run(*arguments)
@@ -107,7 +131,7 @@ def test_a_finished_run_says_so(run, pico, options, tmp_path):
     assert "finished" in err
 
 
-def test_eval_and_inspect_speak_json(run, pico, text):
+def test_eval_and_inspect_print_json(run, pico, text):
     evaluate = ["eval", pico("gpt2"), "--data", text, "--seq-len", 32, "--segments", 3]
     code, out, _ = run(*evaluate, "--json", "--quiet")
     assert code == 0
@@ -118,11 +142,34 @@ def test_eval_and_inspect_speak_json(run, pico, text):
     assert json.loads(out)["matrices"][0]["pattern"] == "dense"
 
 
-def test_eval_prints_what_the_figure_rests_on(run, pico, text):
+def test_eval_prints_what_the_perplexity_was_measured_on(run, pico, text):
     evaluate = ["eval", pico("gpt2"), "--data", text, "--seq-len", 32, "--segments", 3]
     _, out, _ = run(*evaluate, "--against", pico("gpt2"))
-    for words in ("perplexity", "+/-", "KL divergence", "100.00%", "3 segments of 32"):
-        assert words in out
+    for phrase in ("perplexity", "+/-", "KL divergence", "100.00%", "3 segments of 32"):
+        assert phrase in out
+
+
+def test_bench_times_three_backends(run, pico, tmp_path):
+    halve.prune(pico("gpt2"), tmp_path / "out", solver="magnitude")
+    sizes = ["--pp", 0, "--tg", 2, "--batch", 1, "--batch", 2, "--rounds", 1]
+    code, out, err = run("bench", tmp_path / "out", *sizes, "--output", "json")
+    assert code == 0
+    assert "packing" in err
+    record = json.loads(out)
+    assert [result["test"] for result in record["results"]] == [
+        *(["tg2"] * 3),
+        *(["tg2 x2"] * 3),
+    ]
+    assert record["sizes"]["halve packed"] < record["sizes"]["halve dense"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["model", "--random-opt", "125m"]])
+def test_bench_takes_exactly_one_model(arguments, run):
+    code, _, err = run("bench", *arguments)
+    assert code == 2
+    assert "--random-llama" in err
+    with pytest.raises(HalveError, match="--random-llama"):
+        halve.bench(*arguments[:1], random_opt="125m" if arguments else None)
 
 
 def test_inspect_prints_every_matrix(run, pico):
@@ -131,7 +178,7 @@ def test_inspect_prints_every_matrix(run, pico):
     assert "Whole model" in out
 
 
-def test_generate_goes_on_from_the_prompt(run):
+def test_generate_continues_the_prompt(run):
     _, out, _ = run("generate", BUNDLED, "def main(", "--max-new-tokens", 8)
     assert out.startswith("def main(")
     assert len(out) > len("def main(\n")
@@ -146,7 +193,7 @@ def test_self_calibration_needs_no_text(run, pico, tmp_path):
 
 
 def test_help_loads_nothing_heavy():
-    """No torch, no transformers: `halve --help` is to be instant."""
+    """`halve --help` imports neither torch nor transformers, so that it is fast."""
     code = (
         "import sys, contextlib, halve.cli.app as a\n"
         "with contextlib.suppress(SystemExit): a.app(['--help'])\n"

@@ -1,4 +1,6 @@
-"""Perplexity and divergence, block by block, against the plain computation."""
+"""Perplexity and divergence, block by block, against a direct computation."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ def segments(text, length, count):
 
 
 @pytest.mark.parametrize("row", ["gpt2", "llama", "bloom"])
-def test_perplexity_is_the_plain_one(row, pico, text):
+def test_perplexity_equals_the_direct_computation(row, pico, text):
     found = evaluate(pico(row), EvalOptions(data=str(text), seq_len=32, segments=5))
     ids = segments(text, 32, 5)
     logits = plain_logits(pico(row), ids)[:, :-1]
@@ -39,10 +41,10 @@ def test_perplexity_is_the_plain_one(row, pico, text):
     assert (found.tokens, found.seq_len, found.segments) == (155, 32, 5)
 
 
-def test_divergence_is_the_plain_one(pico, text, tmp_path):
+def test_divergence_equals_the_direct_computation(pico, text, tmp_path):
     dense, out = pico("gpt2"), tmp_path / "out"
     halve.prune(dense, out, sparsity="70%", solver="magnitude")
-    found = compare(out, dense, EvalOptions(data=str(text), seq_len=32, segments=6))
+    found = halve.compare(out, dense, data=str(text), seq_len=32, segments=6)
     ids = segments(text, 32, 6)
     log_q, log_p = (
         plain_logits(folder, ids)[:, :-1].log_softmax(-1) for folder in (out, dense)
@@ -55,13 +57,13 @@ def test_divergence_is_the_plain_one(pico, text, tmp_path):
     )
     same = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
     assert found.agreement == pytest.approx(same, abs=0.01)
-    assert found.reference == judge_like(dense, text, found.reference)
+    assert found.reference == evaluated_like(dense, text, found.reference)
 
 
-def judge_like(model, text, record):
-    """Return a model's record with the seconds of another."""
-    own = evaluate(model, EvalOptions(data=str(text), seq_len=32, segments=6))
-    return type(own)(**{**vars(own), "seconds": record.seconds})
+def evaluated_like(model, text, record):
+    """Return a model's record, with the duration of another record."""
+    evaluated = evaluate(model, EvalOptions(data=str(text), seq_len=32, segments=6))
+    return replace(evaluated, seconds=record.seconds)
 
 
 def test_a_model_does_not_diverge_from_itself(pico, text):
@@ -76,9 +78,9 @@ def test_a_model_does_not_diverge_from_itself(pico, text):
 
 
 def test_small_batches_and_a_mapped_file_change_nothing(pico, text):
-    judging = EvalOptions(data=str(text), seq_len=32, segments=9)
+    resident = EvalOptions(data=str(text), seq_len=32, segments=9)
     mapped = EvalOptions(data=str(text), seq_len=32, segments=9, activation_memory=0)
-    first, second = evaluate(pico("opt"), judging), evaluate(pico("opt"), mapped)
+    first, second = evaluate(pico("opt"), resident), evaluate(pico("opt"), mapped)
     assert first.perplexity == second.perplexity
 
 
@@ -87,6 +89,12 @@ def test_too_long_segments_are_refused(pico, text):
         halve.perplexity(pico("llama"), data=str(text), seq_len=129)
 
 
-def test_the_bundled_model_is_as_good_as_its_training_left_it():
+def test_too_short_segments_are_refused(pico, text):
+    for length in (0, 1):
+        with pytest.raises(CalibrationError, match=f"seq_len is {length}"):
+            halve.perplexity(pico("llama"), data=str(text), seq_len=length)
+
+
+def test_the_bundled_model_has_the_perplexity_of_its_training():
     found = halve.perplexity(BUNDLED, data="stdlib", segments=40)
     assert 8 < found.perplexity < 17

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import halve
 from halve.options import PruneOptions
-from halve.plan import make_plan
+from halve.pruning.plan import make_plan
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream
 from tests.tables import FAMILIES, MIXTURES, SOLVERS

@@ -17,11 +17,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import halve
 from halve.errors import HalveError
 from halve.options import PruneOptions
-from halve.plan import make_plan
 from halve.pruning import MemoryPlan, forecast_run, plan_memory
 from halve.pruning import prune as prune_module
 from halve.pruning import prune_block as block_module
 from halve.pruning.memory import forecast as forecast_module
+from halve.pruning.plan import make_plan
 from tests.tables import FAMILIES, MIXTURES, SOLVERS, save_pico
 
 SIZES: dict[str, Any] = {"samples": 64, "seq_len": 128}
@@ -255,7 +255,7 @@ import sys
 from pathlib import Path
 import halve
 from halve.options import PruneOptions
-from halve.plan import make_plan
+from halve.pruning.plan import make_plan
 from halve.pruning import forecast_run
 
 model, out, options = json.loads(sys.argv[1])

@@ -210,7 +210,7 @@ def _tracebacks(text: str) -> str:
 
 def test_fewer_windows_than_ranks_are_refused(pico, text, tmp_path):
     settings = PruneOptions(**OPTIONS | {"samples": 4, "calibration": str(text)})
-    with pytest.raises(halve.HalveError, match="4 processes .* for 3 windows"):
+    with pytest.raises(halve.HalveError, match=r"4 processes .* for 3 windows"):
         prune_model(
             pico("llama"),
             tmp_path / "out",

@@ -326,7 +326,7 @@ def test_the_command_reports_findings_and_exits_with_one(copied, run):
     folder = copied("2:4")
     code, out, errors = run(folder)
     assert (code, errors) == (0, "")
-    assert "14 matrices: sparsity, pattern and grid as promised" in out
+    assert "14 matrices: sparsity, pattern and grid as recorded" in out
     config = folder / "config.json"
     config.write_text(config.read_text().replace("64", "65", 1))
     code, out, errors = run(folder)

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one library call, words out. Only here is printed."""
+"""The command line: parse options, call the library, print. Nothing else prints."""
 
 from halve.cli.app import main
 

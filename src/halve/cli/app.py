@@ -1,4 +1,4 @@
-"""`halve`: its subcommands, and what every one of them does with an error."""
+"""`halve`: its subcommands, and how all of them report errors."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from halve.cli import (
 
 app = typer.Typer(
     name="halve",
-    help="Prune large language models in one shot, and prove what was lost.",
+    help="Prune large language models in one shot, and measure what was lost.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -50,7 +50,7 @@ def _halve(
 
 
 def _printable(message: str) -> str:
-    """Return one line that no name in a hostile file can turn into orders."""
+    """Return one line without control characters, which untrusted names may contain."""
     line = " ".join(message.split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
@@ -65,24 +65,24 @@ def main() -> None:
     Exits with 0 when done, 1 on a HalveError, 2 on bad usage, 130 and 143 on SIGINT and
     SIGTERM.
     """
-    from halve.cli.interruption import Interrupted, how_to_go_on, interruptible
+    from halve.cli.interruption import Interrupted, interruptible, resume_hint
 
-    # What the libraries have to say while loading is Halve's to say or not.
+    # Halve reports what goes wrong while loading; the libraries' messages repeat it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        # Errors are told within: torchrun stops a process whose fellow has ended, and
-        # one that fails as well is deaf to that until it has said why.
+        # Report errors inside this context: when a rank ends, torchrun sends SIGTERM to
+        # the others, and one that fails as well must print why before it is killed.
         with interruptible():
             _run()
     except Interrupted as interrupted:
-        print(how_to_go_on(interrupted), file=sys.stderr)
+        print(resume_hint(interrupted), file=sys.stderr)
         sys.exit(interrupted.exit_code)
 
 
 def _run() -> None:
-    """Run a subcommand; say what went wrong."""
+    """Run a subcommand and report its error, if any."""
     from halve.errors import HalveError, HalveWarning, ReportedError
 
     try:

@@ -1,4 +1,4 @@
-"""How things look: tables on standard output, progress on standard error."""
+"""Formatting: tables on standard output, progress on standard error."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,16 +24,16 @@ def print_table(
         table.add_row(*row)
     console = Console()
     if not console.is_terminal:
-        # A file has room for every name; cut short, q_proj and k_proj look alike.
+        # A file has no width limit; q_proj and k_proj would be cut to the same name.
         console = Console(width=Console(width=10_000).measure(table).maximum)
     console.print(table)
 
 
 @contextmanager
 def progress_line(quiet: bool) -> "Iterator[Callable[[str], None]]":
-    """Lend a function that shows one changing line, or lines where there is no screen.
+    """Yield a function that updates a status line; without a terminal, it prints lines.
 
-    Lines that repeat are left out.
+    With `quiet` it prints nothing.
     """
     if quiet:
         yield lambda text: None
@@ -45,7 +45,7 @@ def progress_line(quiet: bool) -> "Iterator[Callable[[str], None]]":
 
 
 def duration(seconds: float | None) -> str:
-    """Return a length of time as people say it."""
+    """Return a duration for reading: `12.3 s`, `3 min 05 s` or `2 h 07 min`."""
     if seconds is None:
         return "?"
     if seconds < 100:  # noqa: PLR2004
@@ -56,7 +56,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(count: int) -> str:
-    """Return a number of bytes in binary units."""
+    """Return a number of bytes with a binary unit, such as `1.5 GiB`."""
     value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1000 and len(units) > 1:  # noqa: PLR2004
         value /= 1024
@@ -64,6 +64,6 @@ def size(count: int) -> str:
     return f"{value:.3g} {units[0]}"
 
 
-def percent(share: float | None) -> str:
-    """Return a share in per cent."""
-    return "-" if share is None else f"{100 * share:.2f}%"
+def percent(fraction: float | None) -> str:
+    """Return a fraction as a percentage; `-` for None."""
+    return "-" if fraction is None else f"{100 * fraction:.2f}%"

@@ -1,12 +1,11 @@
-"""`halve demo`: the whole road on the model that comes with Halve."""
+"""`halve demo`: every step, from pruning to running, on the bundled model."""
 
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from halve.cli import options
+from halve.cli.options import Json, with_options
+from halve.options import Option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +19,7 @@ EXAMPLES = """
 `halve demo --out demo-models`
 """
 
-# (solver, sparsity) of each row, in the order of the table.
+# Solver and sparsity of each row of the table.
 _ROWS = (
     ("magnitude", "50%"),
     ("wanda", "50%"),
@@ -30,29 +29,29 @@ _ROWS = (
     ("sparsegpt", "2:4"),
     ("auto", "2:4"),
 )
-# The row that is packed and run.
+# The row whose model is packed and run.
 _PACKED = ("auto", "50%")
 _SEGMENTS = 300
 _PROMPT = "def main("
 _TOKENS = 24
 
 
+@with_options()
 def command(
     out: Annotated[
         str | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Keep the pruned models here; thrown away by default.",
-            show_default=False,
+        Option(
+            "Folder in which to keep the pruned models.",
+            unset="a temporary folder",
+            flags=("--out", "-o"),
         ),
     ] = None,
-    as_json: options.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Prune the bundled model several ways, pack one result, run it, and compare.
 
-    The model knows Python. It is calibrated on modules of this Python's library and
-    judged on others, which it was not trained on.
+    The model is a small language model of Python code. It is calibrated on modules of
+    this Python's library and evaluated on others, on which it was not trained.
     """
     import json
 
@@ -123,12 +122,12 @@ def _packed(pruned: "Path", packed: "Path") -> dict[str, object]:
     _say("packing")
     record = pack(pruned, packed)
     row = _row(*_PACKED, packed, None)
-    share = record.stored_bytes / record.dense_bytes
-    return row | {"model": f"{row['model']}, packed", "share_of_dense": share}
+    fraction = record.stored_bytes / record.dense_bytes
+    return row | {"model": f"{row['model']}, packed", "share_of_dense": fraction}
 
 
 def _run(packed: "Path") -> dict[str, object]:
-    """Let the packed model write, and time it against itself dense."""
+    """Generate with the packed model, and time it against its dense form."""
     from halve.measure import bench_cases, measure_speed
     from halve.runtime.generation import generate
 
@@ -147,15 +146,15 @@ def _row(
 ) -> dict[str, object]:
     from halve.api import inspect, perplexity
 
-    _say(f"judging: {solver} {sparsity}".rstrip())
-    judged = perplexity(model, data="stdlib", segments=_SEGMENTS)
-    found = inspect(model)
+    _say(f"evaluating: {solver} {sparsity}".rstrip())
+    evaluated = perplexity(model, data="stdlib", segments=_SEGMENTS)
+    inspection = inspect(model)
     return {
         "model": f"{solver} {sparsity}".strip(),
-        "sparsity": found.sparsity,
-        "perplexity": judged.perplexity,
-        "standard_error": judged.standard_error,
-        "bytes": found.bytes,
+        "sparsity": inspection.sparsity,
+        "perplexity": evaluated.perplexity,
+        "standard_error": evaluated.standard_error,
+        "bytes": inspection.bytes,
         "prune_seconds": seconds,
     }
 
@@ -182,5 +181,5 @@ def _print(rows: list[dict]) -> None:
 
 def _print_run(run: dict) -> None:
     speeds = ", ".join(f"{k} {v:.0f}" for k, v in run["tokens_per_second"].items())
-    print(f"The packed model writes:\n\n{run['text']}\n")
-    print(f"Tokens a second, one by one, for what they are worth so small: {speeds}.")
+    print(f"The packed model generates:\n\n{run['text']}\n")
+    print(f"Tokens/s at batch 1 (not meaningful for a model this small): {speeds}.")

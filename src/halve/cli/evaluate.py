@@ -1,11 +1,10 @@
 """`halve eval`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from halve.cli import options
+from halve.cli.options import Json, Model, Quiet, with_options
+from halve.options import TEXT, EvalOptions, Option
 
 if TYPE_CHECKING:
     from halve.records import ComparisonRecord, PerplexityRecord
@@ -21,60 +20,45 @@ EXAMPLES = """
 """
 
 
-def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
-    model: options.Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="wikitext2, ptb, c4, stdlib, a data set of the hub, or a .txt, "
-            ".jsonl or .parquet file."
-        ),
-    ] = "wikitext2",
+@with_options(panels=True)
+def command(
+    model: Model,
+    options: EvalOptions,
     against: Annotated[
         str | None,
-        typer.Option(
+        Option(
+            "Another model, usually the dense one: also report how far the predictions "
+            "of MODEL diverge from it.",
+            TEXT,
             metavar="DENSE",
-            help="Another model: also print how far the predictions are from its own.",
-            show_default=False,
         ),
     ] = None,
-    seq_len: options.SeqLen = None,
-    segments: Annotated[
-        int | None,
-        typer.Option(help="At most so many segments; all by default.", min=1),
-    ] = None,
-    device: options.Device = "auto",
-    activation_memory: options.ActivationMemory = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Judge a model by its perplexity, block by block, even if larger than memory."""
+    """Measure a model's perplexity, block by block, even if it exceeds memory."""
     import json
 
+    from halve.api import compare, perplexity
     from halve.cli.console import progress_line
-    from halve.evaluation import compare, evaluate
-    from halve.options import EvalOptions
+    from halve.records import PerplexityRecord
 
     with progress_line(quiet) as show:
-        options = EvalOptions(
-            data=data,
-            seq_len=seq_len,
-            segments=segments,
-            device=device,
-            activation_memory=activation_memory,
-            trust_remote_code=trust_remote_code,
+        options = replace(
+            options,
             progress=lambda block, blocks: show(f"block {block + 1} of {blocks}"),
         )
         record = (
-            compare(model, against, options) if against else evaluate(model, options)
+            perplexity(model, options=options)
+            if not against
+            else compare(model, against, options=options)
         )
     if as_json:
         print(json.dumps(asdict(record), indent=2))
-    elif against:
-        _print_comparison(record, model, against)  # pyright: ignore[reportArgumentType]
+    elif isinstance(record, PerplexityRecord):
+        _print_perplexity(record, model)
     else:
-        _print_perplexity(record, model)  # pyright: ignore[reportArgumentType]
+        _print_comparison(record, model, against)
 
 
 def _print_perplexity(record: "PerplexityRecord", model: str) -> None:
@@ -95,12 +79,14 @@ def _print_basis(record: "PerplexityRecord") -> None:
     )
 
 
-def _print_comparison(record: "ComparisonRecord", model: str, against: str) -> None:
+def _print_comparison(
+    record: "ComparisonRecord", model: str, against: str | None
+) -> None:
     print(f"{against}: perplexity {_with_error(record.reference)}")
     print(f"{model}: perplexity {_with_error(record.model)}")
     print(
         f"KL divergence: mean {record.kl_mean:.6f}, median {record.kl_median:.6f}, "
         f"99th percentile {record.kl_99:.6f}"
     )
-    print(f"Same first choice: {100 * record.agreement:.2f}% of tokens")
+    print(f"Same most likely token: {100 * record.agreement:.2f}% of tokens")
     _print_basis(record.model)

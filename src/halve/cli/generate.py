@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from halve.cli import options
+from halve.cli.options import Model, with_options
+from halve.options import Device, Option, TrustRemoteCode
 
 EXAMPLES = """
 **Examples**
@@ -15,16 +16,18 @@ EXAMPLES = """
 """
 
 
+@with_options()
 def command(
-    model: options.Model,
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[
-        int, typer.Option(help="Stops after so many.", min=1)
+        int,
+        Option("Maximum number of tokens to generate.", unit="tokens", minimum=1),
     ] = 64,
-    device: options.Device = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Let a model, dense or pruned, go on from a prompt."""
+    """Generate text from a prompt with a model, dense or pruned."""
     from transformers.utils.logging import disable_progress_bar
 
     from halve.runtime.generation import generate

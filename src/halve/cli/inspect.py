@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from halve.cli import options
+from halve.cli.options import Json, Model, with_options
+from halve.options import TrustRemoteCode
 
 if TYPE_CHECKING:
     from halve.records import MatrixInspection
@@ -17,10 +18,11 @@ EXAMPLES = """
 """
 
 
+@with_options()
 def command(
-    model: options.Model,
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
+    model: Model,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Count sparsity, pattern and bytes of every prunable matrix in a model's files."""
     import json
@@ -28,9 +30,11 @@ def command(
     from halve.cli.console import percent, print_table, size
     from halve.measure import inspect_model
 
-    found = inspect_model(model, trust_remote_code)
+    inspection = inspect_model(model, trust_remote_code)
     if as_json:
-        print(json.dumps(asdict(found) | {"sparsity": found.sparsity}, indent=2))
+        print(
+            json.dumps(asdict(inspection) | {"sparsity": inspection.sparsity}, indent=2)
+        )
         return
     rows = [
         (
@@ -42,20 +46,21 @@ def command(
             size(matrix.bytes),
             _storage(matrix),
         )
-        for matrix in found.matrices
+        for matrix in inspection.matrices
     ]
     columns = ["matrix", "shape", "dtype", "sparsity", "pattern", "size", "stored"]
     print_table("", columns, rows)
-    prunable = sum(matrix.bytes for matrix in found.matrices)
-    print(f"Prunable matrices: {percent(found.sparsity)} zeros, {size(prunable)}")
+    prunable = sum(matrix.bytes for matrix in inspection.matrices)
+    zeros = percent(inspection.zeros / inspection.parameters)
+    print(f"Prunable matrices: {percent(inspection.sparsity)} zeros, {size(prunable)}")
     print(
-        f"Whole model: {found.parameters:,} parameters, "
-        f"{percent(found.zeros / found.parameters)} zeros, {size(found.bytes)}"
+        f"Whole model: {inspection.parameters:,} parameters, {zeros} zeros, "
+        f"{size(inspection.bytes)}"
     )
 
 
 def _storage(matrix: "MatrixInspection") -> str:
-    """Say how a matrix is stored, and what packing would bring where it is dense."""
+    """Return how a matrix is stored, and its packed size if it is dense."""
     if matrix.packed:
         return "packed"
     dense = matrix.bytes

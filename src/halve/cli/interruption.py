@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM: the shard at hand is given up, and how to go on is said.
+"""SIGINT and SIGTERM: discard the current shard, and print how to resume.
 
-Nothing more is needed, since a run may be killed at any instant. Handlers are set by
-the command line alone: a program that uses Halve as a library keeps its own.
+No cleanup is needed, because a run may be killed at any instant. Only the command line
+installs these handlers; a program that uses Halve as a library keeps its handlers.
 """
 
 import shlex
@@ -17,10 +17,10 @@ _RESUMABLE = ("prune", "pack", "unpack")
 
 
 class Interrupted(BaseException):
-    """A signal has come.
+    """Raised on SIGINT and SIGTERM.
 
-    Not a KeyboardInterrupt, which typer takes for itself; and no Exception, so that
-    what goes on after errors does not go on after this.
+    It is not a KeyboardInterrupt, because typer handles that itself, and not an
+    Exception, so that code which recovers from errors does not catch it.
     """
 
     def __init__(self, number: int) -> None:
@@ -29,26 +29,26 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What a shell says of a process that died of it: 130 or 143."""
+        """Exit code that shells report for this signal: 130 or 143."""
         return 128 + self.number
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise Interrupted; the second one kills outright.
+    """Raise Interrupted on SIGINT and SIGTERM; a second signal kills the process.
 
-    A signal that is ignored stays so, as SIGINT is in what a shell runs in the
-    background.
+    A signal that is ignored stays ignored: shells do that with SIGINT in background
+    jobs.
     """
     before = {n: signal.getsignal(n) for n in _SIGNALS} if _in_main_thread() else {}
-    own = {n: found for n, found in before.items() if found is not signal.SIG_IGN}
-    for number in own:
-        signal.signal(number, _interrupt)
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        for number, found in before.items():
-            signal.signal(number, found or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _in_main_thread() -> bool:
@@ -61,10 +61,10 @@ def _interrupt(number: int, _: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def how_to_go_on(interrupted: Interrupted) -> str:
-    """Return one line for the user whose command was interrupted."""
+def resume_hint(interrupted: Interrupted) -> str:
+    """Return the line to print after an interruption: the signal, and how to resume."""
     name = signal.Signals(interrupted.number).name
     if sys.argv[1:2] and sys.argv[1] in _RESUMABLE:
         command = shlex.join(["halve", *sys.argv[1:]])
-        return f"Interrupted by {name}. The same command goes on from here: {command}"
+        return f"Interrupted by {name}. Rerun the same command to resume: {command}"
     return f"Interrupted by {name}."

@@ -1,15 +1,14 @@
 """`halve pack` and `halve unpack`."""
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import typer
-
-from halve.cli import options
+from halve.cli.options import Json, Model, Out, Quiet, with_options
+from halve.options import PackOptions, TrustRemoteCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from halve.options import PackOptions
     from halve.records import PackRecord
 
 PACK_EXAMPLES = """
@@ -25,44 +24,34 @@ UNPACK_EXAMPLES = """
 `halve unpack ./opt-125m-packed -o ./opt-125m-dense`
 """
 
-Out = Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new folder.")]
 
-
+@with_options()
 def pack(
-    model: options.Model,
+    model: Model,
     out: Out,
-    positive_zeros: Annotated[
-        bool,
-        typer.Option(
-            "--positive-zeros",
-            help="Drop minus zeros, too, which multiplying by a mask leaves behind.",
-        ),
-    ] = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    options: PackOptions,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Store a pruned model small: a bit for each weight beside what is kept."""
+    """Store a pruned model compactly: a bit per weight, and the nonzero weights."""
     from halve.cli.console import progress_line
-    from halve.options import PackOptions
     from halve.packing import pack_model
 
-    options = PackOptions(positive_zeros, trust_remote_code)
     with progress_line(quiet) as show:
         record = pack_model(model, out, _reporting(options, show))
     _print(record, as_json)
 
 
+@with_options()
 def unpack(
-    model: options.Model,
+    model: Model,
     out: Out,
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Store a packed model dense again, bit for bit."""
     from halve.cli.console import progress_line
-    from halve.options import PackOptions
     from halve.packing import unpack_model
 
     options = PackOptions(False, trust_remote_code)
@@ -71,10 +60,8 @@ def unpack(
     _print(record, as_json)
 
 
-def _reporting(options: "PackOptions", show: "Callable[[str], None]") -> "PackOptions":
+def _reporting(options: PackOptions, show: "Callable[[str], None]") -> PackOptions:
     """Return options under which each file is reported on the progress line."""
-    from dataclasses import replace
-
     return replace(
         options,
         progress=lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
@@ -89,17 +76,19 @@ def _print(record: "PackRecord", as_json: bool) -> None:
         return
     dense = [m.tensor for m in record.matrices if not m.packed]
     count, packed = len(record.matrices), len(record.matrices) - len(dense)
-    share = percent(record.stored_bytes / record.dense_bytes)
+    fraction = percent(record.stored_bytes / record.dense_bytes)
     before, after = size(record.dense_bytes), size(record.stored_bytes)
     if record.kind == "unpack":
         print(f"{count} matrices are dense: {after}.")
     else:
-        print(f"{packed} of {count} matrices are packed: {after}, {share} of {before}.")
+        print(
+            f"{packed} of {count} matrices are packed: {after}, {fraction} of {before}."
+        )
         if minus_zeros := sum(matrix.minus_zeros for matrix in record.matrices):
             print(
-                f"{minus_zeros:,} zeros have a minus sign and are kept, bit for bit; "
-                "--positive-zeros drops them."
+                f"{minus_zeros:,} negative zeros are stored, bit for bit; "
+                "--positive-zeros saves their bytes."
             )
         if dense:
-            print(f"Dense, as packing would not shrink them: {', '.join(dense)}.")
+            print(f"Left dense (packing would not shrink them): {', '.join(dense)}.")
     print(f"Finished {record.finished}, after {duration(record.seconds)}.")

@@ -2,9 +2,8 @@
 
 from typing import Annotated
 
-import typer
-
-from halve.cli import options
+from halve.cli.options import Model, with_options
+from halve.options import Device, Option, TrustRemoteCode
 
 EXAMPLES = """
 **Examples**
@@ -15,26 +14,25 @@ EXAMPLES = """
 """
 
 
+@with_options()
 def command(
-    model: options.Model,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
-    port: Annotated[
-        int, typer.Option(help="Port to listen at.", min=1, max=65535)
-    ] = 8000,
-    device: options.Device = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    model: Model,
+    host: Annotated[str, Option("Address to listen on.")] = "localhost",
+    port: Annotated[int, Option("Port to listen on.", minimum=1, maximum=65535)] = 8000,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Serve a model, dense or packed, to clients of OpenAI's interface.
+    """Serve a model, dense or packed, over the OpenAI API.
 
-    This is transformers' own server, `transformers serve`, with Halve's packed models
-    known to it. It needs `pip install 'halve[serve]'`.
+    This runs `transformers serve`, with support for packed models. It needs
+    `pip install 'halve[serve]'`.
     """
     from halve._compat.transformers import can_serve, serve
     from halve.errors import HalveError
 
     if not can_serve():
         raise HalveError(
-            "The libraries of the server are not installed.",
+            "The server's dependencies are not installed.",
             "Run pip install 'halve[serve]'.",
         )
     from contextlib import suppress
@@ -46,9 +44,9 @@ def command(
     from halve.runtime.generation import check_whole
 
     folder = resolve_model(model)
-    # Refuses with a sentence what the server would trip over at the first request.
+    # Otherwise the server would fail only at the first request, and without a message.
     opened = check_whole(folder, device, trust_remote_code)
-    # The server lists what is in the hub's cache, and fails where there is none.
+    # The server lists the contents of the Hub's cache, and fails if there is none.
     with suppress(OSError):
         Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     serve(str(folder), host, port, str(opened.device), trust_remote_code)

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halve.cli import options
+from halve.cli.options import Json, with_options
+from halve.options import TrustRemoteCode
 
 if TYPE_CHECKING:
+    from halve.errors import CheckpointError
     from halve.records import Verification
 
 EXAMPLES = """
@@ -19,47 +21,51 @@ EXAMPLES = """
 """
 
 
+@with_options()
 def command(
     out: Annotated[
-        str, typer.Argument(metavar="OUT", help="A folder that Halve has made.")
+        str, typer.Argument(metavar="OUT", help="A folder that Halve wrote.")
     ],
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
 ) -> None:
-    """Check every file against its SHA-256, and every matrix against its promise."""
+    """Check every file against its SHA-256, and every matrix against its record."""
     import json
 
     from halve.measure import verify_output
 
-    found = verify_output(out, trust_remote_code)
+    verification = verify_output(out, trust_remote_code)
     if as_json:
-        print(json.dumps(asdict(found) | {"sound": found.sound}, indent=2))
+        print(
+            json.dumps(asdict(verification) | {"sound": verification.sound}, indent=2)
+        )
     else:
-        _print(found)
-    if not found.sound:
-        _refuse(found)
+        _print(verification)
+    if not verification.sound:
+        raise _damaged(verification)
 
 
-def _print(found: "Verification") -> None:
+def _print(verification: "Verification") -> None:
     from halve.cli.console import print_table, size
 
-    if found.findings:
-        rows = [(finding.name, finding.problem) for finding in found.findings]
-        print_table("", ["file or matrix", "found"], rows)
+    if verification.findings:
+        rows = [(finding.name, finding.problem) for finding in verification.findings]
+        print_table("", ["file or matrix", "problem"], rows)
         return
     print(
-        f"{found.files} files, {size(found.bytes)}: as they were written.\n"
-        f"{found.matrices} matrices: sparsity, pattern and grid as promised."
+        f"{verification.files} files, {size(verification.bytes)}: as they were "
+        f"written.\n{verification.matrices} matrices: sparsity, pattern and grid as "
+        "recorded."
     )
 
 
-def _refuse(found: "Verification") -> None:
+def _damaged(verification: "Verification") -> "CheckpointError":
     from halve.errors import CheckpointError
 
-    first, count = found.findings[0], len(found.findings)
-    others = f", and {count - 1} more are amiss" if count > 1 else ""
-    raise CheckpointError(
-        f"{first.name} in {found.folder} is not as it should be: {first.problem}"
-        f"{others}.",
-        "Make the model again, or copy the file from where it is whole.",
+    first, count = verification.findings[0], len(verification.findings)
+    others = f", and {count - 1} more differ" if count > 1 else ""
+    return CheckpointError(
+        f"{first.name} in {verification.folder} differs from its record: "
+        f"{first.problem}{others}.",
+        "Create the folder again, or copy the file from an intact copy.",
     )

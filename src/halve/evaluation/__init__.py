@@ -1,4 +1,4 @@
-"""How well a model predicts text, alone or against another."""
+"""Evaluation: a model's perplexity, and its divergence from a reference model."""
 
 from halve.evaluation.perplexity import compare, evaluate
 

@@ -1,9 +1,9 @@
-"""Perplexity by the field's protocol, and how far a model's predictions moved.
+"""Perplexity by the protocol of the SparseGPT paper, and divergence between two models.
 
 The text is joined and cut into segments that do not overlap; the perplexity is exp of
 the mean over segments of a segment's mean loss (Frantar and Alistarh, 2023, appendix).
-Sequence lengths must agree before two figures are compared, so every record names its
-own. A model is walked block by block: it need not fit into memory.
+Perplexities of different sequence lengths are not comparable, so every record states
+its length. Models run block by block, so they need not fit into memory.
 """
 
 import time
@@ -32,14 +32,15 @@ from halve.runtime.stream import Stream
 
 
 def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
-    """Return a model's perplexity; see `halve.perplexity` for the contract."""
+    """Measure a model's perplexity; see `halve.perplexity` for the contract."""
+    options.check()
     started = time.perf_counter()
     opened = _open(model, options)
     windows = _segments(opened, options)
 
     def measure(opened: BlockwiseModel) -> Tensor:
-        logits = _walk(opened, windows, options).logits()
-        return torch.cat([_losses(own, windows[part]) for part, own in logits])
+        batches = _run_blocks(opened, windows, options).logits()
+        return torch.cat([_losses(logits, windows[part]) for part, logits in batches])
 
     losses = with_smaller_batches(opened, windows.shape[1], measure)
     return _record(losses, windows, options, started)
@@ -48,68 +49,82 @@ def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
 def compare(
     model: str | Path, reference: str | Path, options: EvalOptions
 ) -> ComparisonRecord:
-    """Walk two models side by side over the same text.
-
-    Args:
-        model: The model in question.
-        reference: What it is measured against, the dense model as a rule.
-        options: The text.
-
-    Raises:
-        CalibrationError: The two do not read text as the same tokens.
-    """
+    """Run two models over the same segments; see `halve.compare` for the contract."""
+    options.check()
     started = time.perf_counter()
     pair = [_open(name, options) for name in (model, reference)]
     windows, other = (_segments(opened, options) for opened in pair)
     if not torch.equal(windows, other):
         raise CalibrationError(
-            f"{model} and {reference} do not cut the text into the same tokens.",
-            "Compare models that share a tokenizer and pass the same --seq-len.",
+            f"{model} and {reference} do not split the text into the same tokens.",
+            "Compare models that have the same tokenizer, and set seq_len if their "
+            "maximum lengths differ (--seq-len).",
         )
 
     def measure(first: BlockwiseModel) -> _Differences:
         second = replace(pair[1], batch_tokens=first.batch_tokens)
-        streams = [_walk(opened, windows, options) for opened in (first, second)]
-        found = _Differences([], [], [], [])
-        for (part, ours), (_, theirs) in _together(*streams):
-            found.add(ours, theirs, windows[part])
-        return found
+        streams = [_run_blocks(opened, windows, options) for opened in (first, second)]
+        differences = _Differences([], [], [], [])
+        for (part, logits), (_, reference_logits) in _paired_logits(*streams):
+            differences.add(logits, reference_logits, windows[part])
+        return differences
 
-    found = with_smaller_batches(pair[0], windows.shape[1], measure)
-    divergence = torch.cat(found.divergences)
+    differences = with_smaller_batches(pair[0], windows.shape[1], measure)
+    divergence = torch.cat(differences.divergences)
     return ComparisonRecord(
-        model=_record(torch.cat(found.ours), windows, options, started),
-        reference=_record(torch.cat(found.theirs), windows, options, started),
+        model=_record(torch.cat(differences.losses), windows, options, started),
+        reference=_record(
+            torch.cat(differences.reference_losses), windows, options, started
+        ),
         kl_mean=float(divergence.mean()),
         kl_median=float(divergence.median()),
+        # The smallest value that 99 % of the tokens do not exceed: rank ceil(0.99 n).
         kl_99=float(divergence.kthvalue(-(-99 * len(divergence) // 100)).values),
-        agreement=float(torch.cat(found.agreements).double().mean()),
+        agreement=float(torch.cat(differences.agreements).double().mean()),
     )
 
 
-def _together(
+def _paired_logits(
     first: Stream, second: Stream
 ) -> Iterator[tuple[tuple[slice, Tensor], tuple[slice, Tensor]]]:
+    """Yield the logits of both models, batch by batch; the batches are the same."""
     return zip(first.logits(), second.logits(), strict=True)
 
 
 @dataclass(frozen=True)
 class _Differences:
-    """What is kept of every token: four numbers instead of two vocabularies."""
+    """Results per segment and token, so that logits need not be stored.
 
-    ours: list[Tensor]
-    theirs: list[Tensor]
+    Attributes:
+        losses: Mean losses of the model, [segments] in each batch, float64.
+        reference_losses: The same of the reference.
+        divergences: KL(reference || model) in nats, [length - 1] for each segment.
+        agreements: Whether both predict the same most likely token, [length - 1] for
+            each segment.
+    """
+
+    losses: list[Tensor]
+    reference_losses: list[Tensor]
     divergences: list[Tensor]
     agreements: list[Tensor]
 
-    def add(self, ours: Tensor, theirs: Tensor, ids: Tensor) -> None:
-        self.ours.append(_losses(ours, ids))
-        self.theirs.append(_losses(theirs, ids))
-        # One segment at a time: two more vocabularies of log-probabilities each.
-        for mine, other in zip(ours[:, :-1], theirs[:, :-1], strict=True):
-            log_p, log_q = other.log_softmax(-1), mine.log_softmax(-1)
+    def add(self, logits: Tensor, reference: Tensor, ids: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: Logits of the model, [segments, length, vocabulary].
+            reference: Logits of the reference, in the same shape.
+            ids: Token ids, [segments, length].
+        """
+        self.losses.append(_losses(logits, ids))
+        self.reference_losses.append(_losses(reference, ids))
+        # The last position predicts a token beyond the segment. One segment at a time,
+        # because its log-probabilities take as much memory as its logits again.
+        for pruned, dense in zip(logits[:, :-1], reference[:, :-1], strict=True):
+            # KL(p || q) = sum over the vocabulary of p (log p - log q); p: reference.
+            log_p, log_q = dense.log_softmax(-1), pruned.log_softmax(-1)
             self.divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
-            self.agreements.append((mine.argmax(-1) == other.argmax(-1)).cpu())
+            self.agreements.append((pruned.argmax(-1) == dense.argmax(-1)).cpu())
 
 
 def _open(model: str | Path, options: EvalOptions) -> BlockwiseModel:
@@ -118,11 +133,13 @@ def _open(model: str | Path, options: EvalOptions) -> BlockwiseModel:
 
 
 def _segments(opened: BlockwiseModel, options: EvalOptions) -> Tensor:
-    length = options.seq_len or opened.meta_model.default_length
+    default = opened.meta_model.default_length
+    length = default if options.seq_len is None else options.seq_len
     opened.meta_model.check_length(length)
     if length < 2:  # noqa: PLR2004  (the first token of a segment is not predicted)
         raise CalibrationError(
-            f"Segments of {length} token have nothing to predict.", "Pass 2 or more."
+            f"seq_len is {length}, which leaves no token to predict.",
+            "Set seq_len to 2 or more (--seq-len).",
         )
     encode = load_encoder(opened.checkpoint.folder, options.trust_remote_code)
     corpus = load_corpus(options.data, "evaluation")
@@ -131,14 +148,14 @@ def _segments(opened: BlockwiseModel, options: EvalOptions) -> Tensor:
     return windows
 
 
-def _budget(options: EvalOptions) -> int:
-    """Return the bytes of hidden states that may live in memory."""
-    given = options.activation_memory
-    return default_activation_memory() if given is None else given
-
-
-def _walk(opened: BlockwiseModel, windows: Tensor, options: EvalOptions) -> Stream:
-    stream = Stream.start(opened, windows, _budget(options))
+def _run_blocks(
+    opened: BlockwiseModel, windows: Tensor, options: EvalOptions
+) -> Stream:
+    """Return the hidden states of all segments after the last block."""
+    limit = options.activation_memory
+    stream = Stream.start(
+        opened, windows, default_activation_memory() if limit is None else limit
+    )
     for index in range(opened.depth):
         options.progress(index, opened.depth)
         with opened.block(index) as block:
@@ -147,16 +164,16 @@ def _walk(opened: BlockwiseModel, windows: Tensor, options: EvalOptions) -> Stre
 
 
 def _losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the mean loss of each segment, [segments], in float64.
+    """Return the mean cross-entropy of each segment in nats, [segments], float64.
 
     Args:
-        logits: [segments, length, vocabulary].
-        ids: [segments, length].
+        logits: Logits, [segments, length, vocabulary].
+        ids: Token ids, [segments, length].
     """
     targets = ids[:, 1:].to(logits.device)
     losses = [
-        functional.cross_entropy(own, target, reduction="none").double().mean()
-        for own, target in zip(logits[:, :-1], targets, strict=True)
+        functional.cross_entropy(segment, target, reduction="none").double().mean()
+        for segment, target in zip(logits[:, :-1], targets, strict=True)
     ]
     return torch.stack(losses).cpu()
 
@@ -166,14 +183,16 @@ def _record(
 ) -> PerplexityRecord:
     if not losses.isfinite().all():
         raise NumericalError(
-            "The model's predictions are not finite.", "Check the checkpoint."
+            "The model's loss is not finite.",
+            "Check the checkpoint for weights that are NaN, infinite or too large.",
         )
     count, length = windows.shape
     perplexity = float(losses.mean().exp())
-    spread_sparsity = float(losses.std()) / count**0.5 if count > 1 else float("nan")
+    # d exp(m) = exp(m) dm, and the standard error of the mean m is std / sqrt(count).
+    standard_error = float(losses.std()) / count**0.5 if count > 1 else float("nan")
     return PerplexityRecord(
         perplexity=perplexity,
-        standard_error=perplexity * spread_sparsity,
+        standard_error=perplexity * standard_error,
         tokens=count * (length - 1),
         seq_len=length,
         segments=count,

@@ -1,7 +1,7 @@
 """Runs all measurements of `halve bench`: memory, bandwidth, speed."""
 
 import platform
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,12 +29,27 @@ _PROMPT = 512
 _GENERATED = 128
 
 
-def run_bench(bench: BenchOptions, progress: Callable[[str], None]) -> BenchRecord:
-    """Measure footprints, bandwidth and speed; see `halve bench`.
+@dataclass(frozen=True)
+class BenchModels:
+    """The model to measure, in both forms.
+
+    Attributes:
+        name: Its name, for the record.
+        dense: Folder of the model, dense.
+        packed: Folder of the same model, packed.
+    """
+
+    name: str
+    dense: Path
+    packed: Path
+
+
+def run_bench(models: BenchModels, options: BenchOptions) -> BenchRecord:
+    """Measure footprints, bandwidth and speed; see `halve.bench` for the contract.
 
     Args:
-        bench: What to measure.
-        progress: Called with a line of text before each measurement.
+        models: The model, dense and packed.
+        options: What to measure.
 
     Raises:
         HalveError: Nothing is to be timed, or a test needs more tokens than the model
@@ -43,16 +58,16 @@ def run_bench(bench: BenchOptions, progress: Callable[[str], None]) -> BenchReco
     Cost:
         Memory for the model dense and packed at once.
     """
-    cases = _cases(bench)
-    progress("measuring memory")
+    cases = _cases(models, options)
+    options.progress("measuring memory")
     footprints = {
-        "dense": footprint(bench.dense, bench.trust_remote_code),
-        "packed": footprint(bench.packed, bench.trust_remote_code),
+        "dense": footprint(models.dense, options.trust_remote_code),
+        "packed": footprint(models.packed, options.trust_remote_code),
     }
     loaded = kernels()
-    dense, packed = _tensors(bench.dense), _tensors(bench.packed)
+    dense, packed = _tensors(models.dense), _tensors(models.packed)
     return BenchRecord(
-        model=bench.name,
+        model=models.name,
         parameters=sum(info.elements for info in dense),
         sizes={
             TORCH: sum(info.stored_bytes for info in dense),
@@ -65,34 +80,35 @@ def run_bench(bench: BenchOptions, progress: Callable[[str], None]) -> BenchReco
         bandwidth=read_bandwidth(),
         results=tuple(
             measure_speed(
-                bench.packed,
+                models.packed,
                 cases,
-                bench.rounds,
-                progress,
-                bench.trust_remote_code,
+                options.rounds,
+                options.progress,
+                options.trust_remote_code,
             )
         ),
         footprints=footprints,
     )
 
 
-def _cases(bench: BenchOptions) -> list[BenchCase]:
-    config = load_config(bench.dense, bench.trust_remote_code)
+def _cases(models: BenchModels, options: BenchOptions) -> list[BenchCase]:
+    config = load_config(models.dense, options.trust_remote_code)
     longest = longest_sequence(config) or max(_PROMPT, _GENERATED + 1)
-    prompt, generated = bench.prompt, bench.generated
+    prompt, generated = options.prompt, options.generated
     if prompt == 0 and generated == 0:
         raise HalveError(
             "With no prompt and no generated tokens there is nothing to time.",
-            "Leave out --pp 0 or --tg 0.",
+            "Set prompt or generated to more than 0 (--pp, --tg).",
         )
     prompt = min(_PROMPT, longest) if prompt is None else prompt
     generated = min(_GENERATED, longest - 1) if generated is None else generated
     if max(prompt, generated + 1) > longest:
         raise HalveError(
-            f"{bench.name} takes {longest} tokens, fewer than a test needs.",
-            f"Pass --pp {longest} and --tg {longest - 1}, or less.",
+            f"{models.name} takes {longest} tokens, fewer than a test needs.",
+            f"Set prompt (--pp) to {longest} and generated (--tg) to {longest - 1}, or "
+            "less.",
         )
-    return bench_cases(prompt, generated, bench.batches)
+    return bench_cases(prompt, generated, options.batches)
 
 
 def _tensors(folder: Path) -> list[TensorInfo]:

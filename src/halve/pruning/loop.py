@@ -12,12 +12,12 @@ from torch import Tensor
 from halve.checkpoint import Workspace, parse_note
 from halve.layout import PlannedBlock
 from halve.patterns import Patterns
-from halve.plan import Plan
 from halve.pruning.allocate.exact_counts import check_total, exact_patterns
 from halve.pruning.allocate.search import AllocationSearch
 from halve.pruning.distributed.output import RankZeroOutput
 from halve.pruning.memory.limit import MemoryPlan
 from halve.pruning.observe.block_state import BlockState, Streams
+from halve.pruning.plan import Plan
 from halve.pruning.progress import ProgressReporter
 from halve.pruning.prune_block import BlockOptions, install, prune_block
 from halve.pruning.select.candidates import candidates

@@ -30,10 +30,10 @@ from halve.distributed import SINGLE_PROCESS, Ranks
 from halve.errors import DistributedError
 from halve.formats import quantization_config
 from halve.options import PruneOptions, RunOptions
-from halve.plan import Plan, make_plan
 from halve.pruning.distributed.output import RankZeroOutput, open_output
 from halve.pruning.loop import Run, prune_blocks
 from halve.pruning.memory.limit import plan_memory
+from halve.pruning.plan import Plan, make_plan
 from halve.pruning.progress import ProgressReporter
 from halve.pruning.select.candidates import candidates
 from halve.pruning.select.selection import combined_needs

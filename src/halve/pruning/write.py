@@ -15,7 +15,7 @@ from halve.checkpoint import Checkpoint, Workspace
 from halve.errors import TargetMissedError
 from halve.formats import store
 from halve.layout import PlannedBlock, PlannedMatrix
-from halve.plan import Plan
+from halve.pruning.plan import Plan
 from halve.pruning.prune_block import PrunedBlock
 from halve.pruning.select.selection import Selected
 from halve.records import BlockRecord, MatrixRecord

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from halve.errors import TargetMissedError
 from halve.patterns import Exact, Patterns, parse_pattern
-from halve.plan import Plan
 from halve.pruning.allocate.spread import apportion_zeros
+from halve.pruning.plan import Plan
 from halve.records import BlockRecord
 
 

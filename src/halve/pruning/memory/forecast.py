@@ -13,11 +13,11 @@ from pathlib import Path
 from halve.calibration import default_activation_memory
 from halve.calibration_stats import CrossGram, GramMatrix
 from halve.layout import PlannedBlock
-from halve.plan import Plan
 from halve.pruning.memory.phases import Phase, Workload, all_phases
 from halve.pruning.memory.solving import solving_operations
 from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.input_groups import expected_groups
+from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import candidates
 from halve.pruning.tune.block_reconstruction import tuning_passes
 from halve.runtime.stream import Stream

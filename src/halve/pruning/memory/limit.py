@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from halve.calibration import default_activation_memory
 from halve.errors import HalveError
-from halve.plan import Plan
 from halve.pruning.memory.forecast import Forecast, forecast_run
+from halve.pruning.plan import Plan
 
 # A tenth of a limit is left free where possible: runs have taken up to a tenth more
 # than predicted (docs/log.md).

@@ -15,11 +15,11 @@ from operator import or_
 from halve.calibration_stats import CrossGram, GramMatrix, adding_nbytes
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.numerics.matmul import HALF_DTYPES, widening_nbytes
-from halve.plan import Plan
 from halve.pruning.memory.solving import solving_cost
 from halve.pruning.observe.activation_cache import ActivationCache, is_wide
 from halve.pruning.observe.held_out import HeldOut
 from halve.pruning.observe.input_groups import MAX_GROUPS_PER_STAGE, expected_groups
+from halve.pruning.plan import Plan
 from halve.pruning.tune.block_reconstruction import tuning_nbytes
 from halve.runtime.blockwise_model import loaded_dtype, windows_per_batch
 from halve.runtime.stream import Stream

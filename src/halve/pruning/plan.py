@@ -1,6 +1,6 @@
-"""Everything that a run will do, worked out from config and headers before it starts.
+"""The plan of a run, computed from the config and file headers before it starts.
 
-A plan is a frozen value: it can be printed, compared and tested. No tensor is read.
+A plan is a frozen value that can be printed, compared and tested. No tensor is read.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -22,15 +22,15 @@ from halve.patterns import parse_pattern
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, before it starts.
+    """A run before it starts.
 
     Attributes:
         model: Folder of the checkpoint.
-        options: What the user chose, `seq_len` filled in.
-        layout: What will lie where.
-        width: Of the hidden states.
-        vocabulary: Tokens that the model knows.
-        scored_heads: As of `MetaModel`.
+        options: The options, with `seq_len` resolved to a number.
+        layout: The matrices of every block, and the shard of every tensor.
+        width: Size of the hidden states.
+        vocabulary: Size of the model's vocabulary.
+        scored_heads: See `MetaModel.scored_heads`.
     """
 
     model: Path
@@ -42,11 +42,11 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all windows."""
+        """Number of tokens in all calibration windows."""
         return self.options.samples * (self.options.seq_len or 0)
 
     def identity(self) -> dict[str, Any]:
-        """Return what two runs must share to end in the same bytes."""
+        """Return all that the bytes of the output depend on, except the machine."""
         pattern = str(parse_pattern(self.options.sparsity, allow_dense=True))
         options = asdict(self.options) | {"sparsity": pattern}
         return options | {"sources": self.layout.sources}
@@ -58,18 +58,19 @@ def make_plan(
     trust_remote_code: bool = False,
     needs_weights: bool = True,
 ) -> Plan:
-    """Work out a run.
+    """Plan a run.
 
     Args:
         model: Folder of the checkpoint.
-        options: What the user chose.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        needs_weights: False to go by the config alone where the folder has none.
+        options: The options of the run.
+        trust_remote_code: Allow Python code that comes with the model to run.
+        needs_weights: False to plan from the config alone if the folder has no
+            weights.
 
     Raises:
-        HalveError: Whatever can be known to go wrong before a tensor is read: a bad
-            setting, an unsupported model, a damaged header, a pattern that a matrix's
-            width does not allow.
+        HalveError: Any error that can be detected before a tensor is read: an invalid
+            option, an unsupported model, a damaged header, a pattern that does not
+            divide the width of a matrix.
     """
     options.check()
     meta_model = build_meta_model(model, trust_remote_code)
@@ -90,7 +91,7 @@ def make_plan(
 
 
 def _expected(model: Path, meta_model: MetaModel) -> Checkpoint:
-    """Return the checkpoint that a config belongs to; it lies in no file."""
+    """Return the checkpoint that a config describes, without any file."""
     stored = expected_tensors(meta_model, meta_model.dtype)
     infos = [
         TensorInfo(s.name, "", s.shape, s.dtype or meta_model.dtype) for s in stored
@@ -112,17 +113,17 @@ def _check_pattern(blocks: tuple[PlannedBlock, ...], options: PruneOptions) -> N
 
 
 def _check_packing(layout: Layout, options: PruneOptions) -> None:
-    """Raise HalveError where no matrix would get smaller when packed."""
+    """Raise HalveError if packing would shrink no matrix."""
     pattern = max((pattern for pattern, _ in options.pairs), key=lambda p: p.sparsity)
     for block in layout.blocks:
         for planned in block.matrices:
             rows, columns = planned.matrix.shape
             info = layout.tensors[planned.tensor]
-            kept = rows * columns - pattern.count(rows * columns)
-            if would_shrink(rows, columns, kept, info.dtype):
+            nonzeros = rows * columns - pattern.count(rows * columns)
+            if would_shrink(rows, columns, nonzeros, info.dtype):
                 return
     raise HalveError(
-        f"With {pattern} zeros no matrix of {layout.blocks[0].name} or any other block "
-        "would get smaller when packed: each weight costs a bit more.",
-        "Leave out --pack, or prune more.",
+        f"With {pattern} zeros no matrix of any block would get smaller when packed, "
+        "because the mask takes a bit per weight.",
+        "Set packed to False (omit --pack), or prune more.",
     )

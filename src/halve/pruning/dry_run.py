@@ -1,0 +1,61 @@
+"""What a run would do and what it would take, without doing it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halve.checkpoint import resolve_model
+from halve.options import PruneOptions, RunOptions
+from halve.pruning.memory.duration import estimate_seconds
+from halve.pruning.memory.forecast import Forecast, forecast_run
+from halve.pruning.memory.limit import plan_memory
+from halve.pruning.plan import Plan, make_plan
+from halve.runtime.blockwise_model import choose_device
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A run before it starts: its plan, and the forecast of what it will take.
+
+    Attributes:
+        plan: Model, options, and every tensor's place in the output.
+        forecast: Peak memory by phase, disk, and operations.
+        seconds: Estimated duration on this machine; correct to about a factor of two.
+    """
+
+    plan: Plan
+    forecast: Forecast
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `halve prune --dry-run --json` prints."""
+        layout, forecast = self.plan.layout, self.forecast
+        return {
+            "blocks": len(layout.blocks),
+            "matrices": sum(len(block.matrices) for block in layout.blocks),
+            "prunable_weights": layout.prunable,
+            "sequence_length": self.plan.options.seq_len,
+            "bytes_peak": forecast.peak,
+            "bytes_process": forecast.process,
+            "bytes_activations_in_memory": forecast.resident,
+            "bytes_activations_mapped": forecast.mapped,
+            "largest_phase": forecast.largest.name,
+            "bytes_by_phase": forecast.by_name(),
+            "bytes_output": forecast.output,
+            "bytes_disk": forecast.disk,
+            "seconds": self.seconds,
+            "identity": self.plan.identity(),
+        }
+
+
+def dry_run(
+    model: str | Path, options: PruneOptions, run_options: RunOptions
+) -> DryRun:
+    """Plan a run and forecast its cost; see `halve.plan` for the contract."""
+    folder = resolve_model(model, weights=False)
+    trusted = run_options.trust_remote_code
+    plan = make_plan(folder, options, trusted, needs_weights=False)
+    memory = plan_memory(plan, run_options.memory, run_options.activation_memory)
+    forecast = forecast_run(plan, memory.activations, memory.deferred)
+    seconds = estimate_seconds(forecast, choose_device(options.device))
+    return DryRun(plan, forecast, seconds)
