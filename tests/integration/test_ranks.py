@@ -205,7 +205,7 @@ def _tracebacks(text: str) -> str:
 
 def test_fewer_windows_than_ranks_are_refused(pico, text, tmp_path):
     settings = PruneOptions(**OPTIONS | {"samples": 4, "calibration": str(text)})
-    with pytest.raises(halve.HalveError, match="4 processes were started for 3 windows"):
+    with pytest.raises(halve.HalveError, match="4 processes were started for"):
         prune_model(
             pico("llama"), tmp_path / "out", settings, RunOptions(), _Silent(size=4)
         )
