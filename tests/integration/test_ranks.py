@@ -214,7 +214,7 @@ def test_fewer_windows_than_ranks_are_refused(pico, text, tmp_path):
 class _Silent(Ranks):
     """Ranks of which no other is there."""
 
-    def share(self, make, source=0):
+    def broadcast_object(self, make, source=0):
         return make()
 
 
