@@ -105,7 +105,8 @@ def _cases(models: BenchModels, options: BenchOptions) -> list[BenchCase]:
     if max(prompt, generated + 1) > longest:
         raise HalveError(
             f"{models.name} takes {longest} tokens, fewer than a test needs.",
-            f"Set prompt to {longest} and generated to {longest - 1}, or less (--pp, --tg).",
+            f"Set prompt to {longest} and generated to {longest - 1}, or less (--pp, "
+            "--tg).",
         )
     return bench_cases(prompt, generated, options.batches)
 
