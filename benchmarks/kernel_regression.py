@@ -16,7 +16,7 @@ import torch
 from machine import describe_machine
 from torch.nn import functional
 
-from halve.formats import pack
+from halve.formats.bitmask import pack
 from halve.runtime.cpu.kernels import Kernels, kernels
 
 _COPIES_BYTES = 300e6  # well past the size of the last-level cache

@@ -6,7 +6,7 @@ from pathlib import Path
 from halve.evaluation import evaluate
 from halve.measure import inspect_model, verify_output
 from halve.options import EvalOptions, PackOptions, PruneOptions, RunOptions
-from halve.packing import rewrite_model
+from halve.packing import pack_model, unpack_model
 from halve.pruning import prune_model
 from halve.records import (
     Inspection,
@@ -201,8 +201,8 @@ def pack(
         docs/format.md.
     """
     show = progress or (lambda _: None)
-    rewriting = PackOptions("pack", positive_zeros, trust_remote_code, show)
-    return rewrite_model(model, out, rewriting)
+    rewriting = PackOptions(positive_zeros, trust_remote_code, show)
+    return pack_model(model, out, rewriting)
 
 
 def unpack(
@@ -217,8 +217,8 @@ def unpack(
     `unpack(pack(m)) == m`, bit for bit. Arguments, errors and cost as for `pack`.
     """
     show = progress or (lambda _: None)
-    rewriting = PackOptions("unpack", False, trust_remote_code, show)
-    return rewrite_model(model, out, rewriting)
+    rewriting = PackOptions(False, trust_remote_code, show)
+    return unpack_model(model, out, rewriting)
 
 
 def perplexity(  # noqa: PLR0913  (the options of the command line, one for one)

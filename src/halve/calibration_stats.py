@@ -1,10 +1,10 @@
-"""What a solver needs to know of a matrix's inputs, gathered batch by batch.
+"""Calibration statistics: what solvers need of a matrix's inputs, batch by batch.
 
-Three kinds, from nothing to everything: `NoStatistics`, `ColumnNorms`, `GramMatrix`. Each takes
-inputs [tokens, columns] in float32 and keeps no more than it must. `CrossGram` is what has
-become of the inputs since they were a dense model's. All add up more precisely than
-float32 does (`compensated_sum`), so that it matters little how inputs are cut into batches and not
-at all who takes in which batch.
+There are three statistics of inputs X, from nothing to everything: `NoStatistics`,
+`ColumnNorms` (the diagonal of X^T X) and `GramMatrix` (X^T X). Each is given inputs
+[tokens, columns] in float32 and stores no more than it needs. `CrossGram` relates the
+inputs to those in the dense model. All are compensated sums (`numerics`), so how inputs
+are divided into batches has little effect, and which process adds which batch has none.
 """
 
 from abc import ABC, abstractmethod
@@ -16,55 +16,56 @@ from torch import Tensor
 from halve.numerics.compensated_sum import CompensatedSum, Reduce, no_reduce
 from halve.numerics.matmul import linear
 
-# Tiles along a side: few enough for large products, enough to save nearly half.
+# Tiles along a side of a Gram matrix: few, so that products are large, but enough for
+# the triangle to save nearly half of the operations.
 _TILES = 4
-# Rows and columns of a tile: smaller products cost more than the triangle saves; what
-# is done with larger ones leaves the cache.
-_LEAST_TILE, MAX_TILE = 128, 512
+# Bounds on the rows and columns of a tile. Smaller products cost more than the triangle
+# saves; the elementwise work on larger tiles does not fit the cache.
+_MIN_TILE, MAX_TILE = 128, 512
 
 
 class Statistic(ABC):
-    """A running summary of the inputs of one group of matrices."""
+    """A statistic of the inputs that one group of matrices shares."""
 
     @abstractmethod
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
     @abstractmethod
     def add(self, inputs: Tensor) -> None:
-        """Take in one batch of inputs, [tokens, columns]."""
+        """Add one batch of inputs, [tokens, columns], float32."""
 
     @abstractmethod
     def finish(self, reduce: Reduce = no_reduce) -> None:
-        """Complete the sums; nothing can be added afterwards.
+        """Complete the sums; no input can be added afterwards.
 
         Args:
-            reduce: Adds to a tensor what other processes have in its place. All of them
-                must finish together.
+            reduce: Adds to a tensor the corresponding tensors of the other processes,
+                all of which must call this method together.
         """
 
     @abstractmethod
     def is_finite(self) -> bool:
-        """Whether every input so far was finite and no sum overflowed."""
+        """Whether every input was finite and no sum overflowed."""
 
 
 class NoStatistics(Statistic):
-    """For solvers that look at weights alone."""
+    """The statistic of solvers that use the weights alone."""
 
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
     def add(self, inputs: Tensor) -> None:
-        """Forget the inputs."""
+        """Ignore the inputs."""
 
     def finish(self, reduce: Reduce = no_reduce) -> None:
         """Do nothing."""
 
     def is_finite(self) -> bool:
-        """Hold always: there is nothing that could be otherwise."""
+        """Always True."""
         return True
 
 
 class ColumnNorms(Statistic):
-    """Sum of squares of each input feature: the diagonal of X^T X."""
+    """The sum of squares of each input feature: the diagonal of X^T X."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._sum = CompensatedSum.zeros(columns, device=device)
@@ -75,11 +76,11 @@ class ColumnNorms(Statistic):
         return self._sum.total()
 
     def add(self, inputs: Tensor) -> None:
-        """Add the squares of [tokens, columns]."""
+        """Add the squares of inputs, [tokens, columns]."""
         self._sum.add(inputs.square().sum(dim=0))
 
     def finish(self, reduce: Reduce = no_reduce) -> None:
-        """Take in the squares of other processes."""
+        """Complete the sums, with those of the other processes."""
         self._sum.high.copy_(self._sum.total(reduce))
         self._sum.low.zero_()
 
@@ -91,45 +92,46 @@ class ColumnNorms(Statistic):
 class GramMatrix(Statistic):
     """X^T X of all inputs X [tokens, columns], in float32.
 
-    It is symmetric, so only the upper triangle is computed, tile by tile: 5/8 of the
-    operations of the full product. What float32 rounds off of a tile lies in the lower
-    triangle until the sum is finished. Costs columns^2 floats, and for tiles of the
-    diagonal, which have no place there, up to columns * min(columns / 4, 512) more.
+    The matrix is symmetric, so only its upper triangle is computed, tile by tile: 5/8
+    of the operations of the full product. Until the sum is finished, the lower triangle
+    stores the rounding errors of the upper one (the `low` part of its compensated
+    sums). Takes columns^2 floats, and up to columns * min(columns / 4, 512) more for
+    the rounding errors of the tiles on the diagonal, which have no mirror image.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        size = max(-(-columns // _TILES), _LEAST_TILE)
+        size = max(-(-columns // _TILES), _MIN_TILE)
         size = min(size, MAX_TILE, max(columns, 1))
         self._matrix = torch.zeros(columns, columns, device=device)
         self._starts = range(0, columns, size)
         self._low = torch.zeros(columns, size, device=device)
 
     def _tiles(self) -> Iterator[tuple[slice, slice, CompensatedSum]]:
-        """Yield rows and columns of the upper triangle, and their sums."""
+        """Yield rows, columns and sum of each tile of the upper triangle."""
         size = self._starts.step
         slices = [slice(start, start + size) for start in self._starts]
         for index, rows in enumerate(slices):
+            # On the diagonal the rounding errors are in a separate tensor.
             square = self._matrix[rows, rows]
             yield rows, rows, CompensatedSum(square, self._low[rows, : len(square)])
             for columns in slices[index + 1 :]:
-                lower = self._matrix[columns, rows]
-                yield (
-                    rows,
-                    columns,
-                    CompensatedSum(self._matrix[rows, columns], lower.T),
-                )
+                # Elsewhere they are in the mirror image of the tile, transposed.
+                upper, lower = self._matrix[rows, columns], self._matrix[columns, rows]
+                yield rows, columns, CompensatedSum(upper, lower.T)
 
     def add(self, inputs: Tensor) -> None:
         """Add X^T X of X = `inputs`, [tokens, columns]."""
         assert self._starts or not inputs.shape[1], "the sums are finished"
         for rows, columns, tile in self._tiles():
+            # (X^T X)[rows, columns] = X[:, rows]^T X[:, columns].
             tile.add(inputs[:, rows].T @ inputs[:, columns])
 
     def finish(self, reduce: Reduce = no_reduce) -> None:
-        """Fill in the lower triangle."""
+        """Complete the upper triangle, and mirror it into the lower one."""
         for rows, columns, tile in self._tiles():
             total = tile.total(reduce)
             if rows == columns:
+                # A product of matrices need not be symmetric to the last bit.
                 total = total.triu() + total.triu(1).T
             self._matrix[rows, columns] = total
             self._matrix[columns, rows] = total.T
@@ -137,7 +139,10 @@ class GramMatrix(Statistic):
         self._low = torch.empty(0)
 
     def is_finite(self) -> bool:
-        """Whether the diagonal is finite, and with it (Cauchy-Schwarz) all entries."""
+        """Whether all entries are finite.
+
+        Looks at the diagonal alone: it bounds the others, by Cauchy-Schwarz.
+        """
         return bool(self._matrix.diagonal().isfinite().all())
 
     def take(self) -> Tensor:
@@ -151,18 +156,21 @@ class GramMatrix(Statistic):
 
 
 class CrossGram:
-    """W (X_dense - X)^T X of a group's matrices W: what new inputs X make them lose.
+    """W (X_dense - X)^T X for the matrices W of a group.
 
-    The sum is kept without W where that is less work: where the group has more rows
-    than half its columns. Costs min(rows, columns) * columns floats, twice until the
-    sum is finished.
+    X are the inputs in the model pruned so far, X_dense those in the dense model.
+    `solvers.correction` computes error-corrected targets from it.
+
+    If the group has more rows than half its columns, (X_dense - X)^T X is accumulated
+    instead and multiplied by W at the end, which is less work. Takes min(rows, columns)
+    * columns floats, and twice as many until the sum is finished.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        """Begin with no inputs.
+        """Start with empty sums.
 
         Args:
-            weights: The matrices, dense, [rows, columns] each; not to be written to.
+            weights: The dense matrices, [rows, columns] each; must not be written to.
         """
         self._weights = weights
         rows, columns = sum(map(len, weights)), weights[0].shape[1]
@@ -172,20 +180,21 @@ class CrossGram:
         self._is_finished = False
 
     def _strips(self) -> Iterator[tuple[slice, CompensatedSum]]:
-        """Yield some rows and their sums."""
+        """Yield slices of rows, and the sum of each."""
         for start in range(0, len(self._sum.high), MAX_TILE):
             rows = slice(start, start + MAX_TILE)
             yield rows, CompensatedSum(self._sum.high[rows], self._sum.low[rows])
 
     def add(self, inputs: Tensor, dense: Tensor) -> None:
-        """Take in one batch of X and X_dense, each [tokens, columns]."""
+        """Add one batch of X (`inputs`) and X_dense, each [tokens, columns]."""
         change = dense - inputs
-        own = change.T if self._joined is None else linear(self._joined, change)
+        # (X_dense - X)^T, [columns, tokens], or W (X_dense - X)^T, [rows, tokens].
+        left = change.T if self._joined is None else linear(self._joined, change)
         for rows, strip in self._strips():
-            strip.add(own[rows] @ inputs)
+            strip.add(left[rows] @ inputs)
 
     def finish(self, reduce: Reduce = no_reduce) -> None:
-        """Complete the sum, as a statistic does."""
+        """Complete the sum, as `Statistic.finish` does."""
         if self._is_finished:
             return
         for _, strip in self._strips():
@@ -194,13 +203,18 @@ class CrossGram:
         self._is_finished = True
 
     def drift(self, index: int) -> Tensor:
-        """Return W (X_dense - X)^T X of one of the matrices, [rows, columns].
+        """Return W (X_dense - X)^T X for one of the matrices; finishes the sum.
 
-        The sum is finished, if it was not.
+        Args:
+            index: The index of the matrix among `weights`.
+
+        Returns:
+            [rows, columns], float32.
         """
         self.finish()
         weight, total = self._weights[index], self._sum.high
         if self._joined is None:
+            # linear(W, C.T) = W C, with C = (X_dense - X)^T X.
             return linear(weight, total.T)
         first = sum(map(len, self._weights[:index]))
         return total[first : first + len(weight)]

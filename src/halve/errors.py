@@ -1,11 +1,11 @@
-"""The one family of errors that Halve raises for what a user can meet.
+"""The errors and warnings that Halve raises for what a user can fix.
 
 Every message has two sentences: what was found, and what to do about it.
 """
 
 
 class HalveError(Exception):
-    """Something a user can put right.
+    """An error that the user can fix; the message says what is wrong and what to do.
 
     Args:
         problem: One sentence: what was found, and what was expected.
@@ -27,7 +27,7 @@ class HalveWarning(UserWarning):
 
 
 class SourceError(HalveError):
-    """A model or text that cannot be found, or a hub that cannot be reached."""
+    """A model or text that cannot be found or downloaded."""
 
 
 class UnsupportedModelError(HalveError):
@@ -38,20 +38,24 @@ class CheckpointError(HalveError):
     """A checkpoint that is damaged, incomplete, or contradicts its config."""
 
 
+class RecordError(HalveError):
+    """A `halve.json` in a format that this version of Halve does not read."""
+
+
 class CalibrationError(HalveError):
-    """Calibration or evaluation text that cannot be used as asked."""
+    """Calibration or evaluation text that is too short, or cannot be read."""
 
 
 class PatternError(HalveError):
-    """A sparsity pattern that makes no sense, or does not fit a matrix."""
+    """A sparsity pattern that is invalid, or does not fit a matrix."""
 
 
 class QuantizationError(HalveError):
-    """A grid of values that does not exist, or that cannot be laid over a matrix."""
+    """A quantization scheme that is invalid, or does not fit a matrix."""
 
 
 class NumericalError(HalveError):
-    """Weights, activations or Gram matrices that cannot be computed with."""
+    """Weights, activations or Gram matrices that are not finite or not solvable."""
 
 
 class OutputError(HalveError):
@@ -59,7 +63,7 @@ class OutputError(HalveError):
 
 
 class TargetMissedError(HalveError):
-    """What was written does not have the sparsity or pattern that was promised."""
+    """A written matrix that does not have the requested sparsity or pattern."""
 
 
 class DistributedError(HalveError):
@@ -67,4 +71,4 @@ class DistributedError(HalveError):
 
 
 class ReportedError(DistributedError):
-    """What went wrong in another process of the run, which has said so itself."""
+    """An error of another process of the run, which reports it itself."""

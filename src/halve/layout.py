@@ -1,4 +1,4 @@
-"""Which tensors and prunable matrices lie in which file of an output."""
+"""Which tensors and prunable matrices go into which file of an output."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,21 +18,33 @@ from halve.models import (
 
 @dataclass(frozen=True)
 class PlannedMatrix:
-    """A matrix to prune: the tensor that holds it and what it is in its block."""
+    """A matrix to prune.
+
+    Attributes:
+        tensor: Name of the checkpoint's tensor that holds it.
+        matrix: Its module, shape and orientation in the block.
+    """
 
     tensor: str
     matrix: Matrix
 
     @property
     def elements(self) -> int:
-        """Weights in it."""
+        """Number of weights."""
         rows, columns = self.matrix.shape
         return rows * columns
 
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """A block: its index, its matrices, and the output shard of its tensors."""
+    """A decoder block.
+
+    Attributes:
+        index: Position in the model, from 0.
+        name: Path of its module, such as `model.layers.3`.
+        matrices: Matrices to prune, in the order of their modules.
+        shard: Output file that holds the block's tensors.
+    """
 
     index: int
     name: str
@@ -42,17 +54,20 @@ class PlannedBlock:
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies where in an output.
+    """The files of an output and what each contains.
 
     Attributes:
-        blocks: In the order of the model.
-        shards: Output file -> tensors in it: first everything outside the blocks,
-            then a file for each block.
-        left_dense: Tensors of two dimensions or more in the blocks, not pruned.
-        sources: File of the input -> what must not change under a run.
-        tensors: Headers of the checkpoint.
-        unread: Tensors outside the blocks with which nothing is computed while a model
-            is pruned: an output head, and an embedding in which rows are looked up.
+        blocks: Decoder blocks, in the order of the model.
+        shards: Output file -> names of its tensors. The files for everything outside
+            the blocks come first, then one for each block.
+        left_dense: Tensors of the blocks that have two dimensions or more and are not
+            pruned.
+        sources: File of the input -> digest, or size and modification time; a run
+            cannot be resumed after it has changed.
+        tensors: Name -> header, for every tensor of the checkpoint.
+        unread: Tensors outside the blocks that take part in no computation while a
+            model is pruned: an output head, and an embedding in which rows are only
+            looked up.
     """
 
     blocks: tuple[PlannedBlock, ...]
@@ -64,35 +79,36 @@ class Layout:
 
     @property
     def prunable(self) -> int:
-        """Weights in all prunable matrices."""
+        """Number of weights in all prunable matrices."""
         return sum(m.elements for b in self.blocks for m in b.matrices)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype with the fewest significant bits that a prunable matrix has."""
+        """The least precise dtype of the prunable matrices."""
         dtypes = {self.tensors[m.tensor].dtype for b in self.blocks for m in b.matrices}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def has_weights(self) -> bool:
-        """Whether the input's files hold any; else all is as its config has it."""
+        """Whether the input has files of weights, rather than a config alone."""
+        # The first source is config.json.
         return len(self.sources) > 1
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the output's tensors, when dense."""
+        """Size of the output's tensors in bytes, if all are stored dense."""
         return sum(info.nbytes for info in self.tensors.values())
 
 
 def make_layout(checkpoint: Checkpoint, meta_model: MetaModel) -> Layout:
-    """Work out the files of an output: which tensors they hold, which matrices.
+    """Lay out the files of an output.
 
     Args:
         checkpoint: The input.
-        meta_model: Of its config.
+        meta_model: The model that the input's config describes.
 
     Raises:
-        CheckpointError: Tensors that contradict the config.
+        CheckpointError: The tensors contradict the config.
         UnsupportedModelError: There is nothing to prune.
     """
     infos = checkpoint.tensors.values()
@@ -114,13 +130,15 @@ def make_layout(checkpoint: Checkpoint, meta_model: MetaModel) -> Layout:
 
 def _unread(meta_model: MetaModel, names: dict[str, str]) -> frozenset[str]:
     head = meta_model.model.get_output_embeddings()
-    spared = meta_model.names_of(meta_model.table) | meta_model.names_of(head)
-    used = {tensor for name, tensor in names.items() if name not in spared}
-    return frozenset(names[name] for name in spared if name in names) - used
+    idle = meta_model.parameter_names(meta_model.lookup_embedding)
+    idle |= meta_model.parameter_names(head)
+    # A tensor that is tied to any other parameter is used by it.
+    used = {tensor for name, tensor in names.items() if name not in idle}
+    return frozenset(names[name] for name in idle if name in names) - used
 
 
 def _owners(meta_model: MetaModel, names: dict[str, str]) -> dict[str, int]:
-    """Return tensor -> index of the block it belongs to."""
+    """Return name of a tensor -> index of the block that it belongs to."""
     prefix = meta_model.path + "."
     return {
         tensor: int(name.removeprefix(prefix).partition(".")[0])
@@ -132,18 +150,18 @@ def _owners(meta_model: MetaModel, names: dict[str, str]) -> dict[str, int]:
 def _shards(
     checkpoint: Checkpoint, owners: dict[str, int], depth: int
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield output files: what lies outside the blocks, in pieces, then the blocks.
+    """Yield output files: tensors outside the blocks, in pieces, then the blocks.
 
-    Large tensors come first, so that the small ones share a piece; the files of the
-    input do not matter.
+    The result does not depend on the files of the input. Large tensors come first, so
+    that the small ones fit into one piece.
     """
     blocks: list[list[str]] = [[] for _ in range(depth)]
-    rest: list[str] = []
+    outside: list[str] = []
     for name in checkpoint.tensors:
-        (blocks[owners[name]] if name in owners else rest).append(name)
+        (blocks[owners[name]] if name in owners else outside).append(name)
     sizes = [sum(checkpoint.tensors[n].nbytes for n in names) for names in blocks]
-    rest.sort(key=lambda name: (-checkpoint.tensors[name].nbytes, name))
-    pieces = _pieces(checkpoint, rest, max(sizes))
+    outside.sort(key=lambda name: (-checkpoint.tensors[name].nbytes, name))
+    pieces = _pieces(checkpoint, outside, max(sizes))
     contents = [*pieces, *blocks]
     for number, names in enumerate(contents, start=1):
         file = f"model-{number:05}-of-{len(contents):05}.safetensors"
@@ -151,7 +169,10 @@ def _shards(
 
 
 def _pieces(checkpoint: Checkpoint, names: list[str], limit: int) -> list[list[str]]:
-    """Cut a list of tensors so that no piece is larger than a block, if it can be."""
+    """Split a list of tensors into pieces of at most `limit` bytes.
+
+    A tensor that is larger than that is a piece by itself.
+    """
     pieces: list[list[str]] = []
     size = 0
     for name in names:
@@ -190,8 +211,8 @@ def _left_dense(
 def _sources(checkpoint: Checkpoint) -> dict[str, str]:
     model = checkpoint.folder
     config = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
-    found = {"config.json": config}
+    sources = {"config.json": config}
     for shard in checkpoint.shards:
         status = (model / shard).stat()
-        found[shard] = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
-    return found
+        sources[shard] = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    return sources

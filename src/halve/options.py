@@ -223,14 +223,12 @@ class PackOptions:
     """What is asked for.
 
     Attributes:
-        kind: `pack` or `unpack`.
         positive_zeros: Whether minus zeros become zeros first. They arise where a
             weight was multiplied by a mask, and are kept, bit for bit, otherwise.
         trust_remote_code: Whether Python code that comes with the model may run.
         progress: Told of each file.
     """
 
-    kind: str
     positive_zeros: bool = False
     trust_remote_code: bool = False
     progress: Callable[[Progress], None] = lambda progress: None

@@ -9,7 +9,7 @@ from typing import Any
 
 from halve.checkpoint import Checkpoint, TensorInfo, has_no_weights
 from halve.errors import HalveError
-from halve.formats import packed_bytes
+from halve.formats import would_shrink
 from halve.layout import Layout, PlannedBlock, make_layout
 from halve.models import (
     MetaModel,
@@ -119,7 +119,7 @@ def _check_packing(layout: Layout, options: PruneOptions) -> None:
             rows, columns = planned.matrix.shape
             info = layout.tensors[planned.tensor]
             kept = rows * columns - pattern.count(rows * columns)
-            if packed_bytes(rows, columns, kept, info.dtype.itemsize) < info.nbytes:
+            if would_shrink(rows, columns, kept, info.dtype):
                 return
     raise HalveError(
         f"With {pattern} zeros no matrix of {layout.blocks[0].name} or any other block "

@@ -1,9 +1,13 @@
-"""From text to windows of tokens, and room for hidden states."""
+"""Text to windows of tokens, tokenizers, and storage for hidden states."""
 
 import json
+import os
+import signal
+import sys
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from halve.calibration import (
     Corpus,
@@ -11,12 +15,20 @@ from halve.calibration import (
     cut_segments,
     draw_windows,
     load_corpus,
+    load_tokenizer,
 )
-from halve.errors import CalibrationError, OutputError
+from halve.cli import main
+from halve.cli.interruption import Interrupted
+from halve.errors import (
+    CalibrationError,
+    DistributedError,
+    OutputError,
+    SourceError,
+)
 
 
 def encode(text: str) -> list[int]:
-    """One token a word: its number."""
+    """One token per word: the number that the word is."""
     return [int(word) for word in text.split()]
 
 
@@ -81,11 +93,11 @@ def test_local_files_are_read(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo")
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     parquet.write_table(Table.from_pydict({"text": texts}), tmp_path / "a.parquet")
-    found = [
+    documents = [
         load_corpus(str(tmp_path / f"a.{kind}"), "calibration").documents
         for kind in ("txt", "jsonl", "parquet")
     ]
-    assert found == [("one\ntwo",), ("one\ntwo", "three"), ("one\ntwo", "three")]
+    assert documents == [("one\ntwo",), ("one\ntwo", "three"), ("one\ntwo", "three")]
 
 
 def test_the_parts_of_stdlib_share_no_module():
@@ -98,13 +110,69 @@ def test_the_parts_of_stdlib_share_no_module():
 
 
 @pytest.mark.parametrize("budget", [0, 10**6])
-def test_hidden_states_live_in_memory_or_in_a_file(budget, tmp_path):
+def test_hidden_states_are_in_memory_or_in_a_file(budget, tmp_path):
     hidden = allocate_hidden((3, 4, 5), budget, tmp_path)
     hidden.copy_(torch.arange(60.0).view(3, 4, 5))
     assert hidden.sum() == 59 * 30
-    assert not list(tmp_path.iterdir())  # the file has no name to leave behind
+    assert not list(tmp_path.iterdir())  # the file has no name
 
 
 def test_a_disk_too_small_for_hidden_states_is_an_error(tmp_path):
     with pytest.raises(OutputError, match="hidden states need"):
         allocate_hidden((2**20, 2**20, 2**10), 0, tmp_path)
+
+
+class PanicException(BaseException):
+    """As PyO3 raises the panics of tokenizers."""
+
+
+PanicException.__module__ = "pyo3_runtime"
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), PanicException("bad")])
+def test_what_tokenizers_raises_is_a_source_error(error, monkeypatch, tmp_path):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(error))
+    with pytest.raises(SourceError, match=r"tokenizer .* cannot be loaded \(bad\)"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [Interrupted(15), KeyboardInterrupt(), SystemExit(3), GeneratorExit()]
+)
+def test_signals_and_exits_pass_through_loading_a_tokenizer(
+    error, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(error))
+    with pytest.raises(type(error)) as raised:
+        load_tokenizer(tmp_path)
+    assert raised.value is error
+
+
+def test_an_error_of_halve_passes_through_loading_a_tokenizer(monkeypatch, tmp_path):
+    """Such as that another process of the run has failed."""
+    error = DistributedError("Another process has ended.", "Run the command again.")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(error))
+    with pytest.raises(DistributedError):
+        load_tokenizer(tmp_path)
+
+
+def test_sigterm_while_the_tokenizer_loads_exits_with_143(pico, text, monkeypatch):
+    words = ["halve", "eval", str(pico("opt")), "--data", str(text)]
+    monkeypatch.setattr(sys, "argv", words)
+
+    def load(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 143
+
+
+def raising(error):
+    """Return a function that raises an error, whatever it is passed."""
+
+    def function(*_, **__):
+        raise error
+
+    return function

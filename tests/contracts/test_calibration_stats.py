@@ -1,4 +1,4 @@
-"""Sums over inputs, and the matrix products they are made of."""
+"""Calibration statistics, compensated sums and the matrix products they use."""
 
 import math
 
@@ -28,24 +28,24 @@ def test_gram_is_the_product_of_all_inputs(columns):
     assert torch.equal(matrix, matrix.T)
 
 
-def test_gram_in_float32_is_near_to_float64_where_inputs_hardly_differ():
-    """Each entry is off by a few roundings of sqrt(G_ii G_jj), however many batches."""
+def test_gram_is_near_to_float64_for_nearly_equal_inputs():
+    """The error of entry ij is a few roundings of sqrt(G_ii G_jj) for any batches."""
     generator = torch.Generator().manual_seed(0)
     gram, exact = GramMatrix(40, CPU), torch.zeros(40, 40, dtype=torch.float64)
-    scales = 10 ** torch.linspace(-4, 4, 40)  # outlier features, and hardly any
+    scales = 10 ** torch.linspace(-4, 4, 40)  # from negligible features to outliers
     common = torch.randn(1, 40, generator=generator)
     for _ in range(200):
         batch = scales * (common + 1e-3 * torch.randn(256, 40, generator=generator))
         gram.add(batch)
         exact += batch.double().T @ batch.double()
     norms = exact.diagonal().sqrt()
-    off = (gram.take().double() - exact).abs() / norms / norms[:, None]
-    assert float(off.max()) < 1e-5
+    error = (gram.take().double() - exact).abs() / norms / norms[:, None]
+    assert float(error.max()) < 1e-5
 
 
 @pytest.mark.parametrize("columns", [3, 200, 600])
-def test_who_takes_in_which_batch_does_not_show(columns):
-    """Sums of all batches, and of two processes that have every second one."""
+def test_sums_do_not_depend_on_which_process_adds_which_batch(columns):
+    """One process with all batches, two with every second one, and another order."""
     generator = torch.Generator().manual_seed(columns)
     scales = 10 ** torch.linspace(-3, 3, columns)
     pairs = [
@@ -54,39 +54,39 @@ def test_who_takes_in_which_batch_does_not_show(columns):
     ]
     weights = [torch.randn(5, columns, generator=generator)]
 
-    def found(pairs, reduce=no_reduce):
-        """Return the three sums, finished."""
+    def sums(pairs, reduce=no_reduce):
+        """Return the three finished sums."""
         gram, norms = GramMatrix(columns, CPU), ColumnNorms(columns, CPU)
-        drift = CrossGram(weights)
+        cross = CrossGram(weights)
         for inputs, dense in pairs:
             gram.add(inputs)
             norms.add(inputs)
-            drift.add(inputs, dense)
-        for each in (gram, norms, drift):
+            cross.add(inputs, dense)
+        for each in (gram, norms, cross):
             each.finish(reduce)
-        return gram.take(), norms.squares, drift.drift(0)
+        return gram.take(), norms.squares, cross.drift(0)
 
-    said: list[torch.Tensor] = []
-    found(pairs[1::2], lambda own: said.append(own.clone()))
-    left = iter(said)
-    together = found(pairs[::2], lambda own: own.add_(next(left)))
-    transposed_copy = found(pairs[::-1])
-    for one, two, three in zip(found(pairs), together, transposed_copy, strict=True):
+    sent: list[torch.Tensor] = []
+    sums(pairs[1::2], lambda part: sent.append(part.clone()))
+    received = iter(sent)
+    together = sums(pairs[::2], lambda part: part.add_(next(received)))
+    backwards = sums(pairs[::-1])
+    for one, two, three in zip(sums(pairs), together, backwards, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
 
 
 @given(st.lists(st.floats(-1e9, 1e9, width=32), min_size=1, max_size=50))
-def test_a_sum_is_that_of_float64_rounded_once(terms):
-    own = CompensatedSum.zeros(2, device=CPU)
+def test_a_sum_is_as_precise_as_one_in_float64_and_rounded_once(terms):
+    compensated = CompensatedSum.zeros(2, device=CPU)
     for term in terms:
-        own.add(torch.tensor([term, -term]))
+        compensated.add(torch.tensor([term, -term]))
     exact = math.fsum(terms)
     size = max(map(abs, terms), default=0.0)
     expected = torch.tensor([exact, -exact], dtype=torch.float64)
-    off = (own.high.double() + own.low - expected).abs().max()
-    assert float(off) <= 2**-44 * len(terms) * size
-    assert torch.equal(own.total(), (own.high.double() + own.low).float())
+    total = compensated.high.double() + compensated.low
+    assert float((total - expected).abs().max()) <= 2**-44 * len(terms) * size
+    assert torch.equal(compensated.total(), total.float())
 
 
 def test_column_norms_are_the_diagonal_of_the_gram_matrix():
@@ -99,7 +99,7 @@ def test_column_norms_are_the_diagonal_of_the_gram_matrix():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("kind", [GramMatrix, ColumnNorms])
-def test_one_bad_number_is_noticed(kind, bad):
+def test_one_number_that_is_not_finite_is_detected(kind, bad):
     statistic = kind(9, CPU)
     inputs = torch.randn(40, 9)
     statistic.add(inputs)
@@ -123,37 +123,37 @@ def test_linear_is_torchs_linear(shape, strided):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("strided", [False, True])
-def test_large_matrices_are_widened_in_strips(dtype, strided, monkeypatch):
+def test_large_matrices_are_converted_in_strips(dtype, strided, monkeypatch):
     weight, bias = torch.randn(33, 130).to(dtype), torch.randn(33)
     if strided:
         weight = weight.T.contiguous().T
     inputs, layer = torch.randn(2, 5, 130), torch.nn.Linear(130, 33)
     layer.weight.data, layer.bias.data = weight, bias
-    transposed_copy = Conv1D(33, 130)
-    transposed_copy.weight.data, transposed_copy.bias.data = weight.T, bias
+    conv1d = Conv1D(33, 130)
+    conv1d.weight.data, conv1d.bias.data = weight.T, bias
     expected = torch.nn.functional.linear(inputs, weight.float(), bias)
-    as_float32: list[int] = []
-    plain = matmul._onednn_takes
+    converted: list[int] = []
+    takes = matmul._onednn_takes
 
     def watched(*operands):
-        as_float32.append(operands[1].numel())
-        return plain(*operands)
+        converted.append(operands[1].numel())
+        return takes(*operands)
 
-    monkeypatch.setattr(matmul, "WIDENED", 1000)
+    monkeypatch.setattr(matmul, "MAX_CONVERTED", 1000)
     monkeypatch.setattr(matmul, "_onednn_takes", watched)
     with torch.no_grad(), FastMatmul():
-        for multiply in (layer, transposed_copy, lambda x: linear(x, weight, bias)):
+        for multiply in (layer, conv1d, lambda x: linear(x, weight, bias)):
             assert torch.allclose(multiply(inputs), expected, atol=1e-5)
-    assert max(as_float32) <= 1000
+    assert max(converted) <= 1000
 
 
-def test_models_run_the_same_within_fast_products():
+def test_models_compute_the_same_within_fast_matmul():
     layer = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
     inputs, bias = torch.randn(3, 5, 8), torch.randn(6)
     left, right = torch.randn(7, 8), torch.randn(8, 6)
     with torch.no_grad():
         expected = layer(inputs), torch.addmm(bias, left, right)
         with FastMatmul():
-            found = layer(inputs), torch.addmm(bias, left, right)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+            computed = layer(inputs), torch.addmm(bias, left, right)
+    for actual, reference in zip(computed, expected, strict=True):
+        assert torch.allclose(actual, reference, atol=1e-5)

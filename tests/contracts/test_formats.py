@@ -1,4 +1,4 @@
-"""What packing promises: every bit comes back, from the bytes of docs/format.md."""
+"""Packing and unpacking restores every bit; the bytes are those of docs/format.md."""
 
 import re
 from dataclasses import replace
@@ -11,18 +11,23 @@ from hypothesis import strategies as st
 
 from halve.errors import CheckpointError
 from halve.formats import (
-    DTYPES,
-    Packed,
+    FORMATS,
+    Format,
+    PackedMatrix,
     bitmask,
-    join,
-    pack,
-    packed_bytes,
+    packed_size,
     split,
     store,
+    would_shrink,
 )
+from halve.formats.bitmask import DTYPES, pack
+from halve.runtime.cpu.layers import LAYERS
 from tests.twins import bitmask as twin
 
-FORMAT = Path(__file__).parents[2] / "docs/format.md"
+# Bytes of a dtype -> signed integer of the same width.
+INTEGERS = {2: torch.int16, 4: torch.int32}
+BITMASK: Format = FORMATS["bitmask"]
+DOCUMENT = Path(__file__).parents[2] / "docs/format.md"
 SHAPES = (
     *((1, 1), (1, 64), (64, 1), (3, 63), (5, 65), (2, 128)),
     *((7, 200), (33, 1000), (0, 5)),
@@ -34,7 +39,7 @@ def _two_of_four(rows, columns):
     return (ranks < 2).flatten(1)[:, :columns]
 
 
-# Which weights are kept, as booleans [rows, columns].
+# Pattern -> (rows, columns) -> which weights are stored, booleans [rows, columns].
 KEPT = {
     "half": lambda rows, columns: torch.rand(rows, columns) < 0.5,
     "2:4": _two_of_four,
@@ -45,7 +50,8 @@ KEPT = {
         (torch.arange(rows) % 2 == 1).unsqueeze(1).expand(rows, columns)
     ),
 }
-# Minus zero, infinities, quiet and signalling NaNs with payloads, denormals.
+# Bit patterns: minus zero, infinities, quiet and signalling NaNs with payloads,
+# denormals.
 ODD = {
     torch.bfloat16: (0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFF81, 0x0001, 0x8001, 0x0080),
     torch.float16: (0x8000, 0x7C00, 0xFC00, 0x7E01, 0xFC01, 0x0001, 0x8001, 0x0100),
@@ -61,14 +67,14 @@ directions = pytest.mark.parametrize("transposed", [False, True])
 
 
 def _of_bits(bits, dtype):
-    """Return the numbers that bit patterns, given as unsigned integers, stand for."""
+    """Return the floats of a dtype that have these bits, given as unsigned integers."""
     wide = 8 * dtype.itemsize
     signed = torch.where(bits >= 2 ** (wide - 1), bits - 2**wide, bits)
-    return signed.to(DTYPES[dtype]).view(dtype)
+    return signed.to(INTEGERS[dtype.itemsize]).view(dtype)
 
 
 def _matrix(shape, pattern, dtype):
-    """Return a matrix of random bits, the odd ones among them, and zeros."""
+    """Return a matrix of random bits, some from `ODD`, with zeros in a pattern."""
     torch.manual_seed(0)
     bits = torch.randint(1, 2 ** (8 * dtype.itemsize), shape)
     odd = torch.tensor(ODD[dtype])[torch.randint(8, shape)]
@@ -85,11 +91,11 @@ def _bytes(tensor):
 
 
 def _same(a, b):
-    """Compare as integers: minus zero is not zero, and a NaN is itself."""
+    """Compare bit by bit: minus zero differs from zero, and a NaN equals itself."""
     return (a.dtype, a.shape, _bytes(a)) == (b.dtype, b.shape, _bytes(b))
 
 
-def _parts(packed: Packed):
+def _parts(packed: PackedMatrix):
     return {name: _bytes(part) for name, part in split("", packed).items()}
 
 
@@ -113,7 +119,7 @@ def test_unpacking_gives_back_every_bit(dtype, pattern, transposed):
     st.booleans(),
     st.data(),
 )
-def test_any_bits_come_back_and_lie_as_in_the_twin(
+def test_any_bits_come_back_and_have_the_bytes_of_the_twin(
     dtype, rows, columns, transposed, data
 ):
     weights = st.sampled_from([0, 0, 0, *ODD[dtype]]) | st.integers(
@@ -156,15 +162,15 @@ def test_a_view_is_packed_as_its_copy(dtype):
 
 @dtypes
 @directions
-def test_joining_what_was_split_gives_the_same(dtype, transposed):
+def test_join_is_the_inverse_of_split(dtype, transposed):
     for shape in SHAPES:
         packed = pack(_stored(_matrix(shape, "half", dtype), transposed), transposed)
         tensors = split("a.weight", packed)
         ends = ("", "_mask", "_offsets", "_layout")
         assert list(tensors) == [f"a.weight{end}" for end in ends]
-        joined = join("a.weight", tensors)
+        joined = BITMASK.join("a.weight", tensors)
         assert _parts(joined) == _parts(packed)
-        assert (joined.columns, joined.transposed) == (packed.columns, transposed)
+        assert (joined.shape, joined.transposed) == (packed.shape, transposed)
 
 
 @dtypes
@@ -175,17 +181,17 @@ def test_bytes_are_those_of_the_tensors(dtype, pattern):
         total = sum(part.nbytes for part in split("w", packed).values())
         assert packed.nbytes == total
         kept = packed.values.numel()
-        assert packed_bytes(rows, columns, kept, dtype.itemsize) == total
+        assert BITMASK.nbytes(rows, columns, kept, dtype) == total
 
 
 def test_bytes_of_more_than_2_32_values_have_wide_offsets():
     rows, columns = 2**17, 2**16
     bits = rows * columns // 8
     narrow, wide = 2**32 - 1, 2**32
-    assert packed_bytes(rows, columns, narrow, 2) == (
+    assert BITMASK.nbytes(rows, columns, narrow, torch.bfloat16) == (
         2 * narrow + bits + 4 * (rows + 1) + 24
     )
-    assert packed_bytes(rows, columns, wide, 2) == (
+    assert BITMASK.nbytes(rows, columns, wide, torch.bfloat16) == (
         2 * wide + bits + 8 * (rows + 1) + 24
     )
 
@@ -205,15 +211,16 @@ def test_half_of_bf16_takes_at_most_56_5_percent(pattern, columns):
 def test_the_sizes_in_the_document_are_true():
     rows = re.findall(
         r"\| (\d+) x (\d+), (\d+) bits \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|",
-        FORMAT.read_text("utf-8"),
+        DOCUMENT.read_text("utf-8"),
     )
     assert len(rows) == 4
-    for outputs, inputs, bits, *shares in rows:
-        size, item = int(outputs) * int(inputs), int(bits) // 8
-        for dropped, share in zip((0.5, 0.7, 0.9), shares, strict=True):
-            kept = size - int(size * dropped)
-            packed = packed_bytes(int(outputs), int(inputs), kept, item)
-            assert f"{100 * packed / (size * item):.1f}" == share
+    for outputs, inputs, bits, *percents in rows:
+        size = int(outputs) * int(inputs)
+        dtype = {"16": torch.bfloat16, "32": torch.float32}[bits]
+        for sparsity, percent in zip((0.5, 0.7, 0.9), percents, strict=True):
+            kept = size - int(size * sparsity)
+            packed = BITMASK.nbytes(int(outputs), int(inputs), kept, dtype)
+            assert f"{100 * packed / (size * dtype.itemsize):.1f}" == percent
 
 
 @dtypes
@@ -221,8 +228,8 @@ def test_the_sizes_in_the_document_are_true():
 def test_store_packs_exactly_where_that_is_smaller(dtype, transposed):
     rows, columns, item = 64, 1024, dtype.itemsize
     size = rows * columns
-    # Each zero saves a weight's bytes; this many only pay for mask and offsets.
-    zeros = (packed_bytes(rows, columns, size, item) - size * item) // item
+    # Each zero saves the bytes of a weight. So many make up for mask and offsets.
+    zeros = (BITMASK.nbytes(rows, columns, size, dtype) - size * item) // item
     assert zeros / size == pytest.approx(1 / (8 * item), abs=0.003)
     for count in (0, zeros, zeros + 1, size):
         matrix = torch.ones(size, dtype=dtype)
@@ -230,12 +237,15 @@ def test_store_packs_exactly_where_that_is_smaller(dtype, transposed):
         matrix = _stored(matrix.view(rows, columns), transposed)
         stored = store("w", matrix, transposed)
         smaller = pack(matrix, transposed).nbytes < matrix.nbytes
+        assert would_shrink(rows, columns, size - count, dtype) == smaller
+        as_rows = matrix.T if transposed else matrix
+        assert packed_size(as_rows) == pack(matrix, transposed).nbytes
         assert smaller == (count > zeros)
         assert (len(stored) == 4) == smaller
         assert smaller or stored["w"] is matrix
 
 
-def test_minus_zero_is_no_zero():
+def test_minus_zero_is_stored():
     matrix = torch.full((64, 64), -0.0, dtype=torch.bfloat16)
     assert pack(matrix).values.numel() == matrix.numel()
     assert list(store("w", matrix)) == ["w"]
@@ -245,6 +255,20 @@ def test_minus_zero_is_no_zero():
 def test_other_dtypes_are_stored_dense(dtype):
     matrix = torch.zeros(64, 64, dtype=dtype)
     assert store("w", matrix) == {"w": matrix}
+    assert packed_size(matrix) is None
+    assert not would_shrink(64, 64, 0, dtype)
+
+
+def test_every_format_has_a_name_and_a_layer_class():
+    assert FORMATS.keys() == LAYERS.keys()
+    assert all(known.name == key for key, known in FORMATS.items())
+
+
+def test_every_format_lists_its_parts_in_the_order_of_its_suffixes():
+    for known in FORMATS.values():
+        packed = known.pack(_matrix((3, 70), "half", torch.bfloat16))
+        assert tuple(packed.parts) == ("", *known.companions)
+        assert set(known.layout) <= set(known.companions)
 
 
 @dtypes
@@ -261,7 +285,7 @@ def test_chunks_change_nothing(dtype, monkeypatch):
 
 
 @dtypes
-def test_wide_offsets_are_read_too(dtype):
+def test_wide_offsets_are_read(dtype):
     matrix = _matrix((5, 65), "half", dtype)
     packed = pack(matrix)
     wide = replace(packed, offsets=packed.offsets.to(torch.uint64))
@@ -269,11 +293,11 @@ def test_wide_offsets_are_read_too(dtype):
     assert _same(wide.unpack(), matrix)
 
 
-def test_zeros_that_are_kept_are_read_too():
+def test_zeros_that_are_stored_are_read():
     packed = pack(torch.ones(2, 5, dtype=torch.bfloat16))
-    kept = replace(packed, values=torch.zeros(10, dtype=torch.bfloat16))
-    kept.check("w")
-    assert _same(kept.unpack(), torch.zeros(2, 5, dtype=torch.bfloat16))
+    zeros = replace(packed, values=torch.zeros(10, dtype=torch.bfloat16))
+    zeros.check("w")
+    assert _same(zeros.unpack(), torch.zeros(2, 5, dtype=torch.bfloat16))
 
 
 @directions
@@ -309,7 +333,7 @@ def test_the_example_has_exactly_these_bytes(example):
 
 
 def test_the_document_shows_these_bytes():
-    example = FORMAT.read_text("utf-8").partition("## An example")[2]
+    example = DOCUMENT.read_text("utf-8").partition("## An example")[2]
     shown = " ".join(example.split())
     for end, text in GOLDEN.items():
         assert f"P{end} " in shown
@@ -328,12 +352,12 @@ def test_the_examples_bytes_are_read(example):
         for end, text in GOLDEN.items()
     }
     tensors["w_mask"] = tensors["w_mask"].view(3, 2)
-    packed = join("w", tensors)
+    packed = BITMASK.join("w", tensors)
     packed.check("w")
     assert _same(packed.unpack(), example)
 
 
-def test_a_lie_is_refused_by_name(example):
+def test_an_inconsistent_matrix_is_rejected_by_name(example):
     packed = replace(pack(example), columns=69)
     with pytest.raises(CheckpointError, match=r"a\.weight marks columns past its 69"):
         packed.check("a.weight")

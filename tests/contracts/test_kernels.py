@@ -1,4 +1,4 @@
-"""Every kernel that this CPU has gives the twin's answer."""
+"""Every kernel that this CPU can run agrees with a plain product."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from halve.errors import HalveError
-from halve.formats import pack
+from halve.formats.bitmask import pack
 from halve.runtime.cpu.kernels import kernels
 from halve.runtime.cpu.operators import FUSED_ROWS, dense_linear, packed_linear
 
@@ -28,9 +28,9 @@ SHAPES = (
     (256, 1000),
 )
 BATCHES = (1, 2, 3, 4, 5, 8, 16, 17, FUSED_ROWS, FUSED_ROWS + 1, 100)
-found = kernels()
-NAMES = found.available if found else []
-needs_kernels = pytest.mark.skipif(found is None, reason="built without a compiler")
+loaded = kernels()
+NAMES = loaded.available if loaded else []
+needs_kernels = pytest.mark.skipif(loaded is None, reason="built without a compiler")
 
 
 def random_matrix(shape, pattern, dtype, seed=0):
@@ -54,16 +54,19 @@ PATTERNS = ("half", "most", "none", "all", "rows", "2:4")
 
 @pytest.fixture(params=NAMES)
 def kernel(request):
-    """Let one kernel do the work."""
-    assert found is not None
-    before = found.name
-    found.select(request.param)
+    """Select one kernel."""
+    assert loaded is not None
+    before = loaded.name
+    loaded.select(request.param)
     yield request.param
-    found.select(before)
+    loaded.select(before)
 
 
 def tolerance(x, weight, dtype):
-    """One rounding to the dtype, and float32 sums in any order."""
+    """Return the product in float64 and the error allowed in each element.
+
+    One rounding to the dtype, and float32 sums in any order.
+    """
     magnitude = x.double().abs() @ weight.double().abs().T
     exact = x.double() @ weight.double().T
     tiny = {torch.float16: 2.0**-24}.get(dtype, 0.0)
@@ -117,14 +120,14 @@ def test_bias_is_added_before_the_rounding(kernel, batch, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_unpack_bit_for_bit(kernel, shape, dtype):
-    assert found is not None
+    assert loaded is not None
     for pattern in PATTERNS:
         weight = random_matrix(shape, pattern, dtype)
         weight.view(-1)[:1] = -0.0
         p = pack(weight)
         for rows in (slice(0, shape[0]), slice(shape[0] // 2, shape[0])):
             out = torch.full((rows.stop - rows.start, shape[1]), 7.0).to(dtype)
-            found.unpack(p.values, p.mask, p.offsets, rows, out)
+            loaded.unpack(p.values, p.mask, p.offsets, rows, out)
             whole = torch.int16 if dtype.itemsize == 2 else torch.int32
             assert torch.equal(out.view(whole), weight[rows].view(whole))
 
@@ -145,16 +148,16 @@ def test_wide_offsets_give_the_same(kernel):
     p = pack(random_matrix((9, 100), "half", torch.bfloat16))
     x = torch.randn(3, 100).bfloat16()
     wide = p.offsets.to(torch.uint64)
-    ours = packed_linear(x, p.values, p.mask, wide, None, 100)
-    assert torch.equal(ours, packed_linear(x, p.values, p.mask, p.offsets, None, 100))
+    y = packed_linear(x, p.values, p.mask, wide, None, 100)
+    assert torch.equal(y, packed_linear(x, p.values, p.mask, p.offsets, None, 100))
 
 
 @needs_kernels
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_no_kernel_leaves_its_tensors_whatever_the_mask_says(data):
-    """Lies give wrong numbers, not a crash; what surrounds the result is untouched."""
-    assert found is not None
+    """Invalid parts give wrong numbers, not a crash or a write past the result."""
+    assert loaded is not None
     rows, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 200))
     words = -(-columns // 64)
     numbers = st.integers(0, 2**64 - 1)
@@ -162,20 +165,20 @@ def test_no_kernel_leaves_its_tensors_whatever_the_mask_says(data):
     starts = st.integers(0, 2**32 - 1) | st.integers(0, 300)
     offsets = data.draw(st.lists(starts, min_size=rows + 1, max_size=rows + 1))
     values = torch.randn(data.draw(st.integers(0, 300)))
-    lie = (
+    invalid = (
         values,
         torch.tensor(mask, dtype=torch.uint64).view(rows, words),
         torch.tensor(offsets, dtype=torch.uint32),
     )
     name = data.draw(st.sampled_from(NAMES))
-    before = found.name
-    found.select(name)
-    y = found.packed_linear(torch.randn(3, columns), *lie, None, columns)
+    before = loaded.name
+    loaded.select(name)
+    y = loaded.packed_linear(torch.randn(3, columns), *invalid, None, columns)
     assert y.shape == (3, rows)
     frame = torch.full((rows + 2, columns), 7.0)
-    found.unpack(*lie, slice(0, rows), frame[1:-1])
+    loaded.unpack(*invalid, slice(0, rows), frame[1:-1])
     assert bool((frame[[0, -1]] == 7).all())
-    found.select(before)
+    loaded.select(before)
 
 
 @needs_kernels
@@ -194,7 +197,7 @@ def test_batches_of_any_shape_and_stride():
 
 
 @needs_kernels
-def test_operators_are_sound_for_torch():
+def test_operators_pass_the_checks_of_torch():
     p = pack(random_matrix((33, 130), "half", torch.float32))
     x, bias = torch.randn(2, 130), torch.randn(33)
     torch.library.opcheck(
@@ -204,15 +207,15 @@ def test_operators_are_sound_for_torch():
 
 
 @needs_kernels
-def test_unknown_kernel_is_refused_with_the_known_ones():
-    assert found is not None
+def test_an_unknown_kernel_is_rejected_with_a_list_of_the_known_ones():
+    assert loaded is not None
     with pytest.raises(HalveError, match=r"no kernel 'mmx'.*reference, torch"):
-        found.select("mmx")
+        loaded.select("mmx")
 
 
 def run_with_kernel(name):
     code = (
-        "import torch; from halve.formats import pack\n"
+        "import torch; from halve.formats.bitmask import pack\n"
         "from halve.runtime.cpu.operators import packed_linear\n"
         "p = pack(torch.eye(3))\n"
         "for _ in range(2):\n"
@@ -231,19 +234,19 @@ def run_with_kernel(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_environment_chooses_the_kernel(name):
+def test_the_environment_selects_the_kernel(name):
     done = run_with_kernel(name)
     assert done.stdout.split() == ["3.0", name], done.stderr
 
 
-def test_without_kernels_it_works_and_says_so_once():
+def test_without_kernels_it_works_and_warns_once():
     done = run_with_kernel("torch")
     assert done.stdout.split() == ["3.0", "none"]
     assert done.stderr.count("without Halve's kernels") == 1
 
 
 @needs_kernels
-def test_environment_that_asks_for_too_much_is_an_error():
+def test_a_kernel_that_does_not_exist_is_an_error():
     done = run_with_kernel("mmx")
     assert done.returncode == 1
     assert "HalveError: There is no kernel 'mmx' for this CPU." in done.stderr

@@ -1,9 +1,9 @@
-"""Coverage-guided fuzzing of one reader: `python -m tests.fuzz NAME --seconds 600`.
+"""Coverage-guided fuzzing of one parser: `python -m tests.fuzz NAME --seconds 600`.
 
-Needs atheris, which is no dependency of `make test`: pip install atheris. Inputs that
-reach new lines are kept in build/fuzz/NAME; one that crashes, hangs or takes more than
-its memory is written to build/fuzz/NAME-crash-*, and the exit code is not 0. To see one
-again: `python -m tests.fuzz NAME --replay FILE`. Then make it a row of
+Needs atheris, which `make test` does not: pip install atheris. Inputs that reach new
+lines are stored in build/fuzz/NAME. One that crashes, hangs or exceeds its memory is
+written to build/fuzz/NAME-crash-*, and the exit code is not 0. To reproduce it:
+`python -m tests.fuzz NAME --replay FILE`. Then add it as a row to
 tests/hostile/test_found.py.
 """
 
@@ -29,15 +29,15 @@ except ImportError:
 
 
 _FOLDER = Path("build/fuzz")
-# Of the process, with torch in it; and for one input.
-_MEGABYTES, _SECONDS, _LONGEST = 3000, 20, 65536
+# Memory of the process, torch included; time and length of one input.
+_MAX_MEGABYTES, _MAX_SECONDS, _MAX_BYTES = 3000, 20, 65536
 
 
 def functions() -> Iterator[FunctionType]:
-    """Yield every function and method of Halve that is imported.
+    """Yield every imported function and method of Halve.
 
-    Imports are not instrumented instead, since an editable installation has a loader of
-    its own, which atheris does not see.
+    Instrumenting imports would be simpler, but atheris does not see the import hook of
+    an editable installation.
     """
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "halve":
@@ -51,15 +51,15 @@ def functions() -> Iterator[FunctionType]:
 
 
 def instrument() -> int:
-    """Let atheris see which lines of Halve are reached; return how many functions."""
-    ours = {f for f in functions() if f.__module__.partition(".")[0] == "halve"}
-    for function in ours:
+    """Instrument all functions of Halve for coverage; return their number."""
+    instrumented = {f for f in functions() if f.__module__.partition(".")[0] == "halve"}
+    for function in instrumented:
         atheris.instrument_func(function)
-    return len(ours)
+    return len(instrumented)
 
 
 def corpus(name: str, target: Target) -> Path:
-    """Write the seeds where the fuzzer looks for inputs."""
+    """Write the seeds to the folder that the fuzzer reads; return it."""
     folder = _FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(target.seeds()):
@@ -68,21 +68,21 @@ def corpus(name: str, target: Target) -> Path:
 
 
 def dictionary(name: str, target: Target) -> Path:
-    """Write the words of a reader's files as libFuzzer reads them."""
-    octets = ("".join(f"\\x{o:02x}" for o in word.encode()) for word in target.words)
+    """Write the tokens of a file format as a libFuzzer dictionary; return its path."""
+    octets = ("".join(f"\\x{o:02x}" for o in token.encode()) for token in target.tokens)
     path = _FOLDER / f"{name}.dict"
-    path.write_text("".join(f'"{word}"\n' for word in octets))
+    path.write_text("".join(f'"{token}"\n' for token in octets))
     return path
 
 
 def attempt(target: Target, data: bytes) -> None:
-    """Read an input; whatever is no HalveError comes out of here."""
+    """Parse an input; raise any error that is not a HalveError."""
     with contextlib.suppress(HalveError):
         target.attempt(data)
 
 
 def main() -> None:
-    """Fuzz, or replay."""
+    """Fuzz a parser, or replay one input."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=600)
@@ -93,20 +93,20 @@ def main() -> None:
         attempt(target, options.replay.read_bytes())
         return
     transformers.logging.set_verbosity_error()
-    print(f"{instrument()} functions are watched")
+    print(f"{instrument()} functions are instrumented")
     inputs = corpus(options.name, target)
     flags: dict[str, object] = {
         "max_total_time": options.seconds,
-        "timeout": _SECONDS,
-        "rss_limit_mb": _MEGABYTES,
-        "max_len": _LONGEST,
+        "timeout": _MAX_SECONDS,
+        "rss_limit_mb": _MAX_MEGABYTES,
+        "max_len": _MAX_BYTES,
         "artifact_prefix": f"{_FOLDER}/{options.name}-",
         "print_final_stats": 1,
     }
-    if target.words:
+    if target.tokens:
         flags["dict"] = dictionary(options.name, target)
-    words = [f"-{flag}={value}" for flag, value in flags.items()]
-    atheris.Setup([sys.argv[0], *words, str(inputs)], lambda d: attempt(target, d))
+    arguments = [f"-{flag}={value}" for flag, value in flags.items()]
+    atheris.Setup([sys.argv[0], *arguments, str(inputs)], lambda d: attempt(target, d))
     atheris.Fuzz()
 
 

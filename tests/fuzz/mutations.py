@@ -1,4 +1,4 @@
-"""An input, changed as a stranger or a bad disk would change it."""
+"""Random changes to an input, as an attacker or a bad disk would make them."""
 
 import random
 import struct
@@ -23,14 +23,14 @@ _DIGITS = b"0123456789"
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Return an input with one to four changes."""
+    """Return an input with one, two or four random changes."""
     for _ in range(rng.choice((1, 1, 2, 4))):
         data = rng.choice(_CHANGES)(data, rng)
     return data
 
 
 def _place(data: bytes, rng: random.Random) -> int:
-    """Choose a place, as often near the start, where headers are, as anywhere."""
+    """Choose an offset: half of the time near the start, where headers are."""
     if not data:
         return 0
     end = len(data) if rng.random() < 0.5 else min(len(data), 512)
@@ -50,7 +50,7 @@ def _write_number(data: bytes, rng: random.Random) -> bytes:
 
 
 def _write_digits(data: bytes, rng: random.Random) -> bytes:
-    """Replace a number in a text by another."""
+    """Replace a decimal number in a text by another."""
     places = [n for n, octet in enumerate(data[:4096]) if octet in _DIGITS]
     if not places:
         return data

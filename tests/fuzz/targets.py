@@ -1,9 +1,9 @@
-"""The readers of files from strangers: a row each, with good files to begin from.
+"""The parsers of untrusted files: one row each, with valid files to start from.
 
-`seeds` are the inputs that fuzzing begins with. `files` turns an input into the files
-of a folder; a length or a checksum that random changes would always break is put right
-there. `read` is the real entry that a user's command goes through. It gives something,
-or raises HalveError; anything else is a find.
+`seeds` are the inputs that fuzzing starts with. `files` turns an input into the files
+of a folder, and corrects lengths and checksums that random changes would always break.
+`read` is the function that a user's command calls. It returns a value or raises
+HalveError; anything else is a finding.
 """
 
 import io
@@ -24,7 +24,8 @@ from safetensors.torch import save
 
 from halve.calibration import load_corpus
 from halve.checkpoint import Checkpoint, open_workspace, parse_note, read_record
-from halve.formats import pack, split
+from halve.formats import split
+from halve.formats.bitmask import pack
 from halve.models import build_meta_model
 from halve.records import (
     BlockRecord,
@@ -40,22 +41,22 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Target:
-    """A reader.
+    """A parser to fuzz.
 
     Attributes:
-        seeds: Makes good inputs.
-        files: Input -> the files of a folder.
-        read: Reads that folder.
-        words: What such files are made of, for the fuzzer to put in.
+        seeds: Returns valid inputs.
+        files: Turns an input into files: name -> contents.
+        read: Parses the folder that holds these files.
+        tokens: Strings that such files contain, for the fuzzer to insert.
     """
 
     seeds: Callable[[], list[bytes]]
     files: Callable[[bytes], Files]
     read: Callable[[Path], object]
-    words: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
     def attempt(self, data: bytes) -> object:
-        """Read what an input becomes; returns something or raises HalveError."""
+        """Parse an input; return a value or raise HalveError."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for file, contents in self.files(data).items():
@@ -78,7 +79,7 @@ def _of_safetensors(file: bytes) -> bytes:
 
 
 def _as_safetensors(data: bytes) -> Files:
-    """Let the length of the header be right, or nothing else would ever be reached."""
+    """Prepend the correct header length: with a wrong one, nothing else is parsed."""
     header, body = _unframed(data)
     file = struct.pack("<Q", len(header)) + header + body
     return {"model.safetensors": file}
@@ -98,8 +99,8 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 def _packed_tensors() -> list[dict[str, torch.Tensor]]:
     weights = [torch.eye(3, 70), torch.eye(5, 4).half(), torch.ones(1, 64).bfloat16()]
-    transposed_copy = [False, True, False]
-    packed = [pack(w, t) for w, t in zip(weights, transposed_copy, strict=True)]
+    transposed = [False, True, False]
+    packed = [pack(w, t) for w, t in zip(weights, transposed, strict=True)]
     return [{name: t.clone() for name, t in split("w", p).items()} for p in packed]
 
 
@@ -130,7 +131,7 @@ def _pickle_seeds() -> list[bytes]:
 
 
 def _pickle_files(data: bytes) -> Files:
-    """Take an input for a whole file, or for the pickle of one whose sums are right."""
+    """Treat an input as a whole file, or as a pickle to put into a valid archive."""
     if data[:1] != b"p":
         return {"pytorch_model.bin": data[1:]}
     file = io.BytesIO()
@@ -209,13 +210,13 @@ def _ledger_seeds() -> list[bytes]:
     block = json.loads(_records()[0])["blocks"][0]
     lines = [
         {"identity": IDENTITY},
-        {"settled": "allocation", "decision": {"strength": 0.5}},
+        {"decision": "allocation", "value": {"strength": 0.5}},
         {"file": "a.safetensors", "sha256": SHA256, "note": block},
     ]
     return [("\n".join(map(json.dumps, lines[:n])) + "\n").encode() for n in (1, 2, 3)]
 
 
-# Of an empty file.
+# SHA-256 of an empty file.
 SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
@@ -312,8 +313,8 @@ TARGETS = {
         _read_ledger,
         (
             "identity",
-            "settled",
             "decision",
+            "value",
             "file",
             "sha256",
             "note",

@@ -1,4 +1,4 @@
-"""What a refusal looks like from outside, checked the same way everywhere."""
+"""Run a command that must be refused, and check the refusal from outside."""
 
 import hashlib
 import sys
@@ -13,7 +13,7 @@ from halve.cli import main
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Return path -> digest (or what else is there) of all that lies in a folder."""
+    """Return path -> SHA-256 (of a link, its target) of everything in a folder."""
     return {
         str(path.relative_to(folder)): _digest(path)
         for path in sorted(folder.rglob("*"))
@@ -29,15 +29,15 @@ def _digest(path: Path) -> str:
 
 
 class _NoTerminal:
-    """Nobody answers questions here."""
+    """A standard input that must not be used."""
 
     def __getattr__(self, name: str):
-        raise AssertionError("standard input was touched")
+        raise AssertionError("standard input was used")
 
 
 @pytest.fixture(autouse=True)
 def _quiet_libraries(monkeypatch):
-    """Do what the environment set by `main` does in a process of its own."""
+    """Do what the environment variables that `main` sets do in a new process."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -47,17 +47,18 @@ def _quiet_libraries(monkeypatch):
 
 @pytest.fixture
 def refused(capfd, monkeypatch, tmp_path) -> Callable[..., str]:
-    """Return a function that runs a command and checks that it is refused properly.
+    """Return a function that runs a command and checks that it is refused.
 
-    Nothing that lay in `tmp_path` may change. What is new there must lie in a folder
-    `.partial`, and be allowed by `started`.
+    The command must exit with 1 and print one error line that contains each of
+    `mentions`. No file in `tmp_path` may change. New ones must lie in a `.partial`
+    folder, and are allowed only with `started`.
     """
 
     def run(
-        *words: object, mentions: tuple[str, ...] = (), started: bool = False
+        *arguments: object, mentions: tuple[str, ...] = (), started: bool = False
     ) -> str:
         before = snapshot(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["halve", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["halve", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", _NoTerminal())
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
@@ -76,12 +77,12 @@ def refused(capfd, monkeypatch, tmp_path) -> Callable[..., str]:
 
 
 def _check_message(errors: str, mentions: tuple[str, ...]) -> None:
-    """One paragraph of two plain sentences that says what it should."""
+    """Check for one printable line of two sentences or more, with all mentions."""
     assert errors.startswith("Error: "), errors
     assert errors.endswith(".\n"), errors
     assert errors.count("\n") == 1, errors
     assert errors[:-1].isprintable(), errors
     assert ". " in errors[:-2], errors
     assert len(errors) < 1000, errors
-    for words in mentions:
-        assert words in errors, (words, errors)
+    for mention in mentions:
+        assert mention in errors, (mention, errors)

@@ -1,4 +1,4 @@
-"""Ways in which a model's files can be bad. Each takes the folder of a good model."""
+"""Ways to damage the files of a model. Each takes the folder of a valid model."""
 
 import json
 import os
@@ -21,7 +21,7 @@ Spoiler = Callable[[Path], object]
 
 
 def config(**changes: object) -> Spoiler:
-    """Change entries of config.json; None takes one out."""
+    """Change entries of config.json; None removes one."""
 
     def spoil(folder: Path) -> None:
         path = folder / "config.json"
@@ -37,7 +37,7 @@ def text(file: str, contents: str) -> Spoiler:
 
 
 def data(file: str, contents: bytes) -> Spoiler:
-    """Replace the weights by another file of some bytes."""
+    """Replace the weights by another file with these bytes."""
 
     def spoil(folder: Path) -> None:
         (folder / WEIGHTS).unlink()
@@ -59,7 +59,7 @@ def both(*spoilers: Spoiler) -> Spoiler:
 
 
 def truncate(size: int) -> Spoiler:
-    """Cut the weights off after so many bytes; from the end where negative."""
+    """Truncate the weights to `size` bytes; if negative, remove as many."""
 
     def spoil(folder: Path) -> None:
         path = folder / WEIGHTS
@@ -69,7 +69,7 @@ def truncate(size: int) -> Spoiler:
 
 
 def header(change: Callable[[dict], object]) -> Spoiler:
-    """Rewrite the header of the weights; the data stay where they are."""
+    """Rewrite the header of the weights; the data follow unchanged."""
 
     def spoil(folder: Path) -> None:
         path = folder / WEIGHTS
@@ -84,7 +84,7 @@ def header(change: Callable[[dict], object]) -> Spoiler:
 
 
 def raw_header(contents: bytes, length: int | None = None) -> Spoiler:
-    """Replace the header by some bytes, of the length it claims."""
+    """Replace the header by these bytes, and the length that the file states."""
     length = len(contents) if length is None else length
 
     def spoil(folder: Path) -> None:
@@ -94,12 +94,12 @@ def raw_header(contents: bytes, length: int | None = None) -> Spoiler:
 
 
 def entry(**changes: object) -> Spoiler:
-    """Change what the header says of one tensor."""
+    """Change the header entry of one tensor."""
     return header(lambda entries: entries[QUERY].update(changes))
 
 
 def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Spoiler:
-    """Replace a tensor; None takes it out."""
+    """Replace a tensor; None removes it."""
 
     def spoil(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -112,7 +112,7 @@ def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> 
 
 
 def one_value(name: str, value: float) -> Spoiler:
-    """Set one number of a tensor."""
+    """Set the last element of a tensor."""
 
     def change(old: torch.Tensor) -> torch.Tensor:
         old.view(-1)[-1] = value
@@ -122,7 +122,7 @@ def one_value(name: str, value: float) -> Spoiler:
 
 
 def index(change: Callable[[dict], object] = lambda _: None) -> Spoiler:
-    """Make the one file of weights a shard and write its index, with a change."""
+    """Turn the weights into one shard, and write its index with a change."""
 
     def spoil(folder: Path) -> None:
         names = load_file(folder / WEIGHTS)
@@ -135,17 +135,17 @@ def index(change: Callable[[dict], object] = lambda _: None) -> Spoiler:
 
 
 def index_text(contents: str) -> Spoiler:
-    """Make the one file of weights a shard whose index is some text."""
+    """Turn the weights into one shard, with this text as its index."""
     return both(index(), text(INDEX, contents))
 
 
 def indexed_as(shard: str) -> Spoiler:
-    """Write an index that says one tensor lies in another file."""
+    """Write an index that names another file for one tensor."""
     return index(lambda entries: entries["weight_map"].update({QUERY: shard}))
 
 
 def outside(shard: str) -> Spoiler:
-    """As `indexed_as`, and the file is there, outside the folder."""
+    """Do the same, with a file that exists outside the folder."""
 
     def spoil(folder: Path) -> None:
         shutil.copy(folder / WEIGHTS, folder.parent / "outside.safetensors")
@@ -155,13 +155,13 @@ def outside(shard: str) -> Spoiler:
 
 
 def link_out(folder: Path) -> None:
-    """Make the weights a link to a file outside the folder."""
+    """Replace the weights by a link to a file outside the folder."""
     (folder / WEIGHTS).rename(folder.parent / "outside.safetensors")
     (folder / WEIGHTS).symlink_to(folder.parent / "outside.safetensors")
 
 
 def saved(contents: object) -> Spoiler:
-    """Replace the weights by what torch.save makes of an object."""
+    """Replace the weights by a file that torch.save writes for an object."""
 
     def spoil(folder: Path) -> None:
         (folder / WEIGHTS).unlink()
@@ -171,7 +171,7 @@ def saved(contents: object) -> Spoiler:
 
 
 def changed_bin(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoiler:
-    """Turn the weights into a pytorch_model.bin, changed."""
+    """Replace the weights by a pytorch_model.bin, with a change."""
 
     def spoil(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -183,7 +183,7 @@ def changed_bin(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoiler:
 
 
 class Code:
-    """Unpickled without care, it makes a file."""
+    """An object that creates a file when it is unpickled without restrictions."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -193,11 +193,11 @@ class Code:
 
 
 def code(folder: Path) -> None:
-    """Weights that run code when they are unpickled: a bare pickle."""
+    """Replace the weights by a bare pickle that runs code."""
     (folder / WEIGHTS).unlink()
     (folder / BIN).write_bytes(pickle.dumps(Code(folder.parent / "code-ran")))
 
 
 def code_in_archive(folder: Path) -> None:
-    """The same within the archive that torch.save writes."""
+    """Do the same, inside an archive that torch.save writes."""
     saved({"weight": torch.zeros(2), "code": Code(folder.parent / "code-ran")})(folder)

@@ -1,8 +1,8 @@
-"""What a stranger would put into a model's folder to harm who opens it.
+"""What an attacker would put into a model's folder to harm whoever opens it.
 
-Each row is an attack: its name, the family it is made for, what spoils a good model,
-what the refusal must mention. All are refused in bounded memory and time, in a process
-of their own.
+Each row is an attack: its name, the model family, a function that changes a valid
+model, and what the refusal must mention. Each must be refused within bounded memory and
+time, in a separate process.
 """
 
 import io
@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import halve
 from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError
-from halve.formats import pack, split
+from halve.formats import split
+from halve.formats.bitmask import pack
 from halve.runtime.generation import check_whole
 from tests.fuzz.judge import judge
 from tests.hostile import spoilers as by
@@ -33,7 +34,7 @@ def renamed(name):
 
 
 def in_place(file, make):
-    """Put something that is no file in the place of one."""
+    """Replace a file by something that is not a regular file."""
 
     def spoil(folder):
         (folder / file).unlink(missing_ok=True)
@@ -43,7 +44,7 @@ def in_place(file, make):
 
 
 def linked_out(file):
-    """Move a file out of the folder and leave a link."""
+    """Move a file out of the folder and link to it."""
 
     def spoil(folder):
         target = folder.parent / "private"
@@ -54,7 +55,7 @@ def linked_out(file):
 
 
 def padded(file, size):
-    """Make a text larger than anybody's, with blanks."""
+    """Append blanks to a text file."""
     return lambda folder: (folder / file).write_bytes(
         (folder / file).read_bytes() + b" " * size
     )
@@ -71,12 +72,15 @@ CHECKPOINTS = {
         ("header of",),
     ),
     "a tensor's name too long": (renamed("a" * 501), ("501 characters",)),
-    "a tensor's name endless": (renamed("a" * 10**6), ("1000000 characters",)),
-    "more dimensions than any": (
+    "a tensor's name of a million characters": (
+        renamed("a" * 10**6),
+        ("1000000 characters",),
+    ),
+    "too many dimensions": (
         by.header(lambda h: h[by.QUERY].update(shape=[1] * 100_000 + [64, 64])),
         (by.QUERY, "which no weight has"),
     ),
-    "a dimension past all numbers": (
+    "a dimension of 2^63": (
         by.header(lambda h: h.update({"b": ENTRY | {"shape": [0, 2**63]}})),
         ("which no weight has",),
     ),
@@ -106,7 +110,7 @@ CHECKPOINTS = {
         by.both(by.indexed_as("a"), lambda folder: zeros(folder / "a")),
         ("'a'", "not there"),
     ),
-    "an endless name in the index": (
+    "a name of a million characters in the index": (
         by.index(lambda i: i["weight_map"].update({"a" * 10**6: by.SHARD})),
         ("which is not in it",),
     ),
@@ -114,7 +118,7 @@ CHECKPOINTS = {
 
 
 def zipped(entries, before=b"", compress=zipfile.ZIP_STORED):
-    """Make the weights an archive of some entries."""
+    """Replace the weights by an archive with these entries."""
 
     def spoil(folder):
         contents = io.BytesIO()
@@ -127,7 +131,7 @@ def zipped(entries, before=b"", compress=zipfile.ZIP_STORED):
 
 
 def calling(module, name, *arguments):
-    """Return a pickle of a state dict, one of whose values comes from a call."""
+    """Return a pickle of a state dict, one of whose values is the result of a call."""
     call = f"c{module}\n{name}\n".encode() + pickle.dumps(arguments, 2)[2:-1] + b"R"
     return b"\x80\x02}X\x01\x00\x00\x00a" + call + b"s."
 
@@ -138,12 +142,12 @@ def archived(pickled):
 
 
 def stretched(folder):
-    """A tensor of a billion numbers, all of them the one that is stored."""
+    """A tensor of a billion elements that are all the same stored one."""
     by.saved({by.QUERY: torch.zeros(1).expand(2**15, 2**15)})(folder)
 
 
 def deflated(folder):
-    """Compress what torch stored, a quarter of a gigabyte of zeros."""
+    """Compress an archive of torch: a quarter of a gigabyte of zeros."""
     torch.save({"a": torch.zeros(2**26)}, folder / "whole")
     with zipfile.ZipFile(folder / "whole") as whole:
         entries = [(name, whole.read(name)) for name in whole.namelist()]
@@ -151,8 +155,8 @@ def deflated(folder):
     zipped(entries, compress=zipfile.ZIP_DEFLATED)(folder)
 
 
-def old(change):
-    """Save as torch did before 1.6, with some bytes changed."""
+def legacy(change):
+    """Save in the format that torch wrote before 1.6, with some bytes changed."""
 
     def spoil(folder):
         tensors = {"a": torch.zeros(1000)}
@@ -169,26 +173,29 @@ DATA = ("archive/data.pkl", b"\x80\x02}.")
 DAMAGED = (by.BIN, "damaged")
 PICKLES = {
     "compressed a thousandfold": (deflated, (*DAMAGED, "compressed")),
-    "one number a billion times": (stretched, (*DAMAGED, "claim 4294967296 bytes")),
-    "room for a bytearray": (
+    "one element a billion times": (stretched, (*DAMAGED, "claim 4294967296 bytes")),
+    "memory for a bytearray": (
         archived(calling("builtins", "bytearray", 2**33)),
         DAMAGED,
     ),
-    "room by its old name": (archived(calling("__builtin__", "bytearray", 1)), DAMAGED),
-    "room for a tensor": (archived(calling("torch", "Tensor", 2**30)), DAMAGED),
+    "memory for a bytearray, by its old name": (
+        archived(calling("__builtin__", "bytearray", 1)),
+        DAMAGED,
+    ),
+    "memory for a tensor": (archived(calling("torch", "Tensor", 2**30)), DAMAGED),
     "a call of the system": (archived(calling("os", "system", "true")), DAMAGED),
     "a million empty lists": (archived(b"\x80\x02" + b"]" * 2_000_000 + b"."), DAMAGED),
     "a pickle too large": (archived(b"\x80\x02" + b"N0" * 2**22 + b"N."), DAMAGED),
-    "said twice": (zipped([DATA, DATA]), (*DAMAGED, "within an archive")),
+    "duplicate entries": (zipped([DATA, DATA]), (*DAMAGED, "within an archive")),
     "behind other bytes": (zipped([DATA], b"PK\3\4"), (*DAMAGED, "within an archive")),
     "an empty archive": (zipped([]), DAMAGED),
-    "old, and promises too much": (
-        old(lambda data: data.replace(THOUSAND, BILLIONS, 1)),
+    "legacy, and claims too much": (
+        legacy(lambda data: data.replace(THOUSAND, BILLIONS, 1)),
         DAMAGED,
     ),
-    "old, and cut off": (old(lambda data: data[:-2000]), DAMAGED),
-    "old, and calls": (
-        old(lambda data: data.replace(b"ccollections\nOrderedDict", b"cos\nsystem")),
+    "legacy, and truncated": (legacy(lambda data: data[:-2000]), DAMAGED),
+    "legacy, and calls": (
+        legacy(lambda data: data.replace(b"ccollections\nOrderedDict", b"cos\nsystem")),
         DAMAGED,
     ),
     "as torch wrote before 0.2": (by.data(by.BIN, b"storages" + bytes(4000)), DAMAGED),
@@ -204,9 +211,9 @@ NUMBERS = {  # entries of a config, by family
     "positions of codegen": ("codegen", {"n_positions": 10**9}),
     "width": ("llama", {"hidden_size": 2**40}),
     "in a list": ("llama", {"a": [[{"b": [10**9]}]]}),
-    "no number": ("llama", {"rms_norm_eps": float("nan")}),
+    "not a number": ("llama", {"rms_norm_eps": float("nan")}),
 }
-WITH_ENTRIES = {  # the same for whatever else
+WITH_ENTRIES = {  # other entries of a config
     "other configs": (
         {"configuration_files": ["config.4.0.0.json"]},
         ("configuration_files", "not followed"),
@@ -230,8 +237,11 @@ WITH_ENTRIES = {  # the same for whatever else
     "a number for a method": ({"get_text_config": 7}, ("causal language model",)),
     "a text for a method": ({"to_dict": "a"}, ("causal language model",)),
     "no vocabulary": ({"vocab_size": None}, ("causal language model",)),
-    "an endless architecture": ({"architectures": ["a" * 10**6]}, ("which is not",)),
-    "an endless method": (
+    "an architecture of a million characters": (
+        {"architectures": ["a" * 10**6]},
+        ("which is not",),
+    ),
+    "a method of a million characters": (
         {"quantization_config": {"quant_method": "a" * 10**6}},
         ("aa",),
     ),
@@ -283,20 +293,20 @@ def copied(pico, tmp_path):
 
 
 @pytest.mark.parametrize("row", ATTACKS)
-def test_attacks_are_refused_in_bounds(row, copied):
+def test_attacks_are_refused_within_bounds(row, copied):
     family, spoil, mentions = ATTACKS[row]
     folder = copied(family)
     spoil(folder)
     verdict = judge(lambda: halve.inspect(folder), size(folder))
     assert verdict.outcome == "refused", verdict
     assert len(verdict.detail) < 1000
-    for words in mentions:
-        assert words in verdict.detail, (words, verdict)
+    for mention in mentions:
+        assert mention in verdict.detail, (mention, verdict)
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj", "gpt2", "codegen"])
-def test_good_models_are_read_in_the_same_bounds(family, copied):
-    """Else the tests above would prove nothing."""
+def test_valid_models_are_read_within_the_same_bounds(family, copied):
+    """Otherwise the tests above would prove nothing."""
     folder = copied(family)
     assert judge(lambda: halve.inspect(folder), size(folder)).outcome == "read"
 
@@ -309,7 +319,7 @@ def packed_parts(rows=64, columns=64):
 
 
 def wide():
-    """One row of 2^29 columns in 64 MiB, which would be 2 GiB when dense."""
+    """Return one row of 2^29 columns in 64 MiB, which would take 2 GiB when dense."""
     words = 2**23
     return packed_parts(1) | {
         MASK: torch.zeros(1, words, dtype=torch.int64).view(torch.uint64),
@@ -318,13 +328,15 @@ def wide():
 
 
 PACKED = {
-    "an endless layout": lambda: packed_parts() | {LAYOUT: torch.arange(2**22) + 2**40},
-    "one endless row": wide,
+    "a layout of four million numbers": lambda: (
+        packed_parts() | {LAYOUT: torch.arange(2**22) + 2**40}
+    ),
+    "one row of half a billion columns": wide,
 }
 
 
 @pytest.mark.parametrize("row", PACKED)
-def test_packed_attacks_are_refused_in_bounds(row, tmp_path):
+def test_packed_attacks_are_refused_within_bounds(row, tmp_path):
     save_file(PACKED[row](), tmp_path / by.WEIGHTS)
 
     def read():
@@ -337,19 +349,19 @@ def test_packed_attacks_are_refused_in_bounds(row, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["generate", "serve"])
-def test_a_config_that_hides_that_its_files_are_packed(
+def test_a_config_that_does_not_declare_packed_weights(
     command, refused, pico, tmp_path
 ):
     model = tmp_path / "model"
     halve.prune(pico("llama"), model, solver="magnitude", packed=True, device="cpu")
     check_whole(model, "cpu", trust_remote_code=False)
     by.config(quantization_config=None)(model)
-    words = ("def",) if command == "generate" else ()
-    refused(command, model, *words, mentions=("packed", "config.json"))
+    prompt = ("def",) if command == "generate" else ()
+    refused(command, model, *prompt, mentions=("packed", "config.json"))
 
 
-def test_what_is_private_is_not_published(pico, tmp_path):
-    """A link that a stranger calls halve.json is not followed into the output."""
+def test_links_to_private_files_are_not_copied(pico, tmp_path):
+    """An attacker's link named halve.json does not put its target into the output."""
     model = shutil.copytree(pico("llama"), tmp_path / "model")
     (tmp_path / "private").write_text(json.dumps({"password": "12345"}))
     (model / "halve.json").symlink_to(tmp_path / "private")
@@ -371,7 +383,7 @@ GENERATIONS = {
 
 
 @pytest.mark.parametrize("row", GENERATIONS)
-def test_settings_of_generation_that_are_none(row, copied):
+def test_invalid_generation_configs(row, copied):
     folder = copied("llama")
     (folder / "generation_config.json").write_text(GENERATIONS[row])
     assert judge(lambda: halve.generate(folder, "def"), size(folder)).is_good
@@ -379,14 +391,18 @@ def test_settings_of_generation_that_are_none(row, copied):
 
 EXTRAS = {
     "beams": {"num_beams": 10**6, "num_return_sequences": 10**6},
-    "texts to stop at": {"stop_strings": ["a"]},
-    "no tokens": {"eos_token_id": 10**30, "pad_token_id": -1, "bos_token_id": [[]]},
-    "a cache for nobody": {"cache_implementation": "static", "max_length": 10**9},
+    "stop strings": {"stop_strings": ["a"]},
+    "invalid tokens": {
+        "eos_token_id": 10**30,
+        "pad_token_id": -1,
+        "bos_token_id": [[]],
+    },
+    "a static cache": {"cache_implementation": "static", "max_length": 10**9},
 }
 
 
 @pytest.mark.parametrize("row", EXTRAS)
-def test_settings_of_generation_that_do_not_count(row, copied):
+def test_entries_of_a_generation_config_that_are_ignored(row, copied):
     folder = copied("llama")
     expected = halve.generate(folder, "def", max_new_tokens=4)
     (folder / "generation_config.json").write_text(json.dumps(EXTRAS[row]))
@@ -399,7 +415,7 @@ def test_settings_of_generation_that_do_not_count(row, copied):
 
 
 def test_a_header_of_the_largest_size_is_read(tmp_path):
-    """The bound is on what nobody writes: this is sixteen megabytes."""
+    """The limit of 16 MiB is inclusive."""
     header = json.dumps({"a": ENTRY}).encode()
     header += b" " * (2**24 - len(header))
     (tmp_path / by.WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)

@@ -148,7 +148,7 @@ def test_hub_without_such_a_model(prune_refused, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     address = f"http://127.0.0.1:{hub.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    prune_refused(model="someone/model", mentions=("someone/model", "on the hub"))
+    prune_refused(model="someone/model", mentions=("someone/model", "on the Hub"))
     hub.shutdown()
 
 
@@ -368,7 +368,7 @@ def test_a_disk_that_fills_up_loses_nothing(
         return _full_disk() if len(calls) == full_at else real(*arguments)
 
     monkeypatch.setattr(disk, "save_file", fills_up)
-    prune_refused(mentions=("disk is full", "goes on"), started=True)
+    prune_refused(mentions=("disk is full", "to resume"), started=True)
     options = {"calibration": str(text), "samples": 4, "seq_len": 16, "device": "cpu"}
     prune(pico("llama"), tmp_path / "out", **options)
     prune(pico("llama"), tmp_path / "whole", **options)

@@ -1,7 +1,7 @@
-"""A bad model is refused in two sentences, and nothing is touched.
+"""A damaged model is refused in two sentences, and no file is changed.
 
-A new kind of damage is one row: its name, what spoils a good Llama, what the message
-must mention.
+A new kind of damage is one row: its name, a function that damages a valid Llama, and
+what the message must mention.
 """
 
 import shutil
@@ -24,7 +24,7 @@ CONFIGS = {
     "list": (by.text("config.json", "[]"), ("config.json",)),
     "number": (by.text("config.json", "7"), ("config.json",)),
     "null": (by.text("config.json", "null"), ("config.json",)),
-    "nested too deep": (by.text("config.json", "[" * 100_000), ("config.json",)),
+    "nested too deeply": (by.text("config.json", "[" * 100_000), ("config.json",)),
     "no model type": (by.text("config.json", "{}"), KIND),
     "unknown model type": (by.config(model_type="nonesuch"), ("nonesuch",)),
     "model type is a number": (by.config(model_type=7), KIND),
@@ -57,21 +57,21 @@ CONFIGS = {
     "masked": (by.config(architectures=["BertForMaskedLM"]), ("BertForMaskedLM",)),
     "quantised": (
         by.config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        ("quantised", "gptq"),
+        ("quantized", "gptq"),
     ),
-    "quantised by nothing": (by.config(quantization_config={}), ("quantised",)),
-    "quantised is text": (by.config(quantization_config="fp8"), ("quantised",)),
+    "quantised by nothing": (by.config(quantization_config={}), ("quantized",)),
+    "quantised is text": (by.config(quantization_config="fp8"), ("quantized",)),
     "compressed": (
         by.config(compression_config={"quant_method": "compressed-tensors"}),
-        ("quantised",),
+        ("quantized",),
     ),
-    "code of its own": (
+    "custom code": (
         by.config(
             model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"}
         ),
         ("--trust-remote-code",),
     ),
-    "code elsewhere": (
+    "custom code of another repository": (
         by.config(
             model_type="own", auto_map={"AutoConfig": "someone/else--own.OwnConfig"}
         ),
@@ -148,13 +148,13 @@ INDEXES = {
     "a folder": (by.indexed_as("."), ("bare file name",)),
     "no name": (by.indexed_as(""), ("bare file name",)),
     "null byte": (by.indexed_as("a\0b"), ("not there",)),
-    "half a character": (by.indexed_as("\ud800"), ("not there",)),
-    "endless name": (by.indexed_as("a" * 5000), ("not there",)),
+    "unpaired surrogate": (by.indexed_as("\ud800"), ("not there",)),
+    "name of 5000 characters": (by.indexed_as("a" * 5000), ("not there",)),
     "number": (by.index_text("7"), (by.INDEX,)),
     "list": (by.index_text("[]"), (by.INDEX,)),
     "not json": (by.index_text("{"), (by.INDEX,)),
     "empty": (by.index_text(" "), (by.INDEX,)),
-    "nested too deep": (by.index_text("[" * 100_000), (by.INDEX,)),
+    "nested too deeply": (by.index_text("[" * 100_000), (by.INDEX,)),
     "no map": (by.index_text("{}"), (by.INDEX,)),
     "map is a list": (by.index(lambda i: {"weight_map": []}), (by.INDEX,)),
     "map is null": (by.index(lambda i: {"weight_map": None}), (by.INDEX,)),
@@ -198,11 +198,11 @@ EARLY = {
 
 
 @pytest.fixture
-def spoilt(pico, tmp_path):
-    """Return a function that copies a good Llama and spoils the copy."""
+def damaged(pico, tmp_path):
+    """Return a function that copies a valid Llama and damages the copy."""
 
     def make(spoil: by.Spoiler, **options):
-        folder = shutil.copytree(pico("llama", **options), tmp_path / "spoilt")
+        folder = shutil.copytree(pico("llama", **options), tmp_path / "damaged")
         spoil(folder)
         return folder
 
@@ -211,18 +211,20 @@ def spoilt(pico, tmp_path):
 
 @pytest.fixture
 def prune_refused(refused, text, tmp_path):
-    def run(model, *words, **expected):
+    def run(model, *options, **expected):
         few = ("--samples", 4, "--seq-len", 16, "--quiet", "--device", "cpu")
         out = ("-o", tmp_path / "out", "--calibration", text)
-        return refused("prune", model, *out, *few, *words, **expected)
+        return refused("prune", model, *out, *few, *options, **expected)
 
     return run
 
 
 @pytest.mark.parametrize("row", EARLY)
-def test_bad_files_are_refused_before_work_begins(row, spoilt, prune_refused, tmp_path):
+def test_damaged_files_are_refused_before_work_starts(
+    row, damaged, prune_refused, tmp_path
+):
     spoil, mentions = EARLY[row]
-    prune_refused(spoilt(spoil), mentions=mentions)
+    prune_refused(damaged(spoil), mentions=mentions)
     assert not (tmp_path / "code-ran").exists()
 
 
@@ -242,19 +244,19 @@ NUMBERS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("row", NUMBERS)
-def test_weights_that_are_no_numbers_are_named(row, dtype, spoilt, prune_refused):
+def test_weights_that_are_not_finite_are_named(row, dtype, damaged, prune_refused):
     spoil, mentions = NUMBERS[row]
-    prune_refused(spoilt(spoil, dtype=dtype), mentions=mentions, started=True)
+    prune_refused(damaged(spoil, dtype=dtype), mentions=mentions, started=True)
 
 
-def test_a_head_that_is_no_numbers_is_named(spoilt, prune_refused):
-    model = spoilt(by.one_value("lm_head.weight", NAN))
+def test_a_head_that_is_not_finite_is_named(damaged, prune_refused):
+    model = damaged(by.one_value("lm_head.weight", NAN))
     prune_refused(model, mentions=("lm_head.weight",), started=True)
 
 
 @pytest.mark.parametrize("solver", ["magnitude", "sparsegpt"])
-def test_matrices_of_integers_are_refused(solver, spoilt, prune_refused):
-    model = spoilt(by.tensor(by.QUERY, lambda t: t.to(torch.int32)))
+def test_matrices_of_integers_are_refused(solver, damaged, prune_refused):
+    model = damaged(by.tensor(by.QUERY, lambda t: t.to(torch.int32)))
     prune_refused(model, "--solver", solver, mentions=(by.QUERY, "torch.int32"))
 
 
@@ -265,67 +267,67 @@ def small_vocabulary(folder):
 
 
 @pytest.mark.parametrize("reader", ["prune", "eval"])
-def test_tokens_that_the_model_does_not_know(reader, spoilt, refused, text, tmp_path):
-    words = {
+def test_tokens_outside_the_vocabulary(reader, damaged, refused, text, tmp_path):
+    options = {
         "prune": ("-o", tmp_path / "out", "--calibration", text, "--samples", 4),
         "eval": ("--data", text),
     }
     common = ("--seq-len", 16, "--quiet")
-    model = spoilt(small_vocabulary)
-    refused(reader, model, *words[reader], *common, mentions=("tokenizer", "300"))
+    model = damaged(small_vocabulary)
+    refused(reader, model, *options[reader], *common, mentions=("tokenizer", "300"))
 
 
-UNUSED = {  # broken only when the model runs
+RUNTIME = {  # fail only when the model runs
     "negative dropout": ("opt", by.config(dropout=-1)),
     "negative heads": ("opt", by.config(num_attention_heads=-1)),
     "no positions": ("gptj", by.config(n_positions=0)),
 }
 
 
-@pytest.mark.parametrize("row", UNUSED)
-def test_configs_that_break_when_the_model_runs(row, pico, prune_refused, tmp_path):
-    family, spoil = UNUSED[row]
-    model = shutil.copytree(pico(family), tmp_path / "spoilt")
+@pytest.mark.parametrize("row", RUNTIME)
+def test_configs_that_fail_when_the_model_runs(row, pico, prune_refused, tmp_path):
+    family, spoil = RUNTIME[row]
+    model = shutil.copytree(pico(family), tmp_path / "damaged")
     spoil(model)
     prune_refused(model, mentions=("config",), started=True)
 
 
-def test_activations_that_overflow_are_named_by_eval(spoilt, refused, text):
+def test_activations_that_overflow_are_named_by_eval(damaged, refused, text):
     norm = f"{BLOCK}.post_attention_layernorm.weight"
-    model = spoilt(by.tensor(norm, lambda t: torch.full_like(t, 1e30)))
-    words = ("--data", text, "--seq-len", 16, "--segments", 4, "--quiet")
-    refused("eval", model, *words, mentions=(BLOCK, "sample"))
+    model = damaged(by.tensor(norm, lambda t: torch.full_like(t, 1e30)))
+    options = ("--data", text, "--seq-len", 16, "--segments", 4, "--quiet")
+    refused("eval", model, *options, mentions=(BLOCK, "sample"))
 
 
 @pytest.mark.parametrize("solver", ["magnitude", "wanda", "sparsegpt"])
-def test_every_solver_refuses_nan(solver, spoilt, prune_refused):
-    model = spoilt(by.one_value(by.QUERY, NAN))
+def test_every_solver_refuses_nan(solver, damaged, prune_refused):
+    model = damaged(by.one_value(by.QUERY, NAN))
     prune_refused(model, "--solver", solver, mentions=(by.QUERY,), started=True)
 
 
 @pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
-def test_activations_that_overflow_are_named(solver, spoilt, prune_refused):
+def test_activations_that_overflow_are_named(solver, damaged, prune_refused):
     norm = f"{BLOCK}.post_attention_layernorm.weight"
-    model = spoilt(by.tensor(norm, lambda t: torch.full_like(t, 1e30)))
+    model = damaged(by.tensor(norm, lambda t: torch.full_like(t, 1e30)))
     mentions = (f"{BLOCK}.mlp.gate_proj", "sample")
     prune_refused(model, "--solver", solver, mentions=mentions, started=True)
 
 
 FOREIGN = {
     "t5": ("t5", {"architectures": ["T5ForConditionalGeneration"]}),
-    "t5, nameless": ("t5", {}),
+    "t5, without architectures": ("t5", {}),
     "bert": ("bert", {"architectures": ["BertForMaskedLM"]}),
-    "bert, nameless": ("bert", {}),
+    "bert, without architectures": ("bert", {}),
     "vit": ("vit", {"architectures": ["ViTForImageClassification"]}),
-    "vit, nameless": ("vit", {}),
+    "vit, without architectures": ("vit", {}),
 }
 
 
 @pytest.mark.parametrize("row", FOREIGN)
-def test_models_of_another_kind_are_refused(row, spoilt, prune_refused):
+def test_models_of_another_kind_are_refused(row, damaged, prune_refused):
     kind, options = FOREIGN[row]
     config = AutoConfig.for_model(kind, num_hidden_layers=2, **options)
-    model = spoilt(config.save_pretrained)
+    model = damaged(config.save_pretrained)
     prune_refused(model, mentions=("GPT-family",))
 
 
@@ -352,8 +354,10 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("row", DAMAGES)
-def test_every_command_refuses_a_bad_model(row, reader, spoilt, refused, text, pico):
+def test_every_command_refuses_a_damaged_model(
+    row, reader, damaged, refused, text, pico
+):
     spoil, mentions = DAMAGES[row]
-    model = spoilt(spoil)
+    model = damaged(spoil)
     refused(*READERS[reader](model, pico("llama"), text), mentions=mentions)
     assert not (model.parent / "code-ran").exists()

@@ -1,6 +1,6 @@
-"""What fuzzing found, each input kept as it was; and that fuzzing finds its way.
+"""Inputs that fuzzing found, as they were; and a short run of the fuzzer's targets.
 
-`tests/fuzz` has the readers. A new find is one row: the reader, and the input.
+The parsers are in `tests/fuzz`. A new finding is one row: the parser and the input.
 """
 
 import base64
@@ -12,8 +12,8 @@ from tests.fuzz.judge import judge
 from tests.fuzz.mutations import mutated
 from tests.fuzz.targets import TARGETS
 
-# A pickle in which two tensors of different dtypes share one storage: described, the
-# second was bfloat16, and read, it was float32.
+# A pickle in which two tensors of different dtypes have one storage: the second was
+# bfloat16 when described, and float32 when read.
 TWO_DTYPES = (
     b"p\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02"
     b"((X\x07\x00\x00\x00storageq\x03ctorch\nFloatStorage\nq\x04X\x01\x00\x00\x000q\x05"
@@ -22,7 +22,7 @@ TWO_DTYPES = (
     b"h\x02((h\x03ctorch\nBFloat16Storage\nq\x0fX\x01\x00\x00\x000q\x10h\x06K\x04tq\x11Q"
     b"K\x00K\x04\x85q\x12K\x01\x85q\x13\x89h\n)Rq\x14tq\x15Rq\x16u."
 )
-# A footer that ends the process where pyarrow is asked for a column's place in it.
+# A footer that crashes the process when pyarrow is asked for the offset of a column.
 HISTOGRAM = base64.b85decode(
     "P(e~L761SL|NsC0|NsC0|NsC0|NsC0|NsC0|NsC0|NsC0|NsC0|NjIP<N*~jOce$d01^NIawGu&003cQ"
     "0001D{s91n0RR*N0002PsTBql3>6Gq6$TXm6$TX$6$BLk5*#xCC<4Q&7y)4s;SmM^00sd910(<y1Qjq9"
@@ -39,19 +39,19 @@ HISTOGRAM = base64.b85decode(
 )
 FOUND = {
     "one storage, two dtypes": ("pickle", TWO_DTYPES),
-    "a footer of pyarrow's": ("parquet", HISTOGRAM),
+    "a footer that crashes pyarrow": ("parquet", HISTOGRAM),
 }
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_good_files_are_read(name):
-    """Else nothing behind the first check would ever be fuzzed."""
+def test_valid_files_are_read(name):
+    """Otherwise fuzzing would not get past the first check."""
     for seed in TARGETS[name].seeds():
         assert TARGETS[name].attempt(seed) is not None
 
 
 @pytest.mark.parametrize("row", FOUND)
-def test_finds_stay_mended(row):
+def test_findings_stay_fixed(row):
     name, data = FOUND[row]
     verdict = judge(lambda: TARGETS[name].attempt(data), len(data))
     assert verdict.is_good, verdict
@@ -59,10 +59,10 @@ def test_finds_stay_mended(row):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_changed_files_are_read_or_refused(name):
-    """A few of what benchmarks/hostile.py tries."""
+    """A small sample of what benchmarks/hostile.py tries."""
     rng = random.Random(name)
     target, seeds = TARGETS[name], TARGETS[name].seeds()
-    target.attempt(seeds[0])  # so that what it imports is not imported in each child
+    target.attempt(seeds[0])  # import once, not in each child
     for data in [mutated(rng.choice(seeds), rng) for _ in range(10)]:
         verdict = judge(lambda data=data: target.attempt(data), len(data))
         assert verdict.is_good, (verdict, data)

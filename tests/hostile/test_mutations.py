@@ -1,4 +1,4 @@
-"""Files with a few things changed at random: a sentence, or success, and no third."""
+"""Randomly changed files: a command succeeds or raises HalveError, nothing else."""
 
 import json
 import struct
@@ -22,7 +22,7 @@ few = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
-# What a number or a word can be replaced by; no size that takes memory for real.
+# Replacements for a number or a string; no size that would be allocated.
 values = st.one_of(
     st.none(),
     st.booleans(),
@@ -39,7 +39,7 @@ edits = st.lists(
 
 @pytest.fixture(scope="session")
 def good(pico) -> dict[str, bytes]:
-    """Return the files of a model with an index, by name."""
+    """Return the files of a sharded model, by name."""
     folder = pico("llama", hidden_size=16, intermediate_size=32, vocab_size=64)
     stored = {"config.json": "config.json", by.SHARD: by.WEIGHTS}
     files = {name: (folder / old).read_bytes() for name, old in stored.items()}
@@ -51,11 +51,11 @@ def good(pico) -> dict[str, bytes]:
 
 @pytest.fixture
 def survives(good, tmp_path) -> Callable[[str, bytes], None]:
-    """Return a function that looks at the model with one file replaced."""
+    """Return a function that inspects and plans the model with one file replaced."""
     for name, contents in good.items():
         (tmp_path / name).write_bytes(contents)
 
-    def look(name: str, contents: bytes) -> None:
+    def inspect_and_plan(name: str, contents: bytes) -> None:
         path = tmp_path / name
         path.write_bytes(contents)
         for verb in (halve.inspect, _plan):
@@ -66,7 +66,7 @@ def survives(good, tmp_path) -> Callable[[str, bytes], None]:
                 assert error.remedy.endswith((".", "..."))
         path.write_bytes(good[name])
 
-    return look
+    return inspect_and_plan
 
 
 def _plan(folder: Path) -> object:

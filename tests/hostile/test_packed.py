@@ -1,7 +1,7 @@
-"""Packed matrices that lie are refused by name, wherever they are read.
+"""Invalid packed matrices are rejected by name, wherever they are read.
 
-A new lie is one row: its name, what spoils a good packed Llama, what the message must
-mention.
+A new case is one row: its name, what corrupts a valid packed Llama, and what the
+message must mention.
 """
 
 import json
@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import halve
 from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
-from halve.formats import DTYPES, pack, split
+from halve.formats import split
+from halve.formats.bitmask import DTYPES, pack
 from tests.hostile import spoilers as by
 
 # Of 48 x 48, so that each word of the mask has 16 bits past the columns; the other is
@@ -36,7 +37,7 @@ SIZES = {
 
 @pytest.fixture(scope="session")
 def packed(pico, tmp_path_factory) -> Path:
-    """Return a packed model, all of it in one file."""
+    """Return a packed model in a single file."""
     folder = tmp_path_factory.mktemp("packed") / "out"
     model = pico("llama", dtype=torch.bfloat16, **SIZES)
     halve.prune(model, folder, solver="magnitude", packed=True, device="cpu")
@@ -51,7 +52,7 @@ def packed(pico, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def spoilt(packed, tmp_path):
-    """Return a function that gives the good model's files, spoilt."""
+    """Return a function that corrupts a copy of the valid model."""
 
     def make(spoil: by.Spoiler) -> Path:
         folder = tmp_path / "spoilt"
@@ -65,7 +66,7 @@ def spoilt(packed, tmp_path):
 
 
 def part(name, change):
-    """Replace a part by what becomes of its numbers; they are counted as int64."""
+    """Replace a part by a function of its numbers, which are passed as int64."""
 
     def changed(old):
         return change(old.to(torch.int64)).to(old.dtype)
@@ -95,7 +96,7 @@ def flipped(row, *bits):
 
 
 def moved_past(row, past):
-    """Move a bit of the mask past the columns; the count stays as it was."""
+    """Move a bit of the mask past the columns; their number does not change."""
 
     def change(mask):
         mask[row] &= mask[row] - 1
@@ -118,7 +119,7 @@ def swapped(first, second):
 
 
 def wide_offset(place, value):
-    """Set an offset of 64 bits, as an int64 that means the same bits."""
+    """Make the offsets uint64 and set one, given as an int64 of the same bits."""
 
     def change(old):
         offsets = old.to(torch.int64)
@@ -132,21 +133,24 @@ def recast(name, dtype):
     return by.tensor(name, lambda old: old.to(dtype))
 
 
-APART = (Q, "do not belong together")
+INCONSISTENT = (Q, "are inconsistent")
 PLACES = (Q, "begin at value", "end at")
-# Headers and layouts alone tell.
-SEEN_ON_OPENING = {
+# Found in headers and layouts.
+FOUND_ON_OPENING = {
     "no offsets": (by.tensor(OFFSETS, lambda t: None), (OFFSETS, "missing")),
     "no layout": (by.tensor(LAYOUT, lambda t: None), (LAYOUT, "missing")),
     "layout: a row less": (layout(47, 48, 0), (Q, "[47, 48, 0]", "[48, 1]")),
     "layout: a row more": (layout(49, 48, 0), (Q, "[49, 48, 0]", "[48, 1]")),
     "layout: negative rows": (layout(-48, 48, 0), (Q, "[-48, 48, 0]")),
     "layout: huge rows": (layout(2**62, 48, 0), (Q, f"[{2**62}, 48, 0]")),
-    "layout: a word more": (layout(48, 65, 0), (*APART, "65 columns", "[48, 1]")),
-    "layout: no columns": (layout(48, 0, 0), (*APART, "0 columns")),
-    "layout: negative columns": (layout(48, -48, 0), (*APART, "-48 columns")),
-    "layout: huge columns": (layout(48, 2**62, 0), (*APART, f"{2**62} columns")),
-    "layout: largest columns": (layout(48, 2**63 - 1, 0), APART),
+    "layout: a word more": (
+        layout(48, 65, 0),
+        (*INCONSISTENT, "65 columns", "[48, 1]"),
+    ),
+    "layout: no columns": (layout(48, 0, 0), (*INCONSISTENT, "0 columns")),
+    "layout: negative columns": (layout(48, -48, 0), (*INCONSISTENT, "-48 columns")),
+    "layout: huge columns": (layout(48, 2**62, 0), (*INCONSISTENT, f"{2**62} columns")),
+    "layout: largest columns": (layout(48, 2**63 - 1, 0), INCONSISTENT),
     "layout: third is 2": (layout(48, 48, 2), (Q, "[48, 48, 2]", "transposed")),
     "layout: third is -1": (layout(48, 48, -1), (Q, "[48, 48, -1]")),
     "layout: two numbers": (layout(48, 48), (Q, "[48, 48]", "transposed")),
@@ -159,33 +163,48 @@ SEEN_ON_OPENING = {
     "layout: float": (recast(LAYOUT, torch.float32), (Q, "layout")),
     "mask: too wide": (
         by.tensor(MASK, lambda m: torch.cat([m, m], dim=1)),
-        (*APART, "[48, 2] uint64"),
+        (*INCONSISTENT, "[48, 2] uint64"),
     ),
-    "mask: too narrow": (by.tensor(MASK, lambda m: m[:, :0]), (*APART, "[48, 0]")),
+    "mask: too narrow": (
+        by.tensor(MASK, lambda m: m[:, :0]),
+        (*INCONSISTENT, "[48, 0]"),
+    ),
     "mask: too few rows": (by.tensor(MASK, lambda m: m[:47]), (Q, "[47, 1] uint64")),
     "mask: no rows": (by.tensor(MASK, lambda m: m[:0]), (Q, "[0, 1] uint64")),
-    "mask: flat": (by.tensor(MASK, lambda m: m[:, 0]), (*APART, "[48] uint64")),
+    "mask: flat": (by.tensor(MASK, lambda m: m[:, 0]), (*INCONSISTENT, "[48] uint64")),
     "mask: a number": (by.tensor(MASK, lambda m: m[0, 0]), (Q, "[] uint64")),
     "mask: three dimensions": (
         by.tensor(MASK, lambda m: m.unsqueeze(2)),
-        (*APART, "[48, 1, 1] uint64"),
+        (*INCONSISTENT, "[48, 1, 1] uint64"),
     ),
-    "offsets: int32": (recast(OFFSETS, torch.int32), (*APART, "[49] int32")),
-    "offsets: int64": (recast(OFFSETS, torch.int64), (*APART, "[49] int64")),
-    "offsets: float": (recast(OFFSETS, torch.float32), (*APART, "[49] float32")),
-    "offsets: one less": (part(OFFSETS, lambda o: o[:-1]), (*APART, "[48] uint32")),
+    "offsets: int32": (recast(OFFSETS, torch.int32), (*INCONSISTENT, "[49] int32")),
+    "offsets: int64": (recast(OFFSETS, torch.int64), (*INCONSISTENT, "[49] int64")),
+    "offsets: float": (recast(OFFSETS, torch.float32), (*INCONSISTENT, "[49] float32")),
+    "offsets: one less": (
+        part(OFFSETS, lambda o: o[:-1]),
+        (*INCONSISTENT, "[48] uint32"),
+    ),
     "offsets: one more": (
         part(OFFSETS, lambda o: torch.cat([o, o[-1:]])),
-        (*APART, "[50] uint32"),
+        (*INCONSISTENT, "[50] uint32"),
     ),
-    "offsets: upright": (part(OFFSETS, lambda o: o.view(49, 1)), (*APART, "[49, 1]")),
-    "values: upright": (by.tensor(Q, lambda v: v.view(-1, 1)), (*APART, "1] bfloat16")),
-    "values: a number": (by.tensor(Q, lambda v: v[0]), (*APART, "[] bfloat16")),
-    "values: int16": (by.tensor(Q, lambda v: v.view(torch.int16)), (*APART, "int16")),
-    "values: float64": (recast(Q, torch.float64), (*APART, "float64")),
+    "offsets: upright": (
+        part(OFFSETS, lambda o: o.view(49, 1)),
+        (*INCONSISTENT, "[49, 1]"),
+    ),
+    "values: upright": (
+        by.tensor(Q, lambda v: v.view(-1, 1)),
+        (*INCONSISTENT, "1] bfloat16"),
+    ),
+    "values: a number": (by.tensor(Q, lambda v: v[0]), (*INCONSISTENT, "[] bfloat16")),
+    "values: int16": (
+        by.tensor(Q, lambda v: v.view(torch.int16)),
+        (*INCONSISTENT, "int16"),
+    ),
+    "values: float64": (recast(Q, torch.float64), (*INCONSISTENT, "float64")),
     "values: dense": (
         by.tensor(Q, lambda v: torch.ones(48, 48, dtype=v.dtype)),
-        (*APART, "[48, 48] bfloat16"),
+        (*INCONSISTENT, "[48, 48] bfloat16"),
     ),
     "cut off by a byte": (by.truncate(-1), (by.WEIGHTS, "damaged")),
     "cut in half": (by.truncate(5000), (by.WEIGHTS, "damaged")),
@@ -198,8 +217,8 @@ SEEN_ON_OPENING = {
         (by.WEIGHTS, "damaged"),
     ),
 }
-# One pass over the mask tells.
-SEEN_ON_READING = {
+# Found by one pass over the mask.
+FOUND_ON_READING = {
     "mask: a bit flipped": (flipped(5, 7), (f"Row 5 of {Q}", "offsets", "mask")),
     "mask: first bit flipped": (flipped(0, 0), (f"Row 0 of {Q}", "by its mask")),
     "mask: last bit flipped": (flipped(47, 47), (f"Row 47 of {Q}", "by its mask")),
@@ -235,8 +254,8 @@ SEEN_ON_READING = {
     "values: one more": (by.tensor(Q, lambda v: torch.cat([v, v[:1]])), PLACES),
     "values: none": (by.tensor(Q, lambda v: v[:0]), (*PLACES, "it has 0 values")),
 }
-# The parts agree with each other, or are no parts; the config tells.
-SEEN_BY_THE_MODEL = {
+# The parts are consistent, or are not recognized as parts; the config differs.
+FOUND_BY_THE_MODEL = {
     "no values": (by.tensor(Q, lambda t: None), (Q, "no tensor")),
     "no mask": (by.tensor(MASK, lambda t: None), (Q, "[48, 48]")),
     "mask: int64": (recast(MASK, torch.int64), (Q, "[48, 48]")),
@@ -250,7 +269,7 @@ SEEN_BY_THE_MODEL = {
         (K, "[48, 24]", "[24, 48]"),
     ),
 }
-LIES = SEEN_ON_OPENING | SEEN_ON_READING | SEEN_BY_THE_MODEL
+INVALID = FOUND_ON_OPENING | FOUND_ON_READING | FOUND_BY_THE_MODEL
 
 
 def entry(**changes):
@@ -264,7 +283,7 @@ CONFIGS = {
         entry(version=2, requires_halve="0.3"),
         ("version 2", "reads version 1", "Halve 0.3 or newer"),
     ),
-    "version 2, by nobody": (
+    "version 2, without a release": (
         entry(version=2, requires_halve=None),
         ("version 2", "a newer Halve"),
     ),
@@ -281,51 +300,51 @@ CONFIGS = {
     ),
     "an endless need": (entry(version=2, requires_halve="9" * 5000), ("Halve 999",)),
     "a need that is a list": (entry(version=2, requires_halve=[[]]), ("Halve [[]]",)),
-    "another method": (entry(quant_method="gptq"), ("quantised", "gptq")),
-    "no method": (entry(quant_method=None), ("quantised", "method unnamed")),
-    "method is a list": (entry(quant_method=["halve"]), ("quantised", "['halve']")),
-    "method in capitals": (entry(quant_method="Halve"), ("quantised", "Halve")),
-    "entry is text": (by.config(quantization_config="halve"), ("quantised",)),
-    "entry is a list": (by.config(quantization_config=["halve"]), ("quantised",)),
+    "another method": (entry(quant_method="gptq"), ("quantized", "gptq")),
+    "no method": (entry(quant_method=None), ("quantized", "method not given")),
+    "method is a list": (entry(quant_method=["halve"]), ("quantized", "['halve']")),
+    "method in capitals": (entry(quant_method="Halve"), ("quantized", "Halve")),
+    "entry is text": (by.config(quantization_config="halve"), ("quantized",)),
+    "entry is a list": (by.config(quantization_config=["halve"]), ("quantized",)),
 }
 
 
 def test_the_good_model_is_read(packed, tmp_path):
-    """Else the tests below would prove nothing."""
+    """Otherwise the tests below would prove nothing."""
     assert halve.inspect(packed).sparsity == 0.5
     halve.unpack(packed, tmp_path / "out")
-    words = Checkpoint.open(packed).read_packed(Q).mask
-    assert tuple(words.shape) == (48, 1)
+    mask = Checkpoint.open(packed).read_packed(Q).parts["_mask"]
+    assert tuple(mask.shape) == (48, 1)
 
 
-@pytest.mark.parametrize("row", SEEN_ON_OPENING | SEEN_ON_READING)
-def test_lies_are_refused_on_reading(row, spoilt):
-    spoil, mentions = LIES[row]
+@pytest.mark.parametrize("row", FOUND_ON_OPENING | FOUND_ON_READING)
+def test_invalid_matrices_are_rejected_on_reading(row, spoilt):
+    spoil, mentions = INVALID[row]
     folder = spoilt(spoil)
-    if row in SEEN_ON_READING:
+    if row in FOUND_ON_READING:
         checkpoint = Checkpoint.open(folder)
-        sound = [name for name in checkpoint.tensors if name != Q]
-        assert checkpoint.read(sound).keys() == set(sound)
+        valid = [name for name in checkpoint.tensors if name != Q]
+        assert checkpoint.read(valid).keys() == set(valid)
     with pytest.raises(CheckpointError) as refusal:
         Checkpoint.open(folder).read([Q])
-    for words in mentions:
-        assert words in str(refusal.value), (words, refusal.value)
+    for mention in mentions:
+        assert mention in str(refusal.value), (mention, refusal.value)
     assert refusal.value.remedy
 
 
-@pytest.mark.parametrize("row", LIES)
-def test_lies_are_refused_by_every_verb(row, spoilt, refused, tmp_path):
-    spoil, mentions = LIES[row]
+@pytest.mark.parametrize("row", INVALID)
+def test_invalid_matrices_are_rejected_by_every_verb(row, spoilt, refused, tmp_path):
+    spoil, mentions = INVALID[row]
     folder = spoilt(spoil)
     with pytest.raises(CheckpointError):
         halve.inspect(folder)
     refused("inspect", folder, mentions=mentions)
     out = ("-o", tmp_path / "out", "--quiet")
-    refused("unpack", folder, *out, mentions=mentions, started=row in SEEN_ON_READING)
+    refused("unpack", folder, *out, mentions=mentions, started=row in FOUND_ON_READING)
 
 
 @pytest.mark.parametrize("row", CONFIGS)
-def test_configs_that_lie_are_refused(row, spoilt, refused, tmp_path):
+def test_invalid_configs_are_rejected(row, spoilt, refused, tmp_path):
     spoil, mentions = CONFIGS[row]
     folder = spoilt(spoil)
     with pytest.raises(UnsupportedModelError):
@@ -336,16 +355,18 @@ def test_configs_that_lie_are_refused(row, spoilt, refused, tmp_path):
 
 
 @pytest.mark.parametrize("row", ["mask: a bit flipped", "values: one less"])
-def test_lies_are_refused_by_what_runs_the_model(row, spoilt, refused, text, tmp_path):
-    spoil, mentions = LIES[row]
+def test_invalid_matrices_are_rejected_before_the_model_runs(
+    row, spoilt, refused, text, tmp_path
+):
+    spoil, mentions = INVALID[row]
     folder = spoilt(spoil)
     options = ("--solver", "magnitude", "--device", "cpu", "--quiet")
     out = ("-o", tmp_path / "out", *options)
     refused("prune", folder, *out, mentions=mentions, started=True)
 
 
-def test_a_lie_in_one_file_of_several(packed, tmp_path):
-    """The index may promise what it likes; the parts must be there."""
+def test_parts_in_several_files(packed, tmp_path):
+    """Parts are found in any file, and a duplicate is rejected."""
     tensors = load_file(packed / by.WEIGHTS)
     mask = {name: tensors.pop(name) for name in list(tensors) if name == MASK}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -369,7 +390,7 @@ NUMBERS = (-(2**63), -1, 0, 1, 2, 3, 63, 64, 65, 2**31, 2**32, 2**62, 2**63 - 1)
 
 
 def _written(tensor, place, value):
-    """Write eight bytes, or as many as there are, over a part."""
+    """Overwrite up to eight bytes of a part."""
     data = tensor.clone().flatten().view(torch.uint8)
     if data.numel():
         begin = 8 * place % data.numel()
@@ -399,7 +420,7 @@ CHANGES = {
     "gone": lambda tensor, place, value: None,
 }
 ENDS = ("", "_mask", "_offsets", "_layout")
-lies = st.lists(
+changes = st.lists(
     st.tuples(
         st.sampled_from(ENDS),
         st.sampled_from(list(CHANGES)),
@@ -417,15 +438,15 @@ lies = st.lists(
     st.integers(1, 130),
     st.booleans(),
     st.integers(0, 2**32),
-    lies,
+    changes,
 )
-def test_random_lies(tmp_path, dtype, rows, columns, transposed, seed, told):  # noqa: PLR0913, PLR0917
-    """A sentence, or a matrix of the shape that was promised, and no third."""
+def test_random_changes(tmp_path, dtype, rows, columns, transposed, seed, edits):  # noqa: PLR0913, PLR0917
+    """The result is either an error or a matrix of the shape in the header."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator).relu().to(dtype)
     weight = weight.T.contiguous() if transposed else weight
     tensors: dict[str, torch.Tensor] = dict(split("w", pack(weight, transposed)))
-    for end, change, place, value in told:
+    for end, change, place, value in edits:
         if (old := tensors.pop("w" + end, None)) is not None and old.dim():
             new = CHANGES[change](old, place, value)
             tensors |= {} if new is None else {"w" + end: new.contiguous()}
@@ -434,11 +455,11 @@ def test_random_lies(tmp_path, dtype, rows, columns, transposed, seed, told):  #
         checkpoint = Checkpoint.open(tmp_path)
         read = checkpoint.read(checkpoint.tensors)
     except HalveError as error:
-        assert told
+        assert edits
         assert error.problem.endswith(".")
         assert error.remedy.endswith(".")
         return
-    assert told or torch.equal(read["w"], weight)
+    assert edits or torch.equal(read["w"], weight)
     for name, info in checkpoint.tensors.items():
-        found = read[name]
-        assert (tuple(found.shape), found.dtype) == (info.shape, info.dtype)
+        tensor = read[name]
+        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)

@@ -1,4 +1,4 @@
-"""Files of text that would take more memory than they have bytes, or break a reader."""
+"""Text files that would take far more memory than their size, or break a parser."""
 
 import json
 import os
@@ -15,7 +15,7 @@ MEGABYTE = 2**20
 
 
 def written(**options):
-    """Return what writes a .parquet of one long text, many times."""
+    """Return a function that writes a .parquet with one long text, 300 times."""
 
     def write(path):
         texts = ["a" * MEGABYTE] * 300
@@ -25,18 +25,18 @@ def written(**options):
 
 
 def lying(path):
-    """Pages of 300 megabytes of which the footer says that they have a kilobyte."""
+    """Write pages of 300 MiB whose footer claims a kilobyte."""
     written(compression="zstd", use_dictionary=False)(path)
     with parquet.ParquetFile(path) as file:
         chunk = file.metadata.row_group(0).column(0)
-    told = _number(chunk.total_uncompressed_size)
+    size = _number(chunk.total_uncompressed_size)
     contents = path.read_bytes()
-    assert told in contents
-    path.write_bytes(contents.replace(told, _number(1000, len(told))))
+    assert size in contents
+    path.write_bytes(contents.replace(size, _number(1000, len(size))))
 
 
 def _number(value, length=0):
-    """Return a number as Thrift writes it, made longer by nothing where asked."""
+    """Return a number in Thrift's encoding, padded to `length` bytes."""
     value, octets = value << 1, []
     while value > 0x7F:
         octets.append(value & 0x7F | 0x80)
@@ -49,7 +49,7 @@ def _number(value, length=0):
 
 
 def line(*parts):
-    """Return what writes bytes, each so many times."""
+    """Return a function that writes (bytes, repetitions) pairs."""
     return lambda path: path.write_bytes(b"".join(part * n for part, n in parts))
 
 
@@ -60,20 +60,20 @@ def sparse(path):
 
 START, END = (b'{"text": "a", "b": [', 1), (b"[]]}\n", 1)
 BOMBS = {
-    "pages that shrink": ("a.parquet", written(compression="zstd")),
-    "long pages that shrink": (
+    "compressed pages": ("a.parquet", written(compression="zstd")),
+    "long compressed pages": (
         "a.parquet",
         written(compression="zstd", use_dictionary=False),
     ),
     "a footer that lies": ("a.parquet", lying),
-    "a text repeated": ("a.parquet", written(use_dictionary=True)),
+    "one text, repeated": ("a.parquet", written(use_dictionary=True)),
     "a line too long": (
         "a.jsonl",
         line((b'{"text": "', 1), (b"a", 2**24), (b'"}\n', 1)),
     ),
     "an endless line": ("a.jsonl", line((b"a", 2**28))),
-    "lists without end": ("a.jsonl", line(START, (b"[],", 2**24), END)),
-    "nested too deep": ("a.jsonl", line((b'{"a":', 10**6))),
+    "millions of lists": ("a.jsonl", line(START, (b"[],", 2**24), END)),
+    "nested too deeply": ("a.jsonl", line((b'{"a":', 10**6))),
     "a number too long": ("a.jsonl", line((b"1", 10**6))),
     "a pipe": ("a.jsonl", os.mkfifo),
     "endless zeros": ("a.txt", lambda path: path.symlink_to("/dev/zero")),
@@ -82,7 +82,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("row", BOMBS)
-def test_bombs_are_refused_in_bounds(row, tmp_path):
+def test_decompression_bombs_are_refused_within_bounds(row, tmp_path):
     name, write = BOMBS[row]
     path = tmp_path / name
     write(path)
@@ -93,22 +93,22 @@ def test_bombs_are_refused_in_bounds(row, tmp_path):
 
 
 READABLE = {
-    "halves of characters": ('{"text": "a\\ud800b"}\n', "a?b"),
-    "whole ones": ('{"text": "\\ud83d\\ude00"}\n', "\U0001f600"),
-    "ends of lines within": (
+    "unpaired surrogates": ('{"text": "a\\ud800b"}\n', "a?b"),
+    "paired surrogates": ('{"text": "\\ud83d\\ude00"}\n', "\U0001f600"),
+    "line separators inside a line": (
         '{"text": "a\u2028b\x85c\x0c"}\n'.replace("\x0c", ""),
         "a\u2028b\x85c",
     ),
-    "ends of lines of Windows": ('{"text": "a"}\r\n', "a"),
+    "Windows line ends": ('{"text": "a"}\r\n', "a"),
 }
 
 
 @pytest.mark.parametrize("row", READABLE)
 def test_odd_lines_are_read(row, tmp_path):
-    text, found = READABLE[row]
+    text, expected = READABLE[row]
     path = tmp_path / "a.jsonl"
     path.write_bytes(text.encode())
-    assert load_corpus(str(path), "calibration").documents == (found,)
+    assert load_corpus(str(path), "calibration").documents == (expected,)
 
 
 OPTIONS = {
@@ -124,10 +124,10 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("row", OPTIONS)
-def test_pages_are_added_up(row, tmp_path):
-    """What is found in the pages is what the writer, who is honest, says in the footer.
+def test_page_sizes_are_added_up(row, tmp_path):
+    """For a valid file, the sizes of the pages add up to the size in the footer.
 
-    There the headers of the pages count, too: less than a hundred bytes for each.
+    The footer also counts the page headers: less than a hundred bytes for each.
     """
     texts = [f"text {n} " * 50 for n in range(1000)]
     path = tmp_path / "a.parquet"
@@ -136,9 +136,11 @@ def test_pages_are_added_up(row, tmp_path):
     )
     assert load_corpus(str(path), "calibration").documents == tuple(texts)
     with parquet.ParquetFile(path) as file:
-        told = file.metadata
-        groups = range(told.num_row_groups)
-        total = sum(told.row_group(g).column(1).total_uncompressed_size for g in groups)
+        footer = file.metadata
+        groups = range(footer.num_row_groups)
+        total = sum(
+            footer.row_group(g).column(1).total_uncompressed_size for g in groups
+        )
         check_pages(path, "text", total)
         with pytest.raises(ValueError, match="larger"):
             check_pages(path, "text", int(0.9 * total))

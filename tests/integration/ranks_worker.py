@@ -1,4 +1,4 @@
-"""What test_ranks.py lets torchrun start: jobs in one go, or a command in trouble."""
+"""Started by test_ranks.py under torchrun: several jobs, or a command that fails."""
 
 import json
 import os
@@ -16,18 +16,23 @@ from halve.pruning.loop import _Clock
 
 
 def do_jobs(path: str) -> None:
-    """Prune what a file of [model, out, settings] lists, with one group for all."""
+    """Prune each [model, out, options] that a JSON file lists, in one process group."""
     with join() as ranks:
-        for model, out, settings in json.loads(Path(path).read_text()):
-            prune_model(model, out, PruneOptions(**settings), RunOptions(), ranks)
+        for model, out, options in json.loads(Path(path).read_text()):
+            prune_model(model, out, PruneOptions(**options), RunOptions(), ranks)
 
 
-def get_into_trouble(kind: str, rank: str, phase: str) -> None:
-    """Let one rank die or fail when it comes to a phase of the second block.
+def fail_at(kind: str, rank: str, phase: str) -> None:
+    """Run the command line, and let one rank die or fail in the second block.
 
-    By "propagating" all ranks have finished the first block, and only that one. The
-    one that fails is slow to say so: the others have ended by then, and torchrun has
-    told it to stop.
+    When the phase is "propagating", all ranks have finished the first block, and no
+    other. A rank that fails waits before it prints the error: the others have ended by
+    then, and torchrun has sent it SIGTERM.
+
+    Args:
+        kind: "dies", by SIGKILL, or "fails", by a HalveError.
+        rank: Which one.
+        phase: Name of the phase at whose start it happens.
     """
     real, printable = _Clock.report, app._printable
 
@@ -35,16 +40,16 @@ def get_into_trouble(kind: str, rank: str, phase: str) -> None:
         if os.environ["RANK"] == rank and block == 1 and now == phase:
             if kind == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise NumericalError("The rank had a bad day.", "Let it rest.")
+            raise NumericalError("The matrix is singular.", "Increase the damping.")
         real(self, block, now)
 
-    def dawdle(message):
+    def print_late(message):
         if os.environ["RANK"] == rank:
             time.sleep(2)
         return printable(message)
 
     _Clock.report = report  # pyright: ignore[reportAttributeAccessIssue]
-    app._printable = dawdle
+    app._printable = print_late
     main()
 
 
@@ -54,4 +59,4 @@ if __name__ == "__main__":
         do_jobs(*rest)
     else:
         sys.argv[1:] = rest[2:]
-        get_into_trouble(what, *rest[:2])
+        fail_at(what, *rest[:2])

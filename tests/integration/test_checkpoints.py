@@ -1,4 +1,4 @@
-"""Whatever way a checkpoint is stored, it comes out under the names it came in with."""
+"""However a checkpoint is stored, the output has the tensor names of the input."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def _save(tensors, path):
 
 
 def _shard(tensors, folder, names):
-    """Deal tensors out to three files with an index."""
+    """Distribute tensors over three files with an index."""
     pattern, index = names
     weight_map = {}
     for number in range(3):
@@ -49,16 +49,16 @@ def _bin_of_parameters(tensors, folder):
     _bin({name: nn.Parameter(tensor) for name, tensor in tensors.items()}, folder)
 
 
-def _bin_of_old(tensors, folder):
-    """As torch wrote before 1.6; it cannot be mapped."""
+def _bin_legacy(tensors, folder):
+    """In the format that torch wrote before 1.6, which cannot be memory-mapped."""
     path = folder / "pytorch_model.bin"
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
 
 
 def _bin_with_views(tensors, folder):
-    """Tensors that are not contiguous, and lie in one another's storage."""
-    transposed_copy = {name: t.t().contiguous().t() for name, t in tensors.items()}
-    _bin(transposed_copy, folder)
+    """Tensors that are not contiguous."""
+    views = {name: t.t().contiguous().t() for name, t in tensors.items()}
+    _bin(views, folder)
 
 
 STORAGES = {
@@ -66,19 +66,19 @@ STORAGES = {
     "bin": _bin,
     "bin in shards": lambda t, folder: _shard(t, folder, SPLIT_BIN),
     "bin of parameters": _bin_of_parameters,
-    "bin of old": _bin_of_old,
+    "legacy bin": _bin_legacy,
     "bin with views": _bin_with_views,
     "bin and safetensors": lambda t, folder: (
         _save(t, folder / "model.safetensors"),
         (folder / "pytorch_model.bin").write_bytes(b"not read"),
     ),
 }
-# Family -> prefix of the base model, which many checkpoints of the hub leave out.
+# Family -> prefix of the base model, which many checkpoints on the Hub omit.
 PREFIXES = {"opt": "model.", "gpt2": "transformer.", "bloom": "transformer."}
 
 
 def _stored_as(store, source, folder, prefix=""):
-    """Copy a model, its weights stored in another way and without a prefix."""
+    """Copy a model, storing its weights with `store` and without a prefix."""
     ignored = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(source, folder, ignore=ignored)
     tensors = _load(source)
@@ -111,7 +111,7 @@ def _check_tensors(before, after, pruned):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_every_storage_comes_out_alike(storage, pico, text, tmp_path):
+def test_every_storage_gives_the_same_output(storage, pico, text, tmp_path):
     source = pico("llama", dtype=torch.float16)
     before = _stored_as(STORAGES[storage], source, tmp_path / "stored")
     after, pruned = _pruned(tmp_path / "stored", tmp_path / "out", text)
@@ -136,9 +136,9 @@ def test_names_without_the_base_models_prefix(row, storage, pico, text, tmp_path
     assert halve.inspect(tmp_path / "out").sparsity == 0.5
 
 
-@pytest.mark.parametrize("factor", [1, 2], ids=["alike", "different"])
+@pytest.mark.parametrize("factor", [1, 2], ids=["equal", "different"])
 def test_both_names_of_a_tied_tensor(factor, pico, text, tmp_path):
-    """torch.save keeps both; transformers ties them only where they are alike."""
+    """torch.save stores both; transformers ties them only where they are equal."""
 
     def with_head(tensors, folder):
         tensors["lm_head.weight"] = (
@@ -153,8 +153,8 @@ def test_both_names_of_a_tied_tensor(factor, pico, text, tmp_path):
     _check_loads(tmp_path / "out")
 
 
-def test_tensors_that_the_model_does_not_know_travel_along(pico, text, tmp_path):
-    """Old checkpoints hold masks and frequencies; they stay, and harm nothing."""
+def test_tensors_that_the_model_does_not_have_are_copied(pico, text, tmp_path):
+    """Old checkpoints contain attention masks and rotary frequencies."""
 
     def with_frequencies(tensors, folder):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -166,35 +166,35 @@ def test_tensors_that_the_model_does_not_know_travel_along(pico, text, tmp_path)
     _check_tensors(before, after, pruned)
 
 
-OWN_CONFIG = """
+CUSTOM_CONFIG = """
 from transformers import LlamaConfig
 
-class OwnConfig(LlamaConfig):
-    model_type = "own"
+class CustomConfig(LlamaConfig):
+    model_type = "custom"
 """
-OWN_MODEL = """
+CUSTOM_MODEL = """
 from transformers import LlamaForCausalLM
-from .configuration_own import OwnConfig
+from .configuration_custom import CustomConfig
 
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
+class CustomForCausalLM(LlamaForCausalLM):
+    config_class = CustomConfig
 """
 
 
-def test_code_of_a_model_runs_when_it_is_trusted(pico, text, tmp_path, monkeypatch):
+def test_code_of_a_model_runs_only_if_trusted(pico, text, tmp_path, monkeypatch):
     modules = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     monkeypatch.syspath_prepend(modules)
-    model = shutil.copytree(pico("llama"), tmp_path / "own")
-    (model / "configuration_own.py").write_text(OWN_CONFIG)
-    (model / "modeling_own.py").write_text(OWN_MODEL)
+    model = shutil.copytree(pico("llama"), tmp_path / "custom")
+    (model / "configuration_custom.py").write_text(CUSTOM_CONFIG)
+    (model / "modeling_custom.py").write_text(CUSTOM_MODEL)
     config = json.loads((model / "config.json").read_text())
     config |= {
-        "model_type": "own",
-        "architectures": ["OwnForCausalLM"],
+        "model_type": "custom",
+        "architectures": ["CustomForCausalLM"],
         "auto_map": {
-            "AutoConfig": "configuration_own.OwnConfig",
-            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+            "AutoConfig": "configuration_custom.CustomConfig",
+            "AutoModelForCausalLM": "modeling_custom.CustomForCausalLM",
         },
     }
     (model / "config.json").write_text(json.dumps(config))
@@ -203,5 +203,5 @@ def test_code_of_a_model_runs_when_it_is_trusted(pico, text, tmp_path, monkeypat
         halve.prune(model, tmp_path / "out", **arguments)
     assert not (tmp_path / "modules").exists()
     halve.prune(model, tmp_path / "out", trust_remote_code=True, **arguments)
-    assert (tmp_path / "out/modeling_own.py").read_text() == OWN_MODEL
+    assert (tmp_path / "out/modeling_custom.py").read_text() == CUSTOM_MODEL
     assert halve.inspect(tmp_path / "out", trust_remote_code=True).sparsity == 0.5

@@ -44,7 +44,10 @@ def test_streamed_logits_equal_the_whole_models(row, dtype, pico):
 @pytest.mark.parametrize("row", ["opt", "llama"])  # a tied head, and one of its own
 def test_an_embedding_is_not_widened_to_look_rows_up(row, pico):
     model = BlockwiseModel.open(pico(row, dtype=torch.bfloat16), "cpu")
-    table, tied = model.meta_model.table, model.meta_model.config.tie_word_embeddings
+    table, tied = (
+        model.meta_model.lookup_embedding,
+        model.meta_model.config.tie_word_embeddings,
+    )
     assert table is not None
     with model.surroundings(with_head=False):
         assert table.weight.dtype == torch.bfloat16

@@ -60,7 +60,7 @@ def test_a_smaller_batch_is_taken_and_said(row, prune, tmp_path, monkeypatch):
     if row == "magnitude":  # it runs nothing
         assert said == []
     else:
-        sizes = [re.findall(r"going on with (\d+) tokens", line) for line in said]
+        sizes = [re.findall(r"retrying with (\d+) tokens", line) for line in said]
         assert sizes == [["512"], ["256"], ["128"], ["64"]]
     assert digests(tmp_path / "out") == expected
 

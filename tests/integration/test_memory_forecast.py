@@ -197,7 +197,7 @@ _HOLES = """
 from pathlib import Path
 import os
 import torch
-from halve.runtime.malloc_trim import trim
+from halve.runtime.malloc_trim import malloc_trim
 
 def resident():
     pages = Path("/proc/self/statm").read_text().split()[1]
@@ -208,7 +208,7 @@ many = [torch.ones(2**20) for _ in range(32)]
 last = torch.ones(2**20)
 del many
 before = resident()
-trim()
+malloc_trim()
 print(before - resident())
 """
 

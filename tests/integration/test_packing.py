@@ -1,4 +1,4 @@
-"""Packing loses nothing, says what it did, and a model without zeros is not touched."""
+"""Packing is lossless and recorded; a model without zeros is rejected."""
 
 import json
 import shutil
@@ -23,35 +23,35 @@ ROWS = ("opt", "gpt2", "bloom", "llama", "falcon", "phi3")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ENTRY = {"quant_method": "halve", "requires_halve": "0.1", "version": 1}
 
-# Magnitude needs no text, and what solves is no matter here.
+# Magnitude needs no text, and the solver does not matter here.
 prune = partial(halve.prune, solver="magnitude", device="cpu")
 
 
 @pytest.fixture(scope="session")
 def made(pico, tmp_path_factory):
-    """Return a function that gives dense, pruned and packed folders of a family.
+    """Return a function that returns dense, pruned and packed folders of a family.
 
     Tests must not write to them.
     """
-    found: dict[str, Path] = {}
+    homes: dict[str, Path] = {}
 
     def folders(row: str = "llama", sparsity: str = "50%", **options):
         options = {"dtype": torch.bfloat16} | options
         key = f"{row}-{sparsity}-{options}"
-        if key not in found:
-            found[key] = tmp_path_factory.mktemp(row)
-            prune(pico(row, **options), found[key] / "pruned", sparsity=sparsity)
-            halve.pack(found[key] / "pruned", found[key] / "packed")
-        return pico(row, **options), found[key] / "pruned", found[key] / "packed"
+        if key not in homes:
+            homes[key] = tmp_path_factory.mktemp(row)
+            prune(pico(row, **options), homes[key] / "pruned", sparsity=sparsity)
+            halve.pack(homes[key] / "pruned", homes[key] / "packed")
+        return pico(row, **options), homes[key] / "pruned", homes[key] / "packed"
 
     return folders
 
 
 def _tensors(folder):
-    found = {}
+    tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 def _config(folder):
@@ -115,12 +115,12 @@ def test_only_the_matrices_of_the_blocks_are_packed(row, made):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_config_says_so_and_nothing_else_changes(row, made):
+def test_the_config_gets_one_entry_and_nothing_else_changes(row, made):
     _, pruned, packed = made(row)
     assert _config(packed) == _config(pruned) | {"quantization_config": ENTRY}
-    ours = {"config.json", "halve.json", "model.safetensors.index.json"}
+    rewritten = {"config.json", "halve.json", "model.safetensors.index.json"}
     for path in pruned.iterdir():
-        if path.name not in ours and path.suffix != ".safetensors":
+        if path.name not in rewritten and path.suffix != ".safetensors":
             assert (packed / path.name).read_bytes() == path.read_bytes(), path
 
 
@@ -159,15 +159,15 @@ def test_the_record_matches_the_files(made, tmp_path):
     record = PackRecord.from_json(text)
     assert record.to_json() == text
     assert record.source == json.loads((pruned / "halve.json").read_text())
-    found = digests(packed)
-    assert {file: found[file] for file in record.shards} == record.shards
+    checksums = digests(packed)
+    assert {file: checksums[file] for file in record.shards} == record.shards
     inspected = {m.tensor: m for m in halve.inspect(packed).matrices}
     assert {m.tensor for m in record.matrices} == inspected.keys()
-    for ours in record.matrices:
-        seen = inspected[ours.tensor]
-        assert (ours.rows, ours.columns) == (seen.rows, seen.columns)
-        assert (ours.packed, ours.sparsity) == (seen.packed, seen.sparsity)
-        assert ours.stored_bytes == seen.bytes
+    for matrix in record.matrices:
+        seen = inspected[matrix.tensor]
+        assert (matrix.rows, matrix.columns) == (seen.rows, seen.columns)
+        assert (matrix.packed, matrix.sparsity) == (seen.packed, seen.sparsity)
+        assert matrix.stored_bytes == seen.bytes
     assert record.stored_bytes == sum(m.bytes for m in inspected.values())
     assert record.dense_bytes == sum(
         matrix.bytes for matrix in halve.inspect(pruned).matrices
@@ -229,14 +229,14 @@ def _same_tensors(a, b):
 
 
 def _with_odd_numbers(matrix):
-    """Put minus zeros, infinities, a NaN and denormals among the weights and zeros."""
+    """Overwrite some weights and zeros by minus zero, infinity, NaN and denormals."""
     odd = torch.tensor([-0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40])
     matrix.view(-1)[: 6 * 100] = odd.to(matrix.dtype).repeat(100)
     return matrix
 
 
-def test_numbers_that_are_none_come_back_too(made, tmp_path):
-    """Packing is no judge of weights."""
+def test_infinities_and_nans_come_back(made, tmp_path):
+    """Packing does not reject weights."""
     _, pruned, _ = made()
     edited = _edited(pruned, tmp_path / "edited", _with_odd_numbers)
     halve.pack(edited, tmp_path / "packed")
@@ -244,7 +244,7 @@ def test_numbers_that_are_none_come_back_too(made, tmp_path):
     assert _same_tensors(tmp_path / "out", edited)
 
 
-def test_inspect_foresees_the_bytes_of_minus_zeros(made, tmp_path):
+def test_inspect_predicts_the_bytes_of_minus_zeros(made, tmp_path):
     _, pruned, _ = made()
     edited = _edited(pruned, tmp_path / "edited", _with_odd_numbers)
     halve.pack(edited, tmp_path / "packed")
@@ -253,19 +253,19 @@ def test_inspect_foresees_the_bytes_of_minus_zeros(made, tmp_path):
 
 
 def _times_a_mask(matrix):
-    """Prune as many a program does: here every zero gets a minus sign."""
+    """Prune as many programs do; here every zero gets a minus sign."""
     return -matrix.abs() * (matrix != 0)
 
 
-def test_minus_zeros_are_kept_or_dropped_as_asked(made, tmp_path):
+def test_minus_zeros_are_stored_or_dropped_as_asked(made, tmp_path):
     _, pruned, packed = made()
     edited = _edited(pruned, tmp_path / "edited", _times_a_mask)
     size = {m.tensor: m.bytes for m in halve.inspect(packed).matrices}[DENSE]
     for drop in (False, True):
         out, back = tmp_path / f"packed {drop}", tmp_path / f"back {drop}"
         record = halve.pack(edited, out, positive_zeros=drop)
-        (ours,) = [m for m in record.matrices if m.tensor == DENSE]
-        assert (ours.packed, ours.stored_bytes == size) == (drop, drop)
+        (matrix,) = [m for m in record.matrices if m.tensor == DENSE]
+        assert (matrix.packed, matrix.stored_bytes == size) == (drop, drop)
         halve.unpack(out, back)
         assert _same_tensors(back, edited) == (not drop)
         assert torch.equal(_tensors(back)[DENSE], _tensors(edited)[DENSE])
@@ -277,20 +277,20 @@ def test_pruning_what_is_packed_gives_a_plain_model(made, tmp_path):
     prune(pruned, tmp_path / "plain", sparsity="75%")
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
     assert "quantization_config" not in _config(tmp_path / "out")
-    found = halve.inspect(tmp_path / "out")
-    assert found.sparsity == 0.75
-    assert not any(matrix.packed for matrix in found.matrices)
+    inspected = halve.inspect(tmp_path / "out")
+    assert inspected.sparsity == 0.75
+    assert not any(matrix.packed for matrix in inspected.matrices)
 
 
-def test_the_parts_may_lie_in_any_file(made, tmp_path):
-    """Each part of a matrix in a file of its own kind, in two ways to store them."""
+def test_the_parts_may_be_in_any_file(made, tmp_path):
+    """Each kind of part has its own file."""
     _, pruned, packed = made()
     files: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in _tensors(packed).items():
         kind = name.rpartition(".")[2]
         files.setdefault(f"{kind}.safetensors", {})[name] = tensor
     assert len(files) >= 4
-    folder = tmp_path / "dealt out"
+    folder = tmp_path / "scattered"
     shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     for file, tensors in files.items():
         save_file(tensors, folder / file, {"format": "pt"})
@@ -301,7 +301,7 @@ def test_the_parts_may_lie_in_any_file(made, tmp_path):
     assert _same_tensors(tmp_path / "out", pruned)
 
 
-def test_a_finished_folder_is_left_alone(made, tmp_path):
+def test_a_finished_folder_is_not_rewritten(made, tmp_path):
     _, pruned, _ = made()
     first = halve.pack(pruned, tmp_path / "out")
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
@@ -312,7 +312,7 @@ def test_a_finished_folder_is_left_alone(made, tmp_path):
         prune(pruned, tmp_path / "out")
 
 
-# What is interrupted, given the dense, pruned and packed folders and an output.
+# Verb -> what runs it, given the dense, pruned and packed folders and an output.
 VERBS = {
     "pack": lambda folders, out, **more: halve.pack(folders[1], out, **more),
     "unpack": lambda folders, out, **more: halve.unpack(folders[2], out, **more),
@@ -363,7 +363,7 @@ def test_stopped_at_every_write(verb, made, tmp_path, monkeypatch):
 
 
 def test_stopped_with_a_solver_that_carries_hidden_states(pico, text, tmp_path):
-    """Going on reads the packed shards of the blocks that were done."""
+    """Resuming reads the packed shards of the blocks that were finished."""
     options = {"calibration": str(text), "samples": 8, "seq_len": 32, "device": "cpu"}
     halve.prune(pico("gpt2"), tmp_path / "whole", packed=True, **options)
     with pytest.raises(Stopped):
@@ -404,15 +404,15 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_pack_prints_what_was_gained(run, made, tmp_path):
+def test_pack_prints_how_much_smaller_the_model_is(run, made, tmp_path):
     _, pruned, packed = made()
     out, errors = run("pack", pruned, "-o", tmp_path / "out")
     assert digests(tmp_path / "out") == digests(packed)
-    found = halve.inspect(packed).matrices
-    dense = sum(m.rows * m.columns * 2 for m in found)
-    share = 100 * sum(m.bytes for m in found) / dense
+    matrices = halve.inspect(packed).matrices
+    dense = sum(m.rows * m.columns * 2 for m in matrices)
+    percent = 100 * sum(m.bytes for m in matrices) / dense
     assert "14 of 14 matrices are packed" in out
-    assert f"{share:.2f}% of" in out
+    assert f"{percent:.2f}% of" in out
     assert "packing" in errors
 
 
@@ -433,7 +433,7 @@ def test_inspect_prints_whole_names(run, made):
     assert DENSE in run("inspect", pruned)[0]
 
 
-def test_pack_and_unpack_speak_json(run, made, tmp_path):
+def test_pack_and_unpack_print_their_records_as_json(run, made, tmp_path):
     _, pruned, packed = made()
     words = (("pack", pruned), ("unpack", packed))
     for number, (verb, folder) in enumerate(words):
@@ -452,7 +452,7 @@ def test_unpack_prints_what_it_did(run, made, tmp_path):
     assert "unpacking" in errors
 
 
-def test_inspect_tells_packed_from_dense(run, made):
+def test_inspect_distinguishes_packed_from_dense(run, made):
     _, pruned, packed = made()
     matrices = json.loads(run("inspect", packed, "--json")[0])["matrices"]
     assert all(matrix["packed"] for matrix in matrices)
@@ -477,8 +477,8 @@ assert "halve" not in sys.modules
 """
 
 
-def test_transformers_without_halve_refuses_a_packed_model(made):
-    """It must not fill the matrices with random numbers and go on."""
+def test_transformers_without_halve_rejects_a_packed_model(made):
+    """It must not fill the matrices with random numbers and continue."""
     _, pruned, packed = made()
     done = subprocess.run(
         [sys.executable, "-c", PLAIN, pruned, packed],
@@ -500,11 +500,11 @@ def test_packed_tensors_appear_as_dense_ones(made):
         assert (seen.shape, seen.dtype) == (info.shape, info.dtype)
         assert seen.nbytes == info.nbytes
         assert torch.equal(sparse.read([name])[name], dense.read([name])[name])
-    assert sum(bool(info.parts) for info in sparse.tensors.values()) == 8
+    assert sum(info.format is not None for info in sparse.tensors.values()) == 8
 
 
 def test_single_rows_and_columns_are_packed(tmp_path):
-    """Widths that no word or kernel likes go through the real entry point."""
+    """Widths that are no multiple of a word or a vector work from end to end."""
     source = save_pico(
         tmp_path / "model",
         "llama",

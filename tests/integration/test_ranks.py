@@ -1,7 +1,9 @@
-"""Several processes under torchrun do what one does, and end together."""
+"""Several processes under torchrun give one process's results, and end together."""
 
 import json
 import os
+import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -12,14 +14,17 @@ import pytest
 import torch
 
 import halve
-from halve.distributed import Ranks
+from halve import distributed
+from halve.checkpoint.pickles import load_pickle
+from halve.distributed import Ranks, join
+from halve.errors import DistributedError, NumericalError, ReportedError
 from halve.options import PruneOptions, RunOptions
 from halve.pruning import prune_model
 from halve.records import PruneRecord
 from tests.integration.test_resume import Stopped, digests, stop_at
 
 RANKS = 2
-# Three batches of 16 windows, apart from those that are held out.
+# Three batches of 16 samples, and two held-out samples.
 OPTIONS: dict[str, Any] = {"samples": 50, "seq_len": 64, "device": "cpu"}
 JOBS: dict[str, dict[str, Any]] = {
     "magnitude": {"solver": "magnitude"},
@@ -36,7 +41,7 @@ JOBS: dict[str, dict[str, Any]] = {
 def launch(
     where: list[object], processes: int, *arguments: object
 ) -> "subprocess.Popen[str]":
-    """Start a module in processes of one thread each."""
+    """Start torchrun with a module, in processes of one thread each."""
     command = ["torch.distributed.run", *where, "--nproc-per-node", processes, "-m"]
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, [*command, *arguments])],
@@ -49,13 +54,13 @@ def launch(
 
 
 def wait_for(launcher: "subprocess.Popen[str]") -> subprocess.CompletedProcess[str]:
-    """Wait for a launcher, which is killed where it does not end."""
+    """Wait for torchrun to end; kill it after five minutes."""
     with launcher:
         try:
-            said = launcher.communicate(timeout=300)
+            output = launcher.communicate(timeout=300)
         finally:
             launcher.kill()
-    return subprocess.CompletedProcess(launcher.args, launcher.returncode, *said)
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, *output)
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -64,7 +69,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def _folders(pico, text, root):
-    """Return for each job what one process made, and what two did."""
+    """Return, for each job, the output of one process and that of two."""
     jobs, pairs = [], {}
     model = pico("opt", dtype=torch.bfloat16)
     for name, changes in JOBS.items():
@@ -72,11 +77,11 @@ def _folders(pico, text, root):
         pairs[name] = root / f"{name}-alone", root / f"{name}-together"
         halve.prune(model, pairs[name][0], **options)
         jobs.append([str(model), str(pairs[name][1]), options])
-    # Begun by one process, to be gone on with by two.
+    # Started by one process, to be resumed by two.
     with pytest.raises(Stopped):
-        halve.prune(model, root / "begun", progress=stop_at(13), **jobs[4][2])
-    pairs["begun"] = pairs["auto"][0], root / "begun"
-    jobs.append([str(model), str(root / "begun"), jobs[4][2]])
+        halve.prune(model, root / "resumed", progress=stop_at(13), **jobs[4][2])
+    pairs["resumed"] = pairs["auto"][0], root / "resumed"
+    jobs.append([str(model), str(root / "resumed"), jobs[4][2]])
     (root / "jobs.json").write_text(json.dumps(jobs))
     done = torchrun("tests.integration.ranks_worker", "jobs", root / "jobs.json")
     assert done.returncode == 0, done.stderr
@@ -84,7 +89,7 @@ def _folders(pico, text, root):
 
 
 def test_two_ranks_do_what_one_process_does(pico, text, tmp_path):
-    """One test of many laws, since starting processes takes longest of all."""
+    """One test of many laws, since starting processes takes most of the time."""
     folders = _folders(pico, text, tmp_path)
     for name, (alone, together) in folders.items():
         _check_records(alone, together)
@@ -96,16 +101,16 @@ def test_two_ranks_do_what_one_process_does(pico, text, tmp_path):
 
 
 def _check_records(alone, together):
-    """Two processes measure what one does."""
-    ours, theirs = (
+    """The errors that two processes record are those of one."""
+    expected, actual = (
         PruneRecord.from_json((folder / "halve.json").read_text())
         for folder in (alone, together)
     )
-    assert ours.identity == theirs.identity
-    # The first block alone: where that is refined, the next is given other inputs.
-    mine, other = ours.blocks[0], theirs.blocks[0]
-    assert _near(mine.refined, other.refined, rel=0.05)
-    for one, two in zip(mine.matrices, other.matrices, strict=True):
+    assert expected.identity == actual.identity
+    # Only the first block: where it is refined, the next one has other inputs.
+    first, second = expected.blocks[0], actual.blocks[0]
+    assert _near(first.refined, second.refined, rel=0.05)
+    for one, two in zip(first.matrices, second.matrices, strict=True):
         assert one.sparsity == pytest.approx(two.sparsity, abs=1e-3)
         assert _near(one.error, two.error), one.tensor
         assert _near(one.held_out, two.held_out), one.tensor
@@ -118,7 +123,7 @@ def _near(one, other, rel=1e-5):
 
 
 def _check_refined(alone, together, text):
-    """Not alike: where one takes a step on two windows, each of two takes one."""
+    """Only roughly equal: each process takes Adam's steps on half of the samples."""
     options: dict[str, Any] = {"data": str(text), "seq_len": 64, "segments": 20}
     first, second = (
         halve.perplexity(f, device="cpu", **options).perplexity
@@ -128,7 +133,7 @@ def _check_refined(alone, together, text):
 
 
 def _check_finished(together, pico, text):
-    """A finished folder is left alone by any number of processes."""
+    """No number of processes touches a finished output."""
     before = digests(together)
     options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | JOBS["sparsegpt"]
     record = halve.prune(pico("opt", dtype=torch.bfloat16), together, **options)
@@ -137,26 +142,26 @@ def _check_finished(together, pico, text):
 
 
 def command(model, out, text, samples=16, seq_len=32):
-    """Return arguments of `halve prune`."""
+    """Return the arguments of `halve prune`."""
     options = ["--calibration", text, "--samples", samples, "--seq-len", seq_len]
     options += ["--solver", "sparsegpt"]
     return ["prune", model, "-o", out, *options, "--device", "cpu"]
 
 
 def _prune_alone(model, out, text, **options):
-    """Do what `command` says in this process."""
+    """Prune with the arguments of `command`, in this process."""
     given: dict[str, Any] = {"samples": 16, "seq_len": 32, "solver": "sparsegpt"}
     given |= {"device": "cpu", "calibration": str(text)} | options
     halve.prune(model, out, **given)
 
 
-def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on(pico, text, tmp_path):
+def test_a_rank_that_dies_ends_the_run_and_one_process_resumes_it(pico, text, tmp_path):
     out = tmp_path / "out"
     model = pico("llama", num_hidden_layers=3)
     worker = ["tests.integration.ranks_worker", "dies", 1, "propagating"]
     ended = torchrun(*worker, *command(model, out, text))
     assert ended.returncode == 1
-    assert "it goes on where it stopped" in ended.stderr
+    assert "Start the same command again to resume" in ended.stderr
     assert "halve" not in _tracebacks(ended.stderr)
     assert not out.exists()
     phases = []
@@ -170,14 +175,14 @@ def test_what_fails_on_one_rank_ends_all_with_its_message(pico, text, tmp_path):
     model = pico("llama", num_hidden_layers=3)
     ended = torchrun(*worker, *command(model, tmp_path / "out", text))
     assert ended.returncode == 1
-    said = [line for line in ended.stderr.splitlines() if line.startswith("Error:")]
-    assert set(said) == {"Error: The rank had a bad day. Let it rest."}
-    assert len(said) == 2  # the one where it happened, and rank 0 in any case
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("Error:")]
+    assert set(errors) == {"Error: The matrix is singular. Increase the damping."}
+    assert len(errors) == 2  # the rank that failed, and rank 0 in any case
     assert "halve" not in _tracebacks(ended.stderr)
 
 
-def test_two_machines_prune_once_and_speak_once(pico, text, tmp_path):
-    """A launcher for each machine, of which this one plays both."""
+def test_two_machines_prune_once_and_print_once(pico, text, tmp_path):
+    """One torchrun per machine; this machine plays both."""
     out = tmp_path / "out"
     sizes: dict[str, Any] = {"samples": 50, "seq_len": 64}  # several batches
     model = pico("llama")
@@ -189,16 +194,16 @@ def test_two_machines_prune_once_and_speak_once(pico, text, tmp_path):
         launch(["--nnodes", 2, "--node-rank", rank, *address], 1, "halve", *arguments)
         for rank in (0, 1)
     ]
-    speaking, silent = (wait_for(node) for node in nodes)
-    assert silent.returncode == speaking.returncode == 0, speaking.stderr
+    printing, silent = (wait_for(node) for node in nodes)
+    assert silent.returncode == printing.returncode == 0, printing.stderr
     assert not silent.stdout
-    assert json.loads(speaking.stdout) == json.loads((out / "halve.json").read_text())
+    assert json.loads(printing.stdout) == json.loads((out / "halve.json").read_text())
     _prune_alone(model, tmp_path / "alone", text, **sizes)
     assert digests(out) == digests(tmp_path / "alone")
 
 
 def _tracebacks(text: str) -> str:
-    """Return lines of tracebacks that name files, torchrun's own ones apart."""
+    """Return the lines of tracebacks that name files, except those of torchrun."""
     lines = [line for line in text.splitlines() if line.lstrip().startswith('File "')]
     return "\n".join(line for line in lines if "torch/distributed" not in line)
 
@@ -207,19 +212,66 @@ def test_fewer_windows_than_ranks_are_refused(pico, text, tmp_path):
     settings = PruneOptions(**OPTIONS | {"samples": 4, "calibration": str(text)})
     with pytest.raises(halve.HalveError, match="4 processes were to share 3 windows"):
         prune_model(
-            pico("llama"), tmp_path / "out", settings, RunOptions(), _Silent(size=4)
+            pico("llama"),
+            tmp_path / "out",
+            settings,
+            RunOptions(),
+            _Unconnected(size=4),
         )
 
 
-class _Silent(Ranks):
-    """Ranks of which no other is there."""
+class _Unconnected(Ranks):
+    """One process of a group whose other processes do not exist."""
 
-    def share(self, make, source=0):
+    def broadcast_object(self, make, source=0):
         return make()
 
 
+@pytest.fixture
+def store(monkeypatch):
+    """Let `join` treat this process as rank 1 of 2; return the group's store."""
+    torch_distributed: Any = distributed.dist
+    store = torch_distributed.HashStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "_connect", lambda: (Ranks(1, RANKS), store))
+    monkeypatch.setattr(distributed, "_REPORT_WAIT_SECONDS", 0.2)
+    previous = signal.getsignal(signal.SIGTERM)
+    yield store
+    signal.signal(signal.SIGTERM, previous)
+
+
+def _load_until_stopped(patch, path):
+    """Read a pickle, and get SIGTERM while torch parses it."""
+    torch.save({"a": torch.zeros(2)}, path)
+    patch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    load_pickle(path, "cpu")
+
+
+def test_a_rank_stopped_while_it_reads_a_file_does_not_blame_the_file(
+    store, monkeypatch, tmp_path
+):
+    """Parsers turn every Exception into a diagnosis; SIGTERM must not be one."""
+    path = tmp_path / "pytorch_model.bin"
+    with pytest.raises(DistributedError, match="was stopped by torchrun"), join():
+        _load_until_stopped(monkeypatch, path)
+    stored = pickle.loads(store.get("halve/first-failure"))
+    assert isinstance(stored, DistributedError)
+
+
+def test_a_rank_that_is_stopped_raises_what_another_has_reported(
+    store, monkeypatch, tmp_path
+):
+    failure = NumericalError("The matrix is singular.", "Increase the damping.")
+    store.add("halve/failures", 1)
+    store.set("halve/first-failure", pickle.dumps(failure))
+    with pytest.raises(ReportedError, match="The matrix is singular"), join():
+        _load_until_stopped(monkeypatch, tmp_path / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_all_work_is_dealt_out_evenly(size):
+def test_all_tasks_are_assigned_evenly(size):
     costs = [5.0, 1.0, 1.0, 3.0, 2.0]
     owners = Ranks(size=size).assign(costs)
     loads = [

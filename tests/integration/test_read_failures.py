@@ -1,4 +1,7 @@
-"""What cannot be read is named; once it can be, the run goes on to the same bytes."""
+"""An error names the file that cannot be read; once it can, the run resumes.
+
+It then writes the same bytes as a run without failures.
+"""
 
 import errno
 import io
@@ -12,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import halve
-from halve.checkpoint import checkpoint as reader
+from halve.checkpoint import Checkpoint
+from halve.checkpoint import safetensors_file as reader
 from halve.errors import CheckpointError, OutputError
 from tests.integration.test_resume import Stopped, digests, stop_at
 from tests.tables import save_pico
@@ -27,7 +31,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture
 def model(tmp_path):
-    """Return a model in several shards, which a test may spoil."""
+    """Return a model in several shards, which a test may change."""
     folder = save_pico(tmp_path / "model", "llama", shard_size="300KB")
     assert len([*folder.glob("*.safetensors")]) == 3
     return folder
@@ -35,18 +39,18 @@ def model(tmp_path):
 
 @pytest.fixture
 def prune(model, text, tmp_path):
-    """Return a function that prunes it to a name."""
+    """Return a function that prunes the model into a folder of the given name."""
 
     def run(name: str, **options) -> Path:
-        out, asked = tmp_path / name, OPTIONS | options
-        halve.prune(model, out, calibration=str(text), **asked)
+        out = tmp_path / name
+        halve.prune(model, out, calibration=str(text), **OPTIONS | options)
         return out
 
     return run
 
 
 def broken_reads(patch, count: int, error: OSError) -> list[int]:
-    """Let the count-th read of a tensor fail; return what was read so far."""
+    """Make the count-th read of a tensor fail; return the offsets read so far."""
     calls: list[int] = []
     real = reader._fill
 
@@ -63,11 +67,12 @@ def broken_reads(patch, count: int, error: OSError) -> list[int]:
 
 
 def test_every_read_may_fail(model, prune, tmp_path, monkeypatch):
-    """The shard is named, in the input or in what was written, and nothing is lost."""
+    """The error names the shard, of the input or the output, and no work is lost."""
     prune = partial(prune, solver="magnitude")
     expected = digests(prune("whole"))
     shards = {path.name for path in model.glob("*.safetensors")}
-    named, count = set(), 0
+    named: set[str] = set()
+    count = 0
     while True:
         count += 1
         with monkeypatch.context() as patch:
@@ -89,21 +94,21 @@ def test_every_read_may_fail(model, prune, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["model", "out.partial"])
-def test_a_shard_that_is_cut_under_a_run(where, model, prune, tmp_path):
-    """In the input it is an error that names it; in the output it is made again."""
+def test_a_shard_truncated_during_a_run(where, model, prune, tmp_path):
+    """In the input it is an error that names it; in the output it is written again."""
     expected = digests(prune("whole"))
-    kept: dict[Path, bytes] = {}
+    original: dict[Path, bytes] = {}
 
     def cut(progress):
-        if progress.block == 1 and progress.phase == "collecting" and not kept:
+        if progress.block == 1 and progress.phase == "collecting" and not original:
             path = max((tmp_path / where).glob("*.safetensors"))
-            kept[path] = path.read_bytes()
-            os.truncate(path, len(kept[path]) // 2)
+            original[path] = path.read_bytes()
+            os.truncate(path, len(original[path]) // 2)
             raise Stopped
 
     with pytest.raises(Stopped):
         prune("out", progress=cut)
-    ((path, data),) = kept.items()
+    ((path, data),) = original.items()
     if where == "model":
         with pytest.raises(CheckpointError, match=path.name):
             prune("out")
@@ -115,30 +120,30 @@ def test_a_shard_that_is_cut_under_a_run(where, model, prune, tmp_path):
 
 
 def _set_times_as_recorded(path: Path, partial: Path) -> None:
-    """Give a restored file the time it had, as a backup does."""
+    """Set the recorded modification time of a restored file, as a backup does."""
     ledger = (partial / "ledger.jsonl").read_text()
     recorded = ledger.partition(f'"{path.name}": "')[2].partition('"')[0]
-    changed = int(recorded.rpartition(" ")[2])
-    os.utime(path, ns=(changed, changed))
+    modified = int(recorded.rpartition(" ")[2])
+    os.utime(path, ns=(modified, modified))
 
 
 def test_a_file_cut_between_header_and_data(model, monkeypatch):
     """Mapped, this would end in SIGBUS."""
-    checkpoint = reader.Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model)
     name, info = next(iter(checkpoint.tensors.items()))
     real = reader._spans
 
-    def cut_then(data):
+    def spans_then_truncate(data):
         found = real(data)
         os.truncate(model / info.shard, 8 + 64)
         return found
 
-    monkeypatch.setattr(reader, "_spans", cut_then)
+    monkeypatch.setattr(reader, "_spans", spans_then_truncate)
     with pytest.raises(CheckpointError, match=rf"{info.shard} .* become shorter"):
         checkpoint.read([name])
 
 
-def test_a_side_file_that_cannot_be_read_is_named(model, prune, monkeypatch):
+def test_the_error_names_a_side_file_that_cannot_be_read(model, prune, monkeypatch):
     expected = digests(prune("whole"))
     real = Path.read_bytes
 
@@ -154,10 +159,10 @@ def test_a_side_file_that_cannot_be_read_is_named(model, prune, monkeypatch):
     assert digests(prune("out")) == expected
 
 
-def test_what_was_written_and_cannot_be_read_is_made_again(
+def test_a_committed_shard_that_cannot_be_read_is_written_again(
     prune, tmp_path, monkeypatch
 ):
-    """A shard of an earlier run that the disk has lost costs that shard."""
+    """A shard of an earlier run that the disk has lost costs no other work."""
     expected = digests(prune("whole"))
     with pytest.raises(Stopped):
         prune("out", progress=stop_at(6))
@@ -175,8 +180,8 @@ def test_what_was_written_and_cannot_be_read_is_made_again(
     assert calls
 
 
-def test_tensors_are_read_as_they_are_stored(tmp_path):
-    """Of every dtype and shape, the bytes that the library reads."""
+def test_tensors_are_read_as_stored(tmp_path):
+    """For every dtype and shape, the same bytes as by the safetensors library."""
     generator = torch.Generator().manual_seed(0)
     octets = torch.randint(0, 2, (4 * 3 * 8,), generator=generator).to(torch.uint8)
     tensors = {
@@ -184,12 +189,12 @@ def test_tensors_are_read_as_they_are_stored(tmp_path):
         .view(dtype)
         .reshape(shape)
         .clone()
-        for dtype in reader._DTYPES.values()
+        for dtype in reader.DTYPES.values()
         for shape in ((4, 3), (5,), (), (0,), (2, 0))
     }
     save_file(tensors, tmp_path / "model.safetensors")
     expected = load_file(tmp_path / "model.safetensors")
-    found = reader.Checkpoint.open(tmp_path).read(tensors)
+    found = Checkpoint.open(tmp_path).read(tensors)
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert tensor.dtype == expected[name].dtype

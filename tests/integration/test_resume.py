@@ -1,4 +1,4 @@
-"""Whatever stops a run, nothing is lost and the next one ends in the same bytes."""
+"""Whatever stops a run, the next one resumes it and writes the same bytes."""
 
 import json
 import os
@@ -20,11 +20,11 @@ OPTIONS = {"samples": 8, "seq_len": 32, "device": "cpu"}
 
 
 class Stopped(BaseException):
-    """Stands for whatever ends a process; no handler expects it."""
+    """Stands for anything that ends a process; no handler catches it."""
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return file -> SHA-256, but for the record, which holds times."""
+    """Return file name -> SHA-256, without the record, which contains times."""
     return {
         path.name: sha256(path.read_bytes()).hexdigest()
         for path in folder.iterdir()
@@ -40,7 +40,7 @@ def undisturbed(pico, text, tmp_path):
 
 
 def stop_at(count: int):
-    """Return a progress callback that ends the run at its count-th call."""
+    """Return a progress callback that raises Stopped at its count-th call."""
     calls = []
 
     def progress(step):
@@ -62,9 +62,9 @@ STOPPED: dict[str, dict[str, Any]] = {
 }
 
 
-# They differ from others in one thing only, and take half a minute each.
+# Each differs from another row in one option only, and takes half a minute.
 LONG = ("allocated, packed", "refined, dense targets")
-# Rows with so many phases that every second one is enough.
+# Rows with so many phases that stopping at every second one is enough.
 MANY = ("refined", "allocated")
 
 
@@ -86,9 +86,9 @@ def test_stopped_at_every_phase(row, pico, text, tmp_path):
         assert digests(out) == digests(tmp_path / "whole")
 
 
-@pytest.mark.slow  # test_write_failures.py lets every step on the disk fail
+@pytest.mark.slow  # test_write_failures.py makes every disk operation fail
 def test_stopped_at_every_write(pico, text, tmp_path, monkeypatch, undisturbed):
-    """Each rename that makes a file whole, the folder's own included, is a last one."""
+    """Stop before each rename that completes a file, or the output folder."""
     stops = 0
     for count in range(1, 40):
         out = tmp_path / f"out-{count}"
@@ -124,7 +124,7 @@ def _stop_at_rename(patch, count):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 20, 100])
-def test_a_ledger_cut_short_costs_one_shard_at_most(
+def test_a_truncated_ledger_costs_one_shard_at_most(
     cut, pico, text, tmp_path, undisturbed
 ):
     out = tmp_path / "out"
@@ -143,7 +143,35 @@ def test_a_ledger_cut_short_costs_one_shard_at_most(
     assert digests(out) == undisturbed
 
 
-def test_a_damaged_shard_is_made_again(pico, text, tmp_path, undisturbed):
+@pytest.mark.parametrize("stop", [1, 6])
+@pytest.mark.parametrize("cut", [1, 20])
+def test_a_truncated_ledger_is_resumed_twice(
+    cut, stop, pico, text, tmp_path, undisturbed
+):
+    """The first resume leaves a ledger that the second one can read.
+
+    It must remove all of the incomplete line, but keep the newline before it:
+    otherwise the next line that it appends would continue the last complete one.
+    """
+    out = tmp_path / "out"
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
+    ledger = out.with_name("out.partial") / "ledger.jsonl"
+    with pytest.raises(Stopped):
+        halve.prune(pico("llama"), out, progress=stop_at(6), **options)
+    before = ledger.read_bytes()
+    ledger.write_bytes(before[:-cut])
+    with pytest.raises(Stopped):
+        halve.prune(pico("llama"), out, progress=stop_at(stop), **options)
+    complete = before[: before.rindex(b"\n", 0, -1) + 1]
+    assert ledger.read_bytes().startswith(complete)
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    assert all(line.endswith(b"\n") and json.loads(line) for line in lines)
+    assert len(lines) > complete.count(b"\n")
+    halve.prune(pico("llama"), out, **options)
+    assert digests(out) == undisturbed
+
+
+def test_a_damaged_shard_is_written_again(pico, text, tmp_path, undisturbed):
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         halve.prune(
@@ -173,7 +201,7 @@ def test_other_arguments_are_refused_and_named(pico, text, tmp_path):
         )
 
 
-def test_a_finished_folder_is_left_alone(pico, text, tmp_path):
+def test_a_finished_output_is_not_touched(pico, text, tmp_path):
     out = tmp_path / "out"
     first = halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -184,7 +212,9 @@ def test_a_finished_folder_is_left_alone(pico, text, tmp_path):
         halve.prune(pico("llama"), out, seed=1, calibration=str(text), **OPTIONS)
 
 
-def test_the_disk_or_the_memory_makes_no_difference(pico, text, tmp_path, undisturbed):
+def test_activations_on_disk_or_in_memory_give_the_same_bytes(
+    pico, text, tmp_path, undisturbed
+):
     out = tmp_path / "mapped"
     halve.prune(
         pico("llama"), out, calibration=str(text), activation_memory=0, **OPTIONS
@@ -203,10 +233,10 @@ def test_the_record_matches_the_files(pico, text, tmp_path):
     assert inspected == recorded
 
 
-@pytest.mark.slow  # benchmarks/faults.py does it a hundred times
+@pytest.mark.slow  # benchmarks/faults.py does this a hundred times
 @pytest.mark.parametrize("seconds", [6.0])
-def test_killed_outright(seconds, tmp_path):
-    """SIGKILL, on the bundled model, through the command line."""
+def test_killed_by_sigkill(seconds, tmp_path):
+    """SIGKILL during `halve prune` of the bundled model."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "halve", "prune", str(BUNDLED), "-o", str(out)]
     command += ["--calibration", "stdlib", "--samples", "16", "--quiet"]

@@ -1,4 +1,4 @@
-"""The kernels' own tests, built with the address and undefined-behaviour sanitizers."""
+"""The C++ tests of the kernels pass with address and undefined-behavior sanitizers."""
 
 import shutil
 import subprocess
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CMAKE = Path(sys.executable).with_name("cmake")  # a dependency of the developers
+CMAKE = Path(sys.executable).with_name(
+    "cmake"
+)  # installed with the development dependencies
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")

@@ -1,4 +1,4 @@
-"""`halve serve` answers as OpenAI's clients expect, with a packed model."""
+"""`halve serve` speaks the OpenAI API with a packed model."""
 
 import json
 import socket
@@ -14,7 +14,7 @@ import halve
 from tests.tables import BUNDLED
 
 PROMPT = "def main("
-PATIENCE = 60  # seconds, for a busy machine
+TIMEOUT = 60  # seconds; generous, for a busy machine
 
 
 @pytest.fixture
@@ -29,18 +29,18 @@ def server(tmp_path):
         yield tmp_path / "model", f"http://localhost:{port}"
     finally:
         process.terminate()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
 
 
 def ask(url, body=None):
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         return json.load(answer)
 
 
 def wait_for(url):
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         try:
             return ask(url)

@@ -1,4 +1,4 @@
-"""A packed checkpoint is a model of transformers that runs sparse."""
+"""A packed checkpoint is a transformers model that runs packed."""
 
 import os
 import shutil
@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import halve
 from halve.errors import CheckpointError, UnsupportedModelError
-from halve.runtime.cpu import layers
-from halve.runtime.cpu.layers import DenseLinear, SparseLinear
+from halve.runtime.cpu import dense_linear as layers
+from halve.runtime.cpu.dense_linear import DenseLinear
 from halve.runtime.cpu.operators import dense_linear
+from halve.runtime.cpu.packed_linear import PackedLinear
 from tests.tables import BUNDLED
 
 FAMILIES = ("opt", "gpt2", "bloom", "llama", "gpt_neox", "phi3", "falcon", "gemma2")
@@ -24,7 +25,7 @@ PROMPT = "def main("
 
 @pytest.fixture(scope="module")
 def both(pico, tmp_path_factory):
-    """Return a function that gives a family's pruned model, dense and packed."""
+    """Return a function that returns a family's pruned model, dense and packed."""
     made = {}
 
     def folders(row, **options):
@@ -52,11 +53,11 @@ def some_ids(length=12, batch=2):
 @torch.no_grad()
 def test_packed_model_computes_what_the_dense_one_does(row, both):
     dense, packed = (load(folder) for folder in both(row))
-    layers = [m for m in packed.modules() if isinstance(m, SparseLinear)]
+    layers = [m for m in packed.modules() if isinstance(m, PackedLinear)]
     assert len(layers) >= 8
     for ids in (some_ids(1, 1), some_ids(5, 3), some_ids(40, 2)):
-        theirs, ours = dense(ids).logits, packed(ids).logits
-        assert torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+        expected = dense(ids).logits
+        assert torch.allclose(packed(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("row", FAMILIES)
@@ -97,17 +98,17 @@ def test_greedy_text_of_the_bundled_model_is_the_dense_models(bundled):
 
 
 @torch.no_grad()
-def test_bfloat16_logits_are_no_farther_from_float32_than_torchs(bundled):
+def test_bfloat16_logits_are_as_close_to_float32_as_torchs(bundled):
     ids = some_ids(100, 1)
     exact = load(bundled / "dense", dtype=torch.float32)(ids).logits
     for length in (100, 20, 1):
         part = ids[:, :length]
-        theirs = load(bundled / "dense")(part).logits.float() - exact[:, :length]
-        ours = load(bundled / "packed")(part).logits.float() - exact[:, :length]
-        assert ours.norm() <= 1.001 * theirs.norm()
+        dense = load(bundled / "dense")(part).logits.float() - exact[:, :length]
+        packed = load(bundled / "packed")(part).logits.float() - exact[:, :length]
+        assert packed.norm() <= 1.001 * dense.norm()
 
 
-def test_pipeline_and_halve_generate_write_the_same(bundled):
+def test_pipeline_and_halve_generate_return_the_same(bundled):
     writer = pipeline("text-generation", model=str(bundled / "packed"))
     text = writer(PROMPT, max_new_tokens=12, do_sample=False)[0]["generated_text"]
     assert text == halve.generate(bundled / "packed", PROMPT, max_new_tokens=12)
@@ -130,17 +131,19 @@ def test_loaded_in_another_dtype_it_is_converted(both):
 
 
 @torch.no_grad()
-def test_layers_that_stay_dense_multiply_a_few_rows_with_our_kernel(both, monkeypatch):
+def test_layers_that_stay_dense_multiply_a_few_rows_with_halves_kernel(
+    both, monkeypatch
+):
     model = load(both("llama")[1])
     assert isinstance(model.lm_head, DenseLinear)
     assert "lm_head.weight" in dict(model.named_parameters(remove_duplicate=False))
     rows = []
 
-    def watched(x, *operands):
+    def recording(x, *operands):
         rows.append(x.shape[-2])
         return dense_linear(x, *operands)
 
-    monkeypatch.setattr(layers, "dense_linear", watched)
+    monkeypatch.setattr(layers, "dense_linear", recording)
     for count in (1, 8, 9):
         x = torch.randn(1, count, 64)
         plain = torch.nn.functional.linear(x, model.lm_head.weight)
@@ -151,13 +154,13 @@ def test_layers_that_stay_dense_multiply_a_few_rows_with_our_kernel(both, monkey
 @pytest.mark.parametrize("length", [1, 3, 60])
 @pytest.mark.parametrize("row", ["opt", "llama", "gpt2"])
 def test_gradients_pass_through_but_not_to_packed_weights(row, length, both):
-    """Whatever is dense or outside the blocks can be trained, as in the dense model."""
+    """Everything that is not packed can be trained, as in the dense model."""
     dense, packed = (load(folder) for folder in both(row))
     ids = some_ids(length, 1)
     for model in (dense, packed):
         model(ids).logits.square().mean().backward()
     expected = {name: p.grad for name, p in dense.named_parameters()}
-    sparse = {n for n, m in packed.named_modules() if isinstance(m, SparseLinear)}
+    sparse = {n for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
     for name, parameter in packed.named_parameters():
         if name.removesuffix(".weight") in sparse:
             assert parameter.grad is None
@@ -168,16 +171,16 @@ def test_gradients_pass_through_but_not_to_packed_weights(row, length, both):
 
 @pytest.mark.parametrize("length", [1, 60])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_and_gradient_mode_are_no_hindrance(length, dtype, both):
+def test_autocast_with_gradients_works(length, dtype, both):
     dense, packed = (load(folder) for folder in both("llama", dtype=dtype))
     ids = some_ids(length, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = packed(ids).logits, dense(ids).logits
-    assert torch.allclose(ours.float(), theirs.float(), atol=0.05)
-    assert packed(ids).logits.shape == theirs.shape
+        logits, expected = packed(ids).logits, dense(ids).logits
+    assert torch.allclose(logits.float(), expected.float(), atol=0.05)
+    assert packed(ids).logits.shape == expected.shape
 
 
-def test_what_does_not_fit_is_refused_as_torch_would(both):
+def test_operands_that_do_not_fit_raise_as_in_torch(both):
     model = load(both("opt", dtype=torch.bfloat16)[1])
     layer = model.model.decoder.layers[0].fc1
     x = torch.randn(1, 1, 64).bfloat16()
@@ -190,19 +193,19 @@ def test_what_does_not_fit_is_refused_as_torch_would(both):
 
 
 def test_a_single_file_counts_before_an_index(both, tmp_path):
-    """As for transformers, which leaves the old index behind when it saves."""
+    """As in transformers, which leaves a stale index behind when it saves."""
     folder = shutil.copytree(both("llama")[0], tmp_path / "again")
     model = load(folder)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.zero_()
     model.save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").exists()
-    found = {m.tensor: m.sparsity for m in halve.inspect(folder).matrices}
-    assert found["model.layers.0.mlp.up_proj.weight"] == 1
+    sparsities = {m.tensor: m.sparsity for m in halve.inspect(folder).matrices}
+    assert sparsities["model.layers.0.mlp.up_proj.weight"] == 1
 
 
-def test_packed_files_whose_config_hides_it_are_refused(both, tmp_path):
-    folder = shutil.copytree(both("llama")[1], tmp_path / "hidden")
+def test_packed_files_without_an_entry_in_the_config_are_rejected(both, tmp_path):
+    folder = shutil.copytree(both("llama")[1], tmp_path / "undeclared")
     shutil.copy(both("llama")[0] / "config.json", folder / "config.json")
     with pytest.raises(CheckpointError, match="no quantization_config"):
         halve.generate(folder, PROMPT)
@@ -237,7 +240,7 @@ def test_import_order_does_not_matter(order, both):
         f"{order}\nimport sys\n"
         "from transformers import AutoModelForCausalLM as A\n"
         "m = A.from_pretrained(sys.argv[1])\n"
-        "print(sum('SparseLinear' in type(x).__name__ for x in m.modules()))\n"
+        "print(sum('BitmaskLinear' in type(x).__name__ for x in m.modules()))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, both("opt")[1]],
@@ -248,7 +251,7 @@ def test_import_order_does_not_matter(order, both):
     assert done.stdout.split() == ["12"]
 
 
-def test_import_of_halve_alone_loads_nothing_large():
+def test_importing_halve_does_not_import_torch():
     code = "import halve, sys; print('torch' in sys.modules, len(sys.modules) < 300)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -256,7 +259,7 @@ def test_import_of_halve_alone_loads_nothing_large():
     assert done.stdout.split() == ["False", "True"]
 
 
-def test_without_kernels_it_writes_the_same_and_says_so(bundled):
+def test_without_kernels_it_generates_the_same_and_warns(bundled):
     command = [sys.executable, "-m", "halve", "generate", bundled / "packed", PROMPT]
     command += ["--max-new-tokens", "8"]
     runs = [
@@ -274,7 +277,7 @@ def test_without_kernels_it_writes_the_same_and_says_so(bundled):
     assert runs[1].stderr.count("without Halve's kernels (HALVE_KERNEL is torch)") == 1
 
 
-def lie(folder, out, edit):
+def corrupt(folder, out, edit):
     """Copy a packed model and let `edit` change the tensors of its last file."""
     shutil.copytree(folder, out)
     path = sorted(out.glob("*.safetensors"))[-1]
@@ -302,15 +305,15 @@ def _part(tensors, name):
 
 
 @pytest.mark.parametrize("edit", [_bit, _values, _rows, _part])
-def test_a_file_that_lies_is_refused_before_a_kernel_runs(edit, both, tmp_path):
-    folder = lie(both("opt")[1], tmp_path / "lie", edit)
+def test_an_inconsistent_file_is_rejected_before_a_kernel_runs(edit, both, tmp_path):
+    folder = corrupt(both("opt")[1], tmp_path / "corrupt", edit)
     with pytest.raises(CheckpointError, match=r"fc1\.weight"):
         load(folder)
     with pytest.raises(CheckpointError, match=r"fc1\.weight"):
         halve.load(folder)
 
 
-def test_a_later_version_is_refused_with_what_is_needed(both, tmp_path):
+def test_a_later_version_is_rejected_with_the_release_that_is_needed(both, tmp_path):
     folder = shutil.copytree(both("opt")[1], tmp_path / "later")
     config = (folder / "config.json").read_text()
     config = config.replace('"version": 1', '"version": 9').replace("0.1", "7.0")

@@ -1,4 +1,4 @@
-"""`verify` passes what is whole, and finds whatever is not, wherever it is."""
+"""`halve verify` accepts an intact output, and finds any change to any file."""
 
 import json
 import shutil
@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import halve
-from halve.checkpoint import RECORD, sha256
+from halve.checkpoint import RECORD, is_finished, read_record, sha256
 from halve.cli import main
-from halve.errors import CheckpointError, HalveError
-from halve.records import parse_record
+from halve.errors import CheckpointError, HalveError, OutputError, RecordError
+from halve.records import RECORD_FORMAT, PackRecord, PruneRecord, parse_record
+from halve.records.checksum import CHECKSUM, to_json_with_checksum
 
-# Row -> how the folder is made from a model of bfloat16: prune's options, then verbs.
-MADE: dict[str, tuple[dict, tuple]] = {
+# Row -> how the output is made from a bfloat16 model: options of prune, then commands.
+RECIPES: dict[str, tuple[dict, tuple]] = {
     "half": ({}, ()),
     "2:4": ({"sparsity": "2:4"}, ()),
     "packed at once": ({"packed": True}, ()),
@@ -30,20 +31,20 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="session")
-def whole(pico, text, tmp_path_factory):
-    """Return a function that gives the folder of a row; tests must not write to it."""
+def intact(pico, text, tmp_path_factory):
+    """Return a function that returns a row's output; tests must not write to it."""
     found: dict[str, Path] = {}
 
     def folder(row: str, family: str = "llama") -> Path:
         if (key := f"{row}-{family}") not in found:
-            options, verbs = MADE[row]
-            base = tmp_path_factory.mktemp("whole")
+            options, commands = RECIPES[row]
+            base = tmp_path_factory.mktemp("intact")
             model, out = pico(family, dtype=torch.bfloat16), base / "out-0"
             solver = "sparsegpt" if "quantize" in options else "magnitude"
-            asked = {"samples": 4, "seq_len": 32, "calibration": str(text)} | options
-            halve.prune(model, out, solver=solver, device="cpu", **asked)
-            for count, verb in enumerate(verbs, start=1):
-                verb(out, base / f"out-{count}")
+            options = {"samples": 4, "seq_len": 32, "calibration": str(text)} | options
+            halve.prune(model, out, solver=solver, device="cpu", **options)
+            for count, command in enumerate(commands, start=1):
+                command(out, base / f"out-{count}")
                 out = base / f"out-{count}"
             found[key] = out
         return found[key]
@@ -52,17 +53,17 @@ def whole(pico, text, tmp_path_factory):
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
-    """Return a function that gives a row's folder to be spoilt."""
+def copied(intact, tmp_path):
+    """Return a function that copies a row's output, for a test to damage."""
 
     def copy(row: str) -> Path:
-        return Path(shutil.copytree(whole(row), tmp_path / "out"))
+        return Path(shutil.copytree(intact(row), tmp_path / "out"))
 
     return copy
 
 
 def found(folder: Path) -> str:
-    """Return what is found to be wrong in a folder, in words; empty where nothing."""
+    """Return the findings or the error of verify, as text; empty if there are none."""
     try:
         return "; ".join(str(finding) for finding in halve.verify(folder).findings)
     except HalveError as error:
@@ -70,9 +71,9 @@ def found(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-@pytest.mark.parametrize("row", MADE)
-def test_what_is_whole_passes(row, family, whole):
-    folder = whole(row, family)
+@pytest.mark.parametrize("row", RECIPES)
+def test_an_intact_output_passes(row, family, intact):
+    folder = intact(row, family)
     verified = halve.verify(folder)
     assert verified.findings == ()
     assert verified.sound
@@ -110,13 +111,13 @@ CUTS = {
     "the last byte": lambda data: data[:-1],
     "the first byte": lambda data: data[1:],
     "all": lambda data: b"",
-    "nothing, but a byte is added": lambda data: data + b" ",
+    "none, and a byte is added": lambda data: data + b" ",
 }
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("row", ["half", "packed"])
-def test_a_cut_is_found_in_every_file(row, cut, copied):
+def test_an_added_or_removed_byte_is_found_in_every_file(row, cut, copied):
     folder = copied(row)
     for path in sorted(folder.iterdir()):
         good = path.read_bytes()
@@ -146,8 +147,8 @@ def test_swapped_shards_are_found(row, copied):
     assert findings == {first.name, second.name}
 
 
-def recorded_anew(folder: Path) -> None:
-    """Let the record say of every file what it is now."""
+def record_again(folder: Path) -> None:
+    """Rewrite the record with the current SHA-256 of every file."""
     path = folder / RECORD
     record = parse_record(path.read_text())
     shards = {name: sha256(folder / name) for name in record.shards}
@@ -156,13 +157,13 @@ def recorded_anew(folder: Path) -> None:
 
 
 def change(folder: Path, edit) -> None:
-    """Edit the query matrix, and record the files anew."""
+    """Edit the query matrix, and update the SHA-256 of its file in the record."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shard = folder / index["weight_map"][QUERY]
     tensors = load_file(shard)
     tensors[QUERY] = edit(tensors[QUERY].clone())
     save_file(tensors, shard, {"format": "pt"})
-    recorded_anew(folder)
+    record_again(folder)
 
 
 def fill_a_zero(weight):
@@ -176,7 +177,7 @@ def lose_a_weight(weight):
 
 
 def shift_by_one(weight):
-    """Keep the zeros' number, and break the groups of four."""
+    """Keep the number of zeros, but violate the pattern."""
     return weight.roll(1, dims=1)
 
 
@@ -197,43 +198,104 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("row", BROKEN)
-def test_a_broken_promise_is_found_whatever_the_digests_say(row, copied):
-    edit, words = BROKEN[row]
+def test_a_matrix_that_is_not_as_recorded_is_found_whatever_the_checksums_say(
+    row, copied
+):
+    edit, message = BROKEN[row]
     folder = copied(row)
-    recorded_anew(folder)
+    record_again(folder)
     assert not found(folder)
     change(folder, edit)
     (finding,) = halve.verify(folder).findings
     assert finding.name == QUERY
-    assert words in finding.problem
+    assert message in finding.problem
 
 
-def test_weights_that_would_be_loaded_in_their_place_are_found(copied):
+def test_weights_that_would_be_loaded_instead_are_found(copied):
     folder = copied("half")
     save_file({"lm_head.weight": torch.zeros(2)}, folder / "model.safetensors")
     assert "model.safetensors" in found(folder)
 
 
-def test_a_file_that_no_one_loads_is_left_alone(copied):
+def test_a_file_that_is_never_loaded_is_ignored(copied):
     folder = copied("half")
-    (folder / "notes.md").write_text("Pruned on a rainy day.")
+    (folder / "notes.md").write_text("Some notes.")
     assert halve.verify(folder).sound
 
 
-def test_without_a_record_nothing_is_claimed(pico):
-    with pytest.raises(CheckpointError, match=r"no halve.json .* Name a folder"):
+def test_a_folder_without_a_record_is_refused(pico):
+    with pytest.raises(CheckpointError, match=r"no halve.json .* Pass a folder"):
         halve.verify(pico("llama"))
+
+
+def _with_format(folder: Path, version: object) -> None:
+    """Give a record another format, and a checksum that matches."""
+    path = folder / RECORD
+    fields = json.loads(path.read_text()) | {"format": version}
+    del fields[CHECKSUM]
+    path.write_text(to_json_with_checksum(fields))
+
+
+READERS = {
+    "verify": lambda folder, out: halve.verify(folder),
+    "pack, which embeds it": halve.pack,
+    "unpack, which embeds it": halve.unpack,
+    "prune, which finds its own output": lambda folder, out: read_record(
+        folder, PruneRecord.from_json
+    ),
+    "pack, which finds its own output": lambda folder, out: read_record(
+        folder, PackRecord.from_json
+    ),
+    "a run with the same output": lambda folder, out: is_finished(folder, {}),
+}
+
+
+@pytest.mark.parametrize("version", [1, RECORD_FORMAT + 1, 99])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_record_of_another_format_is_refused_by_name(
+    reader, version, copied, tmp_path
+):
+    folder = copied("packed" if "unpack" in reader else "half")
+    _with_format(folder, version)
+    with pytest.raises(RecordError) as refusal:
+        READERS[reader](folder, tmp_path / "rewritten")
+    message = str(refusal.value)
+    assert str(folder / RECORD) in message
+    assert f"has format {version}," in message
+    assert f"reads format {RECORD_FORMAT}." in message
+    assert not (tmp_path / "rewritten").exists()
+
+
+def test_the_format_is_compared_by_the_records_themselves(copied):
+    for row, kind in {"half": PruneRecord, "packed": PackRecord}.items():
+        folder = copied(row)
+        kind.from_json((folder / RECORD).read_text())
+        _with_format(folder, 99)
+        with pytest.raises(RecordError, match="has format 99"):
+            kind.from_json((folder / RECORD).read_text())
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("version", [None, "2", True, 2.0])
+def test_a_format_that_is_no_integer_is_no_record(version, copied, tmp_path):
+    folder = copied("half")
+    _with_format(folder, version)
+    with pytest.raises(CheckpointError, match=RECORD):
+        halve.verify(folder)
+    with pytest.raises(OutputError, match=RECORD):
+        read_record(folder, PruneRecord.from_json)
+    assert halve.pack(folder, tmp_path / "packed").source is None
 
 
 HOSTILE = {
     "a path": {"files": {"../secret": "0"}},
-    "no files": {"files": 7},
-    "no pattern": {"blocks": [{"matrices": [{"pattern": "9:1"}]}]},
+    "a number for the files": {"files": 7},
+    "an invalid pattern": {"blocks": [{"matrices": [{"pattern": "9:1"}]}]},
 }
 
 
 @pytest.mark.parametrize("row", HOSTILE)
-def test_a_record_that_lies_under_its_own_seal_is_refused(row, copied):
+def test_an_invalid_record_with_a_valid_checksum_is_refused(row, copied):
     folder = copied("half")
     record = parse_record((folder / RECORD).read_text())
     (folder / RECORD).write_text(_with(record, HOSTILE[row]).to_json())
@@ -260,7 +322,7 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_the_command_says_so_and_exits_with_one(copied, run):
+def test_the_command_reports_findings_and_exits_with_one(copied, run):
     folder = copied("2:4")
     code, out, errors = run(folder)
     assert (code, errors) == (0, "")

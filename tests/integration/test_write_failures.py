@@ -1,7 +1,8 @@
-"""Whatever the disk refuses, and whenever the power fails, nothing is lost by it.
+"""No failed disk operation, and no power failure, costs completed work.
 
-Every step that changes the disk is a function of `halve.checkpoint.disk`; each is let
-fail in its turn, in each manner, and a power failure put after each.
+Every operation that changes the disk is a function of `halve.checkpoint.disk`. The
+tests make each one fail in turn, in three manners, and simulate a power failure after
+each.
 """
 
 import errno
@@ -21,61 +22,61 @@ from halve.checkpoint import disk
 from halve.errors import OutputError
 from tests.integration.test_resume import Stopped, digests
 
-STEPS = [
+OPERATIONS = [
     name
-    for name, step in inspect.getmembers(disk, inspect.isfunction)
-    if step.__module__ == disk.__name__ and not name.startswith("_")
+    for name, operation in inspect.getmembers(disk, inspect.isfunction)
+    if operation.__module__ == disk.__name__ and not name.startswith("_")
 ]
-# Those that bring data, which may be cut short.
-DATA = {"write": 1, "append": 1}
+# Operations that write data, which a failure may leave incomplete.
+DATA = {"write", "append"}
 
 
-def before(step, name, *arguments):
-    """Refuse; nothing has happened."""
+def before(operation, name, *arguments):
+    """Fail without any effect."""
 
 
-def half(step, name, *arguments):
-    """Refuse after half of the data."""
+def half(operation, name, *arguments):
+    """Fail after half of the data is written."""
     if name in DATA:
-        step(arguments[0], arguments[1][: len(arguments[1]) // 2])
+        operation(arguments[0], arguments[1][: len(arguments[1]) // 2])
     if name == "save":
-        step(*arguments)
+        operation(*arguments)
         os.truncate(arguments[0], arguments[0].stat().st_size // 2)
 
 
-def after(step, name, *arguments):
-    """Do it, and report a failure all the same, as a network's disks may."""
-    step(*arguments)
+def after(operation, name, *arguments):
+    """Take effect, but report a failure, as a network file system may."""
+    operation(*arguments)
 
 
 MANNERS = {before: errno.ENOSPC, half: errno.EDQUOT, after: errno.EIO}
-Taken = list[tuple[str, Path]]
+Attempted = list[tuple[str, Path]]
 
 
 def watch(patch, each: Callable[..., None]) -> None:
-    """Let every step go through `each(step, name, *arguments)`."""
-    for name in STEPS:
+    """Replace every operation by a call of `each(operation, name, *arguments)`."""
+    for name in OPERATIONS:
         patch.setattr(disk, name, partial(each, getattr(disk, name), name))
 
 
-def fail_at(patch, count: int, manner, code: int) -> Taken:
-    """Let one step fail; return the steps taken so far."""
-    taken: Taken = []
+def fail_at(patch, count: int, manner, code: int) -> Attempted:
+    """Make the count-th operation fail; return the operations attempted so far."""
+    attempted: Attempted = []
 
-    def each(step, name, *arguments):
-        taken.append((name, arguments[0]))
-        if len(taken) == count:
-            manner(step, name, *arguments)
+    def each(operation, name, *arguments):
+        attempted.append((name, arguments[0]))
+        if len(attempted) == count:
+            manner(operation, name, *arguments)
             raise OSError(code, os.strerror(code))
-        step(*arguments)
+        operation(*arguments)
 
     watch(patch, each)
-    return taken
+    return attempted
 
 
 PLAIN: dict[str, Any] = {"solver": "magnitude", "device": "cpu"}
-SETTLED_ROW = "prune, settled and packed"
-SETTLED: dict[str, Any] = {
+DECIDED_ROW = "prune, with a decision, packed"
+DECIDED: dict[str, Any] = {
     "solver": "sparsegpt",
     "allocation": "error",
     "packed": True,
@@ -87,13 +88,13 @@ SETTLED: dict[str, Any] = {
 
 @pytest.fixture
 def verb(pico, text, tmp_path):
-    """Return a function that gives a row's call, its output folder left out."""
+    """Return a function that returns a row's command, to call with an output folder."""
 
     def call(row: str):
         if row == "prune":
             return partial(halve.prune, pico("llama"), **PLAIN)
-        if row == SETTLED_ROW:
-            return partial(halve.prune, pico("gpt2"), calibration=str(text), **SETTLED)
+        if row == DECIDED_ROW:
+            return partial(halve.prune, pico("gpt2"), calibration=str(text), **DECIDED)
         source = tmp_path / "source"
         halve.prune(pico("llama"), source, packed=row == "unpack", **PLAIN)
         return partial(getattr(halve, row), source)
@@ -112,27 +113,27 @@ ROWS = {
     ("row", "manner"),
     [
         *((row, manner) for row in ROWS for manner in ROWS[row]),
-        pytest.param(SETTLED_ROW, half, marks=pytest.mark.slow),
+        pytest.param(DECIDED_ROW, half, marks=pytest.mark.slow),
     ],
 )
-def test_every_step_may_fail(row, manner, verb, tmp_path, monkeypatch):
+def test_every_disk_operation_may_fail(row, manner, verb, tmp_path, monkeypatch):
     run = verb(row)
     run(tmp_path / "whole")
     failures = 0
     while True:
         out = tmp_path / f"out-{failures}"
         if failures % 2:
-            out.mkdir()  # an empty folder is as good as none
+            out.mkdir()  # an empty folder is accepted like an absent one
         with monkeypatch.context() as patch:
-            taken = fail_at(patch, failures + 1, manner, MANNERS[manner])
+            attempted = fail_at(patch, failures + 1, manner, MANNERS[manner])
             try:
                 run(out)
             except OutputError as error:
-                _check_words(str(error), taken[-1], out)
-            if len(taken) <= failures:
+                _check_message(str(error), attempted[-1], out)
+            if len(attempted) <= failures:
                 break
             failures += 1
-        _check_absent_or_whole(out, tmp_path / "whole")
+        _check_absent_or_complete(out, tmp_path / "whole")
         run(out)
         assert digests(out) == digests(tmp_path / "whole")
         assert halve.verify(out).sound
@@ -140,8 +141,8 @@ def test_every_step_may_fail(row, manner, verb, tmp_path, monkeypatch):
     assert failures > 40
 
 
-def _check_words(message: str, step: tuple[str, Path], out: Path) -> None:
-    name, path = step
+def _check_message(message: str, operation: tuple[str, Path], out: Path) -> None:
+    name, path = operation
     assert "could not be written" in message
     assert str(out) in message
     if name in {"write", "save", "append"}:
@@ -149,7 +150,7 @@ def _check_words(message: str, step: tuple[str, Path], out: Path) -> None:
     assert "run the same command again" in message
 
 
-def _check_absent_or_whole(out: Path, whole: Path) -> None:
+def _check_absent_or_complete(out: Path, whole: Path) -> None:
     if out.exists() and any(out.iterdir()):
         assert digests(out) == digests(whole)
         assert halve.verify(out).sound
@@ -157,32 +158,32 @@ def _check_absent_or_whole(out: Path, whole: Path) -> None:
 
 @dataclass
 class Disk:
-    """What of a folder outlives a power failure: what was synced, and no more.
+    """What a power failure leaves of a folder: what was synced, and nothing else.
 
     Attributes:
-        data: Number of a file -> its contents when it was last synced.
-        names: Number of a folder -> the numbers in it, by name, when that was.
+        data: Inode of a file -> its contents when it was last synced.
+        names: Inode of a folder -> its entries (name -> inode) when it was last synced.
     """
 
     data: dict[int, bytes] = field(default_factory=dict)
     names: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def follow(self, name: str, path: Path) -> None:
-        """Take notice of a step that was taken."""
-        number = path.stat().st_ino if path.exists() else 0
+        """Update the state after an operation."""
+        inode = path.stat().st_ino if path.exists() else 0
         if name in {"write", "save"}:
-            self.data.pop(number, None)
+            self.data.pop(inode, None)
         elif name == "make_folder":
-            self.names.setdefault(number, {})
+            self.names.setdefault(inode, {})
         elif name == "sync" and path.is_file():
-            self.data[number] = path.read_bytes()
+            self.data[inode] = path.read_bytes()
         elif name == "sync":
-            self.names[number] = {p.name: p.stat().st_ino for p in path.iterdir()}
+            self.names[inode] = {p.name: p.stat().st_ino for p in path.iterdir()}
 
-    def rebuild(self, number: int, path: Path) -> None:
-        """Make what is left of a folder."""
+    def rebuild(self, inode: int, path: Path) -> None:
+        """Write what is left of a folder to `path`."""
         path.mkdir()
-        for name, inner in self.names.get(number, {}).items():
+        for name, inner in self.names.get(inode, {}).items():
             if inner in self.names:
                 self.rebuild(inner, path / name)
             else:
@@ -190,7 +191,9 @@ class Disk:
 
 
 @pytest.mark.parametrize("row", ["prune", pytest.param("pack", marks=pytest.mark.slow)])
-def test_the_power_may_fail_after_every_step(row, verb, tmp_path, monkeypatch):
+def test_the_power_may_fail_after_every_disk_operation(
+    row, verb, tmp_path, monkeypatch
+):
     run = verb(row)
     run(tmp_path / "whole")
     count = 0
@@ -202,27 +205,30 @@ def test_the_power_may_fail_after_every_step(row, verb, tmp_path, monkeypatch):
             if not _lose_power(patch, run, disk_before, left, count):
                 break
         out = left / "deep" / "out"
-        _check_absent_or_whole(out, tmp_path / "whole")
+        _check_absent_or_complete(out, tmp_path / "whole")
         run(out)
         assert digests(out) == digests(tmp_path / "whole")
     assert count > 40
 
 
 def _lose_power(patch, run, folder: Path, left: Path, count: int) -> bool:
-    """Stop after a number of steps; rebuild what was synced. False if it ended first.
+    """Stop after `count` operations, and rebuild in `left` what was synced by then.
 
-    Renaming what is not yet on the disk is a defect in itself: the new name might get
-    there first.
+    Renaming a file before it is synced is a defect by itself: the new name might reach
+    the disk before the contents.
+
+    Returns:
+        False if the run ended before.
     """
-    known, taken = Disk(), []
+    known, attempted = Disk(), []
 
-    def each(step, name, *arguments):
+    def each(operation, name, *arguments):
         if name == "rename" and arguments[0].is_file():
             assert arguments[0].stat().st_ino in known.data, arguments[0]
-        step(*arguments)
-        taken.append(name)
+        operation(*arguments)
+        attempted.append(name)
         known.follow(name, arguments[0])
-        if len(taken) == count:
+        if len(attempted) == count:
             raise Stopped
 
     watch(patch, each)
@@ -241,12 +247,12 @@ _watched: list[tuple[Path, list[str]]] = []
 
 @cache
 def _install_audit() -> None:
-    """Once for all: a hook cannot be taken away. It does nothing outside its test."""
+    """Install the hook once: it cannot be removed. It is inactive outside its test."""
     sys.addaudithook(_audit)
 
 
 def _audit(event: str, arguments: tuple) -> None:
-    """Note what changes a watched folder without being a step."""
+    """Record a change to a watched folder that `halve.checkpoint.disk` did not make."""
     if not _watched or not _changes(event, arguments):
         return
     folder, found = _watched[-1]
@@ -270,9 +276,9 @@ def _called_by_disk() -> bool:
     return False
 
 
-@pytest.mark.parametrize("row", [*ROWS, SETTLED_ROW])
-def test_nothing_else_changes_the_disk(row, verb, tmp_path):
-    """So that the tests above leave nothing out."""
+@pytest.mark.parametrize("row", [*ROWS, DECIDED_ROW])
+def test_no_other_code_changes_the_disk(row, verb, tmp_path):
+    """So the tests above cover every write."""
     run, found = verb(row), []
     _install_audit()
     _watched.append((tmp_path / "out", found))
@@ -280,6 +286,6 @@ def test_nothing_else_changes_the_disk(row, verb, tmp_path):
         run(tmp_path / "out")
         assert found == []
         (tmp_path / "out" / "mark").write_text("")
-        assert len(found) == 1  # it would be seen
+        assert len(found) == 1  # the hook sees other writes
     finally:
         _watched.pop()

@@ -1,7 +1,7 @@
-"""A packed matrix as plainly as it can be written: one weight, one bit at a time.
+"""The bitmask format, written as plainly as possible: weight by weight, bit by bit.
 
-From the bytes of a matrix to the bytes of its parts, by docs/format.md and not by the
-code. Slow; for small matrices only.
+Converts the bytes of a matrix to the bytes of its parts, following docs/format.md and
+not the code. Slow; for small matrices only.
 """
 
 import struct
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def pack(weight: Tensor, transposed: bool = False) -> dict[str, bytes]:
-    """Return the bytes of each part, by what follows the parameter's name."""
+    """Return suffix of each part -> its bytes."""
     rows, columns = reversed(weight.shape) if transposed else weight.shape
     size = weight.element_size()
     data = weight.contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -19,8 +19,8 @@ def pack(weight: Tensor, transposed: bool = False) -> dict[str, bytes]:
     for row in range(rows):
         words = [0] * ((columns + 63) // 64)
         for column in range(columns):
-            place = column * rows + row if transposed else row * columns + column
-            bits = data[place * size : (place + 1) * size]
+            index = column * rows + row if transposed else row * columns + column
+            bits = data[index * size : (index + 1) * size]
             if any(bits):
                 values += bits
                 words[column // 64] |= 1 << (column % 64)

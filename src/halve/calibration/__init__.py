@@ -1,7 +1,7 @@
-"""Text to windows of tokens, and room for what the model makes of them."""
+"""Calibration and evaluation text, its tokens, and storage for hidden states."""
 
 from halve.calibration.corpora import Corpus, load_corpus
-from halve.calibration.spill import allocate_hidden, default_budget
+from halve.calibration.spill import allocate_hidden, default_activation_memory
 from halve.calibration.tokens import load_encoder, load_tokenizer
 from halve.calibration.windows import (
     Encode,
@@ -16,7 +16,7 @@ __all__ = [
     "allocate_hidden",
     "check_vocabulary",
     "cut_segments",
-    "default_budget",
+    "default_activation_memory",
     "draw_windows",
     "load_corpus",
     "load_encoder",

@@ -1,8 +1,8 @@
-"""Text by name: for calibration, and other text for evaluation.
+"""Load text by name, for calibration or for evaluation.
 
-`c4`, `wikitext2` and `ptb` are taken and cut as the SparseGPT paper does it; any other
-name is a data set of the hub; a path is a local .txt, .jsonl or .parquet file;
-`stdlib` is the source code of the running Python's own library, always there.
+`c4`, `wikitext2` and `ptb` are loaded and cut as in the SparseGPT paper; any other name
+is a data set on the Hub; a path is a local .txt, .jsonl or .parquet file; `stdlib` is
+the source code of the running Python's standard library, which needs no network.
 """
 
 import hashlib
@@ -19,36 +19,36 @@ from halve.errors import CalibrationError, SourceError
 
 Part = Literal["calibration", "evaluation"]
 
-# Documents of an unknown data set that are enough to draw windows from.
+# Documents to read of a data set of unknown size: enough to draw windows from.
 _MAX_DOCUMENTS = 20_000
-# Bytes of a file of text; calibration needs some megabytes.
+# Bytes of a text file; calibration needs some megabytes.
 _MAX_BYTES = 2**30
-# Bytes of a line of .jsonl, which take up to twenty times that when they are parsed.
+# Bytes of a line of .jsonl; parsing it takes up to twenty times as much memory.
 _MAX_LINE = 2**24
-# Text shrinks to a tenth. A .parquet that promises more than these times its own size,
-# and more than some megabytes, is made to burst.
+# Text compresses to a tenth. A .parquet whose contents are larger than these many times
+# its size, and than some megabytes, is treated as a decompression bomb.
 _MAX_GROWTH = 50
 _SMALL = 2**25
 _FOOTER_LIMITS: dict[str, Any] = {
     "thrift_string_size_limit": 2**24,
     "thrift_container_size_limit": 2**20,
 }
-# Bytes of a document in a list of them.
+# Bytes that a document takes in a list, apart from its text.
 _POINTER = 8
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, and how they become one text where one is needed.
+    """Documents, and how to join them into one text.
 
     Attributes:
-        name: As the user gave it.
-        documents: In a fixed order.
-        separator: Joins them.
+        name: The name that the user passed.
+        documents: The documents in a fixed order.
+        separator: The text between two documents when they are joined.
         by_document: Whether calibration windows are drawn inside single documents, as
-            the paper does for C4, or from the joined text.
-        token_limit: In sequences of the length asked for: the paper judges on the
-            first 256 of C4. None for all.
+            in the paper for C4, or from the joined text.
+        token_limit: The maximum number of evaluation segments; None for all. The paper
+            evaluates on the first 256 of C4.
     """
 
     name: str
@@ -59,31 +59,32 @@ class Corpus:
 
     @property
     def text(self) -> str:
-        """All documents, joined."""
+        """All documents, joined by the separator."""
         return self.separator.join(self.documents)
 
     @property
     def sha256(self) -> str:
-        """Digest of the joined text."""
+        """The SHA-256 of the joined text in UTF-8, hexadecimal."""
         return hashlib.sha256(self.text.encode("utf-8", "replace")).hexdigest()
 
 
 def load_corpus(name: str, part: Part) -> Corpus:
-    """Return the text that a name stands for.
+    """Load the text of a name.
 
     Args:
-        name: c4, wikitext2, ptb, stdlib, a file, or a data set of the hub
+        name: c4, wikitext2, ptb, stdlib, a file, or a data set on the Hub
             (`owner/name`, or `owner/name:configuration`).
-        part: The training text, or the text to judge on. A file serves both.
+        part: Whether to load the text for calibration or that for evaluation. A file
+            is used for both.
 
     Raises:
-        SourceError: No such file or data set, or no way to the hub.
-        CalibrationError: There is no text in it.
+        SourceError: The file or data set does not exist, or the Hub is not reachable.
+        CalibrationError: It has no text, or cannot be read as text.
     """
     corpus = _load(name, part)
     if not any(document.strip() for document in corpus.documents):
         raise CalibrationError(
-            f"There is no text in {name}.", "Name a file or data set with text."
+            f"There is no text in {name}.", "Use a file or data set that has text."
         )
     return corpus
 
@@ -101,9 +102,9 @@ def _path_of(name: str) -> Path:
     try:
         path = Path(name).expanduser()
         path.exists()
-    except (OSError, RuntimeError) as error:  # too long a name, or an unknown ~user
+    except (OSError, RuntimeError) as error:  # the name is too long, or ~user unknown
         raise SourceError(
-            f"{name[:200]!r} is no name of a text.", "Name a file or data set."
+            f"{name[:200]!r} is not the name of a text.", "Use a file or a data set."
         ) from error
     return path
 
@@ -131,7 +132,7 @@ def _ptb(part: Part) -> Corpus:
 
 
 _SPLITS = {"calibration": "train", "evaluation": "test"}
-# Neither prose in quantity nor code as people write it; see the bundled model's README.
+# Files that are not typical source code; see the README of the bundled model.
 _NOT_SOURCES = (
     "site-packages",
     "/test/",
@@ -143,17 +144,17 @@ _NOT_SOURCES = (
 
 
 def _stdlib(part: Part) -> Corpus:
-    """One module a document; a tenth of them, chosen by hash, is for evaluation."""
+    """One document per module; a tenth of them, chosen by hash, is for evaluation."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    wanted = part == "evaluation"
+    evaluation = part == "evaluation"
     documents = [
         text
         for path in sorted(root.rglob("*.py"))
-        if not any(part in f"/{path.relative_to(root)}" for part in _NOT_SOURCES)
-        and _is_held_out(path.relative_to(root).as_posix()) == wanted
+        if not any(name in f"/{path.relative_to(root)}" for name in _NOT_SOURCES)
+        and _is_held_out(path.relative_to(root).as_posix()) == evaluation
         and (text := _read_source(path))
     ]
-    return Corpus("stdlib", tuple(documents), "\n", by_document=not wanted)
+    return Corpus("stdlib", tuple(documents), "\n", by_document=not evaluation)
 
 
 def _is_held_out(relative_path: str) -> bool:
@@ -173,18 +174,18 @@ def _from_file(name: str, path: Path) -> Corpus:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise CalibrationError(
-            f"{path} is not a kind of text that Halve reads.",
-            f"Name a file that ends in {', '.join(_READERS)}.",
+            f"{path} is not of a type that Halve reads.",
+            f"Use a file that ends in {', '.join(_READERS)}.",
         )
     try:
         _check_size(path)
         documents = reader(path)
-    except Exception as error:  # pyarrow has errors of every kind
+    except Exception as error:  # pyarrow raises errors of many types
         raise CalibrationError(
             f"{path} cannot be read as {path.suffix} ({type(error).__name__}: "
             f"{str(error)[:200].rstrip('. ')}).",
-            "A .jsonl needs an object with a `text` on each line, a .parquet a column "
-            "`text` of texts, a .txt UTF-8.",
+            "A .jsonl file must have an object with a `text` on each line, a .parquet "
+            "file a column `text` of strings, and a .txt file must be UTF-8.",
         ) from error
     single = path.suffix == ".txt"
     return Corpus(name, documents, "\n\n", by_document=not single)
@@ -197,7 +198,7 @@ def _read_txt(path: Path) -> tuple[str, ...]:
 def _check_size(path: Path) -> None:
     size = path.stat().st_size
     if size > _MAX_BYTES:
-        raise ValueError(f"{size} bytes, {_MAX_BYTES} at most; cut a part out")
+        raise ValueError(f"it has {size} bytes; the limit is {_MAX_BYTES}")
 
 
 def _read_jsonl(path: Path) -> tuple[str, ...]:
@@ -208,24 +209,24 @@ def _read_jsonl(path: Path) -> tuple[str, ...]:
 
 def _text_of_line(line: bytes) -> str:
     if len(line) > _MAX_LINE:
-        raise ValueError(f"a line of more than {_MAX_LINE} bytes")
+        raise ValueError(f"a line has more than {_MAX_LINE} bytes")
     return _checked(json.loads(line.decode("utf-8"))["text"])
 
 
 def _read_parquet(path: Path) -> tuple[str, ...]:
     from pyarrow import parquet  # noqa: PLC0415  (slow to import, seldom needed)
 
-    most = max(_SMALL, _MAX_GROWTH * path.stat().st_size)
-    check_pages(path, "text", most)
+    budget = max(_SMALL, _MAX_GROWTH * path.stat().st_size)
+    check_pages(path, "text", budget)
     documents: list[str] = []
-    # As a dictionary, since what is repeated a million times is then read once.
+    # Read as a dictionary: a text that is repeated a million times is then stored once.
     with parquet.ParquetFile(path, read_dictionary=["text"], **_FOOTER_LIMITS) as file:
         for batch in file.iter_batches(columns=["text"]):
-            found = _texts_of(batch.column("text"))
-            most -= sum(len(text) + _POINTER for text in found)
-            if most < 0:
+            texts = _texts_of(batch.column("text"))
+            budget -= sum(len(text) + _POINTER for text in texts)
+            if budget < 0:
                 raise ValueError("its texts are far larger than the file")
-            documents += found
+            documents += texts
     return tuple(documents)
 
 
@@ -239,7 +240,7 @@ def _texts_of(column: Any) -> list[str]:  # noqa: ANN401
 
 
 def _checked(text: object) -> str:
-    """Return a text, with `?` for halves of characters, which no tokenizer takes."""
+    """Return a text, with `?` for lone surrogates, which tokenizers do not accept."""
     if isinstance(text, str):
         return text if text.isascii() else text.encode("utf-8", "replace").decode()
     raise TypeError(f"a `text` is a {type(text).__name__}")
@@ -253,7 +254,7 @@ _READERS: dict[str, Callable[[Path], tuple[str, ...]]] = {
 
 
 def _from_hub(name: str, part: Part) -> Corpus:
-    """Take the first text column of any data set, streamed, up to a fixed count."""
+    """Read the first text column of a data set, streamed, up to a maximum of rows."""
     repository, _, configuration = name.partition(":")
     options = {"name": configuration} if configuration else {}
     rows = _hub_rows(repository, _SPLITS[part], None, streaming=True, **options)
@@ -273,7 +274,7 @@ def _hub_rows(
         if column is None:
             rows = islice(rows, _MAX_DOCUMENTS)
         return tuple(str(_text_of(row, column)) for row in rows)
-    except Exception as error:  # the library raises whatever its network layer raises
+    except Exception as error:  # including whatever its network layer raises
         raise SourceError(
             f"The data set {repository} (split {split}) could not be loaded "
             f"({type(error).__name__}: {' '.join(str(error).split())[:160]}).",

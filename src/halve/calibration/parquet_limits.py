@@ -1,9 +1,11 @@
-"""The pages of a .parquet, added up before any of them is unpacked.
+"""Check a .parquet file for decompression bombs before pyarrow reads it.
 
-pyarrow makes room for whatever a page's header promises, and a page may shrink a
-thousandfold. So footer and headers are read here first: Thrift's compact protocol, as
-far as they need it. (pyarrow would tell what is in a footer, but some footers end the
-process when it is asked.)
+pyarrow allocates whatever a page header asks for, and a page may expand a thousandfold.
+So the uncompressed sizes of all pages are summed up here first, from the footer and the
+page headers. Those are in Thrift's compact protocol, of which this module reads what
+they use. (pyarrow can report what a footer holds, but crashes on some.)
+
+Field numbers are those of parquet.thrift (apache/parquet-format).
 """
 
 import mmap
@@ -11,137 +13,147 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Of a file; each has a row at least.
+# Pages in a file; each has at least one row.
 _MAX_PAGES = 2**20
-# Bytes of a footer; that of a gigabyte of text takes some hundred thousand.
+# Bytes of a footer; that of a gigabyte of text has some hundred thousand.
 _MAX_FOOTER = 2**21
 _MAGIC = b"PAR1"
 _TAIL = 4 + len(_MAGIC)
-# Fields, by number: of the footer, of a group of rows, of a column in it, of what is
-# told of that, and of a page's header.
-_GROUPS, _COLUMNS, _TOLD = 4, 1, 3
+# FileMetaData.row_groups, RowGroup.columns, ColumnChunk.meta_data.
+_ROW_GROUPS, _COLUMNS, _METADATA = 4, 1, 3
+# ColumnMetaData: path_in_schema, total_compressed_size, data_page_offset,
+# dictionary_page_offset.
 _PATH, _SIZE, _DATA_PAGE, _DICTIONARY_PAGE = 3, 7, 9, 11
+# PageHeader: uncompressed_page_size, compressed_page_size.
 _UNCOMPRESSED, _COMPRESSED = 2, 3
-# Kinds of values.
-_TRUTHS, _BYTE, _WHOLE, _DOUBLE, _BINARY, _LIST, _STRUCT = (
-    (1, 2),
-    3,
-    (4, 5, 6),
-    7,
-    8,
-    9,
-    12,
-)
+# Type codes of the compact protocol. A boolean field has no value: its code is one.
+_BOOLEANS = (1, 2)
+_BYTE = 3
+_INTEGERS = (4, 5, 6)
+_DOUBLE = 7
+_BINARY = 8
+_LIST = 9
+_STRUCT = 12
+# Bits by which the last byte of a 64-bit varint may be shifted.
 _VARINT_BITS = 63
+# The size of a list in its first byte that says that the size follows.
 _LONG_LIST = 15
 
 
-def check_pages(path: Path, column: str, most: int) -> None:
-    """Raise ValueError where a column's pages promise more than some bytes.
+def check_pages(path: Path, column: str, limit: int) -> None:
+    """Raise ValueError if the pages of a column are too large when decompressed.
 
     Args:
-        path: Of the file.
-        column: Its name.
-        most: Bytes of all pages together, unpacked.
+        path: The .parquet file.
+        column: The name of the column.
+        limit: The maximum of bytes of all pages together, decompressed.
     """
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with data:
         try:
             for count, size in enumerate(_pages(data, column.encode())):
-                most -= size
-                if most < 0 or count > _MAX_PAGES:
+                limit -= size
+                if limit < 0 or count > _MAX_PAGES:
                     raise ValueError("its pages are far larger than the file")
         except (LookupError, TypeError, RecursionError) as error:
             raise ValueError("its footer, or a page, is damaged") from error
 
 
 def _pages(data: mmap.mmap, column: bytes) -> Iterator[int]:
-    """Yield the unpacked size of every page of a column."""
-    for group in _footer(data)[_GROUPS]:
-        for told in (chunk[_TOLD] for chunk in group[_COLUMNS]):
-            if told[_PATH][0] == column:
-                yield from _pages_of_chunk(data, told)
+    """Yield the uncompressed size of every page of a column."""
+    for group in _footer(data)[_ROW_GROUPS]:
+        for metadata in (chunk[_METADATA] for chunk in group[_COLUMNS]):
+            if metadata[_PATH][0] == column:
+                yield from _pages_of_chunk(data, metadata)
 
 
 def _footer(data: mmap.mmap) -> dict[int, Any]:
+    """Parse the footer, which ends in its length (4 bytes) and the magic number."""
     length = int.from_bytes(data[-_TAIL : -len(_MAGIC)], "little")
     if data[-len(_MAGIC) :] != _MAGIC or length > min(_MAX_FOOTER, len(data) - _TAIL):
-        raise ValueError("it has no footer that is believed")
-    return _Reader(data, len(data) - _TAIL - length).struct()
+        raise ValueError("it has no valid footer")
+    return _CompactReader(data, len(data) - _TAIL - length).struct()
 
 
-def _pages_of_chunk(data: mmap.mmap, told: dict[int, Any]) -> Iterator[int]:
-    begin = told[_DATA_PAGE]
-    if told.get(_DICTIONARY_PAGE, 0) > 0:
-        begin = min(begin, told[_DICTIONARY_PAGE])
-    end = begin + told[_SIZE]
-    if not 0 <= begin <= end <= len(data):
-        raise ValueError("a column lies outside the file")
-    while begin < end:
-        reader = _Reader(data, begin)
+def _pages_of_chunk(data: mmap.mmap, metadata: dict[int, Any]) -> Iterator[int]:
+    offset = metadata[_DATA_PAGE]
+    if metadata.get(_DICTIONARY_PAGE, 0) > 0:
+        offset = min(offset, metadata[_DICTIONARY_PAGE])
+    end = offset + metadata[_SIZE]
+    if not 0 <= offset <= end <= len(data):
+        raise ValueError("a column is outside of the file")
+    while offset < end:
+        reader = _CompactReader(data, offset)
         header = reader.struct()
         if min(header[_UNCOMPRESSED], header[_COMPRESSED]) < 0:
-            raise ValueError("a page of a negative size")
+            raise ValueError("a page has a negative size")
         yield header[_UNCOMPRESSED]
-        begin = reader.at + header[_COMPRESSED]
+        # The compressed page follows its header; then comes the next header.
+        offset = reader.position + header[_COMPRESSED]
 
 
-class _Reader:
-    """Thrift's values, one after the other; IndexError past what a footer may take."""
+class _CompactReader:
+    """Read values of Thrift's compact protocol, one after the other.
 
-    def __init__(self, data: mmap.mmap, at: int) -> None:
-        self.data, self.at = data, at
-        self.end = min(at + _MAX_FOOTER, len(data))
+    Raises IndexError for data that ends early or is longer than a footer may be.
+    """
+
+    def __init__(self, data: mmap.mmap, position: int) -> None:
+        self.data, self.position = data, position
+        self.end = min(position + _MAX_FOOTER, len(data))
 
     def struct(self) -> dict[int, Any]:
-        """Return the values of a structure by the numbers of their fields."""
-        found: dict[int, Any] = {}
-        field = 0
-        while head := self._byte():
-            field = field + (head >> 4) if head >> 4 else _signed(self._number())
+        """Read a structure; return its values by field number."""
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := self._byte():  # a zero byte ends the structure
+            # The upper half is the difference to the last field number; if it is zero,
+            # the number itself follows. The lower half is the type.
+            number = number + (head >> 4) if head >> 4 else _signed(self._varint())
             kind = head & 15
-            found[field] = kind == 1 if kind in _TRUTHS else self._value(kind)
-        return found
+            fields[number] = kind == 1 if kind in _BOOLEANS else self._value(kind)
+        return fields
 
     def _value(self, kind: int) -> Any:  # noqa: ANN401
-        if kind in {*_TRUTHS, _BYTE}:
+        if kind in {*_BOOLEANS, _BYTE}:  # within a list, a boolean takes a byte
             return self._byte()
-        if kind in _WHOLE:
-            return _signed(self._number())
+        if kind in _INTEGERS:
+            return _signed(self._varint())
         if kind == _STRUCT:
             return self.struct()
         if kind == _LIST:
             return self._list()
         if kind not in {_DOUBLE, _BINARY}:
-            raise ValueError("its footer holds what none holds")
-        return self._octets(8 if kind == _DOUBLE else self._number())
+            raise ValueError("its footer has a value of an unknown type")
+        return self._bytes(8 if kind == _DOUBLE else self._varint())
 
     def _list(self) -> list[Any]:
-        head = self._byte()
-        length = head >> 4 if head >> 4 < _LONG_LIST else self._number()
+        head = self._byte()  # the length, if it is short, and the type of its values
+        length = head >> 4 if head >> 4 < _LONG_LIST else self._varint()
         return [self._value(head & 15) for _ in range(length)]
 
-    def _octets(self, length: int) -> bytes:
-        begin = self.at
-        self.at += length
-        if self.at > self.end:
+    def _bytes(self, length: int) -> bytes:
+        start = self.position
+        self.position += length
+        if self.position > self.end:
             raise IndexError("past the end")
-        return self.data[begin : self.at]
+        return self.data[start : self.position]
 
     def _byte(self) -> int:
-        return self._octets(1)[0]
+        return self._bytes(1)[0]
 
-    def _number(self) -> int:
+    def _varint(self) -> int:
+        """Read an unsigned integer: seven bits a byte, the lowest first."""
         value = shift = 0
-        while (octet := self._byte()) & 0x80:
-            value |= (octet & 0x7F) << shift
+        while (byte := self._byte()) & 0x80:
+            value |= (byte & 0x7F) << shift
             shift += 7
             if shift > _VARINT_BITS:
-                raise ValueError("a number without end")
-        return value | octet << shift
+                raise ValueError("a number has too many bytes")
+        return value | byte << shift
 
 
 def _signed(number: int) -> int:
-    """Undo the zigzag by which small negative numbers stay short."""
+    """Decode zigzag: 0, 1, 2, 3 ... stand for 0, -1, 1, -2 ..."""
     return (number >> 1) ^ -(number & 1)

@@ -1,4 +1,4 @@
-"""From text to windows of tokens: drawn for calibration, cut for evaluation."""
+"""Turn text into windows of tokens: drawn for calibration, cut for evaluation."""
 
 import random
 from collections.abc import Callable
@@ -9,11 +9,12 @@ from torch import Tensor
 from halve.calibration.corpora import Corpus
 from halve.errors import CalibrationError
 
-# Text in, token numbers out: what a tokenizer does.
+# From a text to its token ids.
 Encode = Callable[[str], list[int]]
 
-# Draws of documents shorter than a window before short documents are joined instead.
-_PATIENCE = 50
+# Documents shorter than a window that may be drawn per window, before the documents are
+# joined instead.
+_MAX_SHORT_DRAWS = 50
 
 
 def draw_windows(
@@ -21,22 +22,22 @@ def draw_windows(
 ) -> Tensor:
     """Draw calibration windows as the SparseGPT paper does.
 
-    From C4 and other collections: a random document longer than the window, then a
-    random place in it. From a single text, or where documents are too short: a random
-    place in the joined text.
+    From C4 and other collections, a random document longer than the window is drawn,
+    then a random position in it. From a single text, or if documents are too short, a
+    random position in the joined text is drawn.
 
     Args:
-        corpus: Where to draw from.
-        encode: Turns text into token numbers, with whatever the tokenizer adds.
-        samples: How many windows.
-        length: Tokens in each.
-        seed: The same seed draws the same windows.
+        corpus: The text to draw from.
+        encode: Converts text to token ids, including the tokenizer's special tokens.
+        samples: The number of windows.
+        length: The number of tokens in each.
+        seed: Seeds the draws; the same seed draws the same windows.
 
     Returns:
-        [samples, length], int64.
+        Token ids, [samples, length], int64.
 
     Raises:
-        CalibrationError: The joined text has fewer tokens than were asked for.
+        CalibrationError: The joined text has fewer than samples * length tokens.
     """
     rng = random.Random(seed)
     if corpus.by_document:
@@ -48,7 +49,7 @@ def draw_windows(
         raise CalibrationError(
             f"{corpus.name} has {len(tokens)} tokens, too few for {samples} samples of "
             f"{length}.",
-            "Give more text, or ask for fewer (--samples) or shorter (--seq-len) ones.",
+            "Use more text, or fewer (--samples) or shorter (--seq-len) samples.",
         )
     return torch.tensor([_window(tokens, length, rng) for _ in range(samples)])
 
@@ -56,6 +57,7 @@ def draw_windows(
 def _draw_documents(
     corpus: Corpus, encode: Encode, samples: int, length: int, rng: random.Random
 ) -> list[list[int]] | None:
+    """Draw windows inside documents; None if too many documents are too short."""
     drawn: list[list[int]] = []
     short = 0
     while len(drawn) < samples:
@@ -64,7 +66,7 @@ def _draw_documents(
             drawn.append(_window(tokens, length, rng))
             continue
         short += 1
-        if short > _PATIENCE * (len(drawn) + 1):
+        if short > _MAX_SHORT_DRAWS * (len(drawn) + 1):
             return None
     return drawn
 
@@ -75,12 +77,12 @@ def _window(tokens: list[int], length: int, rng: random.Random) -> list[int]:
 
 
 def check_vocabulary(windows: Tensor, vocabulary: int) -> None:
-    """Raise CalibrationError where a tokenizer gives tokens that a model lacks."""
+    """Raise CalibrationError if a token id is outside of the model's vocabulary."""
     highest = int(windows.max())
     if highest >= vocabulary:
         raise CalibrationError(
-            f"The tokenizer gives the token {highest}, but the model knows "
-            f"{vocabulary} tokens only.",
+            f"The tokenizer returns the token id {highest}, but the model has only "
+            f"{vocabulary} tokens.",
             "Put the tokenizer that belongs to the model into its folder.",
         )
 
@@ -88,19 +90,19 @@ def check_vocabulary(windows: Tensor, vocabulary: int) -> None:
 def cut_segments(
     corpus: Corpus, encode: Encode, length: int, limit: int | None = None
 ) -> Tensor:
-    """Cut the joined text into segments that do not overlap; the rest is dropped.
+    """Cut the joined text into consecutive segments; drop an incomplete last one.
 
     Args:
-        corpus: What to judge on.
-        encode: Turns text into token numbers.
-        length: Tokens in each segment.
-        limit: At most so many segments.
+        corpus: The text to evaluate on.
+        encode: Converts text to token ids.
+        length: The number of tokens in each segment.
+        limit: The maximum number of segments; None for all.
 
     Returns:
-        [segments, length], int64.
+        Token ids, [segments, length], int64.
 
     Raises:
-        CalibrationError: There is not one whole segment.
+        CalibrationError: There is no complete segment.
     """
     tokens = torch.tensor(encode(corpus.text))
     count = len(tokens) // length
@@ -109,7 +111,7 @@ def cut_segments(
         raise CalibrationError(
             f"{corpus.name} has {len(tokens)} tokens, too few for one segment of "
             f"{length}.",
-            "Give more text, or ask for shorter segments (--seq-len).",
+            "Use more text, or shorter segments (--seq-len).",
         )
     count = min(c for c in counts if c is not None)
     return tokens[: count * length].view(count, length)

@@ -1,7 +1,8 @@
-"""Lazy in, atomic out: the files of a model."""
+"""Read and write the files of a model: tensors lazily, outputs atomically."""
 
-from halve.checkpoint.checkpoint import Checkpoint, TensorInfo, has_no_weights
+from halve.checkpoint.checkpoint import Checkpoint
 from halve.checkpoint.files import sha256
+from halve.checkpoint.index import has_no_weights
 from halve.checkpoint.output import (
     RECORD,
     check_space,
@@ -9,8 +10,10 @@ from halve.checkpoint.output import (
     output_path,
     parse_note,
     read_record,
+    source_record,
 )
-from halve.checkpoint.source import locate
+from halve.checkpoint.source import resolve_model
+from halve.checkpoint.tensor_info import TensorInfo
 from halve.checkpoint.workspace import Workspace, open_workspace
 
 __all__ = [
@@ -21,10 +24,11 @@ __all__ = [
     "check_space",
     "has_no_weights",
     "is_finished",
-    "locate",
     "open_workspace",
     "output_path",
     "parse_note",
     "read_record",
+    "resolve_model",
     "sha256",
+    "source_record",
 ]

@@ -1,8 +1,8 @@
-"""Every step that changes the disk under an output; nowhere else is one.
+"""The primitive operations that change the disk under an output.
 
-Each is one thing that a disk can refuse, or that a power failure can cut off before or
-after, so that tests can let each fail in its turn. What order they come in, and what is
-lost where one fails, is decided by the callers.
+Nothing else in Halve writes there. Each is one operation that a disk can refuse, or
+that a power failure can precede or follow, so that tests can make each one fail. The
+callers decide on their order, and on what happens when one fails.
 """
 
 import os
@@ -13,19 +13,19 @@ from torch import Tensor
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder whose parent is there."""
+    """Create a folder whose parent exists; an existing one is left as it is."""
     path.mkdir(exist_ok=True)
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file, in the place of what it held."""
+    """Create or overwrite a file."""
     path.write_bytes(data)
 
 
 def save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, in the place of what it held."""
+    """Create or overwrite a safetensors file."""
     save_file(tensors, path, {"format": "pt"})
-    path.chmod(0o666 & ~_umask())  # the library makes private files
+    path.chmod(0o666 & ~_umask())  # the library creates files with mode 0600
 
 
 def _umask() -> int:
@@ -35,18 +35,18 @@ def _umask() -> int:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Write at the end of a file, made if it is not there."""
+    """Append to a file, which is created if it does not exist."""
     with path.open("ab") as file:
         file.write(data)
 
 
-def cut(path: Path, size: int) -> None:
-    """Leave the first bytes of a file alone."""
+def truncate(path: Path, size: int) -> None:
+    """Shorten a file to `size` bytes."""
     os.truncate(path, size)
 
 
 def sync(path: Path) -> None:
-    """Force a file's, or a folder's, contents to the disk."""
+    """Force the contents of a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,12 +55,12 @@ def sync(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a file, or a folder, another name, in one step."""
+    """Rename a file or folder, atomically."""
     source.rename(target)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file, if it exists."""
     path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written beside, forced to the disk, renamed."""
+"""Write files that are either complete or absent, and turn system errors into ours.
+
+A file is written under a temporary name, forced to the disk, and renamed.
+"""
 
 import errno
 import hashlib
@@ -15,68 +18,88 @@ from halve.errors import CheckpointError, OutputError
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says of a failed write into an OutputError."""
+    """Turn a system error while writing `path` into an OutputError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None)
-        full = code in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
-        remedy = "Free some space" if full else "Put that right"
+        is_full = code in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error)
+        reason = "the disk is full" if is_full else str(error)
+        remedy = "Free some space" if is_full else "Fix the cause"
         raise OutputError(
             f"{path} could not be written: {reason}.",
-            f"{remedy} and run the same command again; it goes on where it stopped.",
+            f"{remedy} and run the same command again to resume.",
         ) from error
 
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says of a failed read into a CheckpointError."""
+    """Turn a system error while reading `path` into a CheckpointError."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be read: {error}.",
-            "Check the disk, put the file there again, and run the same command; it "
-            "goes on where it stopped.",
+            "Check the disk, restore the file, and run the same command again to "
+            "resume.",
+        ) from error
+
+
+@contextmanager
+def read_back_errors(path: Path) -> Iterator[None]:
+    """Turn a CheckpointError about a file of the output into an OutputError.
+
+    A CheckpointError asks the user to replace the file, but only Halve can write this
+    one again.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise OutputError(
+            f"{path} was written but cannot be read back: {error.problem}",
+            "Check the disk and run the same command again to resume.",
         ) from error
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, then make it `path` in one step.
+    """Write a file under a temporary name beside `path`, then rename it to `path`.
+
+    Args:
+        path: The file to create or replace.
+        write: Writes the contents to the path that it receives.
 
     Raises:
-        OutputError: The write failed; `path` is as it was. Or it has taken place and
-            the disk does not vouch for it.
+        OutputError: Writing failed and `path` is unchanged; or the rename succeeded,
+            but the disk reports that it may not be permanent.
     """
-    sibling = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with write_errors(path):
         try:
-            write(sibling)
-            disk.sync(sibling)
-            disk.rename(sibling, path)
+            write(temporary)
+            disk.sync(temporary)
+            disk.rename(temporary, path)
             disk.sync(path.parent)
         except BaseException:
-            with suppress(OSError):  # what stays is swept away by the next run
-                disk.remove(sibling)
+            with suppress(OSError):  # the next run removes what is left
+                disk.remove(temporary)
             raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    replace_file(path, lambda sibling: disk.write(sibling, text.encode()))
+    """Write a text file, completely or not at all."""
+    replace_file(path, lambda temporary: disk.write(temporary, text.encode()))
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a safetensors file, whole or not at all, and return its SHA-256."""
+    """Write a safetensors file, completely or not at all, and return its SHA-256."""
     contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda sibling: disk.save(sibling, contents))
+    replace_file(path, lambda temporary: disk.save(temporary, contents))
     with write_errors(path):
         return sha256(path)
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copy contents, not permissions, whole or not at all.
+    """Copy the contents of a file, without its permissions, completely or not at all.
 
     Raises:
         CheckpointError: The source cannot be read.
@@ -84,17 +107,17 @@ def copy_file(source: Path, path: Path) -> None:
     """
     with read_errors(source):
         data = source.read_bytes()
-    replace_file(path, lambda sibling: disk.write(sibling, data))
+    replace_file(path, lambda temporary: disk.write(temporary, data))
 
 
 def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder and its parents, so that they outlive a power failure."""
+    """Create a folder and its missing parents, each synced to the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
     for folder in reversed(missing):
         disk.make_folder(folder)

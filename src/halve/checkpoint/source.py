@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, or a repository on the hub."""
+"""Find a model: a local folder, or a repository on the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -7,21 +7,22 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from halve.errors import SourceError
 
-# Everything a checkpoint's loading needs, in one weight format.
+# Everything that loading a checkpoint needs, except the weights.
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
-# Seconds for the hub's first answer.
-_PATIENCE = 20
+# Seconds until the Hub's first answer.
+_TIMEOUT = 20
 
 
-def locate(model: str | Path, weights: bool = True) -> Path:
-    """Return the folder of a model, downloaded first where it is a hub name.
+def resolve_model(model: str | Path, weights: bool = True) -> Path:
+    """Return the folder of a model; a Hub repository is downloaded first.
 
     Args:
-        model: A folder, or `owner/name` (or `name`) on the hub.
-        weights: Whether they are downloaded; the rest always is.
+        model: A folder, or the name of a Hub repository: `owner/name` or `name`.
+        weights: Whether to download the weights; all other files always are.
 
     Raises:
-        SourceError: There is no such folder or repository, or no way to the hub.
+        SourceError: There is no such folder or repository, or the Hub cannot be reached
+            and its cache holds no complete copy.
     """
     folder = _path_of(model)
     if folder.is_dir():
@@ -29,11 +30,11 @@ def locate(model: str | Path, weights: bool = True) -> Path:
     if folder.exists():
         raise SourceError(
             f"{folder} is a file; a model is a folder with a config.json.",
-            "Name the folder that holds the file.",
+            "Pass the folder that contains the file.",
         )
     if _looks_like_a_path(str(model)):
         raise SourceError(
-            f"There is no folder {folder}.", "Check the path of the model."
+            f"The folder {folder} does not exist.", "Check the path of the model."
         )
     return _download(str(model), weights)
 
@@ -42,9 +43,9 @@ def _path_of(model: str | Path) -> Path:
     try:
         folder = Path(model).expanduser()
         folder.exists()
-    except (OSError, RuntimeError) as error:  # too long a name, or an unknown ~user
+    except (OSError, RuntimeError) as error:  # name too long, or unknown ~user
         raise SourceError(
-            f"{str(model)[:200]!r} cannot be looked up.", "Check the path of the model."
+            f"{str(model)[:200]!r} is not a valid path.", "Check the path of the model."
         ) from error
     return folder
 
@@ -55,30 +56,30 @@ def _looks_like_a_path(name: str) -> bool:
 
 def _download(name: str, weights: bool) -> Path:
     try:
-        # One request, not repeated: without a network the user knows at once.
-        found = HfApi().model_info(name, timeout=_PATIENCE).siblings or ()
-        safe = any(file.rfilename.endswith(".safetensors") for file in found)
-        large = ["*.safetensors"] if safe else ["pytorch_model*.bin"]
-        wanted = _SIDE_FILES + large * weights
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        # A single request without retries: without a network the user learns at once.
+        files = HfApi().model_info(name, timeout=_TIMEOUT).siblings or ()
+        has_safetensors = any(f.rfilename.endswith(".safetensors") for f in files)
+        large = ["*.safetensors"] if has_safetensors else ["pytorch_model*.bin"]
+        patterns = _SIDE_FILES + large * weights
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise SourceError(
-            f"{name} is neither a folder here nor a model on the hub.",
+            f"{name} is neither a local folder nor a model on the Hub.",
             "Check the name; for a private model log in with `hf auth login`.",
         ) from error
-    # The hub's network library has errors of its own, by version.
+    # Which errors the Hub's network library raises depends on its version.
     except Exception as error:  # noqa: BLE001
         return _cached(name, error)
 
 
 def _cached(name: str, reason: Exception) -> Path:
-    """Return a complete earlier download, for work without a network."""
+    """Return an earlier complete download, to work without a network."""
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError) as error:
-        words = " ".join(str(reason).split())[:120].rstrip(". ")
+        summary = " ".join(str(reason).split())[:120].rstrip(". ")
         raise SourceError(
-            f"{name} is no folder here, and it could not be had from the hub "
-            f"({type(reason).__name__}: {words}).",
+            f"{name} is not a local folder, and it could not be downloaded from the "
+            f"Hub ({type(reason).__name__}: {summary}).",
             "Check the path or the network, or download the model first.",
         ) from error

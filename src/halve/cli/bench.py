@@ -137,7 +137,7 @@ def _source(
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from halve.checkpoint import locate
+    from halve.checkpoint import resolve_model
     from halve.measure import write_random_model
     from halve.patterns import parse_pattern
 
@@ -145,7 +145,7 @@ def _source(
     if len(chosen) + (model is not None) != 1:
         raise typer.BadParameter("name a MODEL, or one --random-llama or --random-opt")
     if model is not None:
-        yield model, locate(model)
+        yield model, resolve_model(model)
         return
     (family, size), pattern = chosen[0], parse_pattern(sparsity)
     with TemporaryDirectory(prefix="halve-bench-") as folder:
@@ -164,16 +164,19 @@ def _both(
 
     from halve.checkpoint import Checkpoint
     from halve.options import PackOptions
-    from halve.packing import rewrite_model
+    from halve.packing import pack_model, unpack_model
 
-    is_packed = any(i.parts for i in Checkpoint.open(source).tensors.values())
-    kind = "unpack" if is_packed else "pack"
     with TemporaryDirectory(prefix="halve-bench-") as folder:
-        other = Path(folder) / kind
-        show(f"{kind}ing")
-        rewriting = PackOptions(kind, not is_packed, trust_remote_code)
-        rewrite_model(source, other, rewriting)
-        yield (other, source) if is_packed else (source, other)
+        other = Path(folder) / "model"
+        if Checkpoint.open(source).is_packed:
+            show("unpacking")
+            unpack_model(source, other, PackOptions(False, trust_remote_code))
+            yield other, source
+        else:
+            show("packing")
+            # Minus zeros do not change how fast a model is.
+            pack_model(source, other, PackOptions(True, trust_remote_code))
+            yield source, other
 
 
 def _print(record: "BenchRecord", output: Output) -> None:

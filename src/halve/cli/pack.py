@@ -7,6 +7,8 @@ import typer
 from halve.cli import options
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from halve.options import PackOptions
     from halve.records import PackRecord
 
@@ -41,10 +43,13 @@ def pack(
     quiet: options.Quiet = False,
 ) -> None:
     """Store a pruned model small: a bit for each weight beside what is kept."""
+    from halve.cli.console import progress_line
     from halve.options import PackOptions
+    from halve.packing import pack_model
 
-    options = PackOptions("pack", positive_zeros, trust_remote_code)
-    record = _rewrite(model, out, options, quiet)
+    options = PackOptions(positive_zeros, trust_remote_code)
+    with progress_line(quiet) as show:
+        record = pack_model(model, out, _reporting(options, show))
     _print(record, as_json)
 
 
@@ -56,25 +61,24 @@ def unpack(
     quiet: options.Quiet = False,
 ) -> None:
     """Store a packed model dense again, bit for bit."""
+    from halve.cli.console import progress_line
     from halve.options import PackOptions
+    from halve.packing import unpack_model
 
-    options = PackOptions("unpack", False, trust_remote_code)
-    record = _rewrite(model, out, options, quiet)
+    options = PackOptions(False, trust_remote_code)
+    with progress_line(quiet) as show:
+        record = unpack_model(model, out, _reporting(options, show))
     _print(record, as_json)
 
 
-def _rewrite(model: str, out: str, options: "PackOptions", quiet: bool) -> "PackRecord":
+def _reporting(options: "PackOptions", show: "Callable[[str], None]") -> "PackOptions":
+    """Return options under which each file is reported on the progress line."""
     from dataclasses import replace
 
-    from halve.cli.console import progress_line
-    from halve.packing import rewrite_model
-
-    with progress_line(quiet) as show:
-        told = replace(
-            options,
-            progress=lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
-        )
-        return rewrite_model(model, out, told)
+    return replace(
+        options,
+        progress=lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
+    )
 
 
 def _print(record: "PackRecord", as_json: bool) -> None:

@@ -133,7 +133,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
     same command goes on where it stopped. Processes that torchrun starts share the
     work.
     """
-    from halve.checkpoint import locate
+    from halve.checkpoint import resolve_model
     from halve.options import PruneOptions, RunOptions
     from halve.plan import make_plan
     from halve.pruning import estimate_seconds, forecast_run, plan_memory
@@ -161,7 +161,7 @@ def command(  # noqa: PLR0913, PLR0917  (one parameter for each option)
         allocation=allocation,
     )
     if dry_run:
-        folder = locate(model, weights=False)
+        folder = resolve_model(model, weights=False)
         plan = make_plan(folder, settings, trust_remote_code, needs_weights=False)
         room = plan_memory(plan, memory, activation_memory)
         found = forecast_run(plan, room.activations, room.deferred)

@@ -29,11 +29,10 @@ def command(
     This is transformers' own server, `transformers serve`, with Halve's packed models
     known to it. It needs `pip install 'halve[serve]'`.
     """
-    from transformers.utils.import_utils import is_serve_available
-
+    from halve._compat.transformers import can_serve, serve
     from halve.errors import HalveError
 
-    if not is_serve_available():
+    if not can_serve():
         raise HalveError(
             "The libraries of the server are not installed.",
             "Run pip install 'halve[serve]'.",
@@ -42,21 +41,14 @@ def command(
     from pathlib import Path
 
     from huggingface_hub.constants import HF_HUB_CACHE
-    from transformers.cli.serve import Serve
 
-    from halve.checkpoint import locate
+    from halve.checkpoint import resolve_model
     from halve.runtime.generation import check_whole
 
-    folder = locate(model)
+    folder = resolve_model(model)
     # Refuses with a sentence what the server would trip over at the first request.
     opened = check_whole(folder, device, trust_remote_code)
     # The server lists what is in the hub's cache, and fails where there is none.
     with suppress(OSError):
         Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
-    Serve(
-        str(folder),
-        host=host,
-        port=port,
-        device=str(opened.device),
-        trust_remote_code=trust_remote_code,
-    )
+    serve(str(folder), host, port, str(opened.device), trust_remote_code)

@@ -18,11 +18,11 @@ from torch.nn import functional
 from halve.calibration import (
     check_vocabulary,
     cut_segments,
-    default_budget,
+    default_activation_memory,
     load_corpus,
     load_encoder,
 )
-from halve.checkpoint import locate
+from halve.checkpoint import resolve_model
 from halve.errors import CalibrationError, NumericalError
 from halve.options import EvalOptions
 from halve.records import ComparisonRecord, PerplexityRecord
@@ -113,7 +113,7 @@ class _Differences:
 
 
 def _open(model: str | Path, options: EvalOptions) -> BlockwiseModel:
-    folder = locate(model)
+    folder = resolve_model(model)
     return BlockwiseModel.open(folder, options.device, options.trust_remote_code)
 
 
@@ -134,7 +134,7 @@ def _segments(opened: BlockwiseModel, options: EvalOptions) -> Tensor:
 def _budget(options: EvalOptions) -> int:
     """Return the bytes of hidden states that may live in memory."""
     given = options.activation_memory
-    return default_budget() if given is None else given
+    return default_activation_memory() if given is None else given
 
 
 def _walk(opened: BlockwiseModel, windows: Tensor, options: EvalOptions) -> Stream:

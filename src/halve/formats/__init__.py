@@ -1,31 +1,28 @@
-"""How a sparse matrix lies on the disk and in memory; see docs/format.md."""
+"""How a pruned matrix is stored, on the disk and in memory; see docs/format.md."""
 
-from halve.formats.bitmask import (
-    COMPANIONS,
-    DTYPES,
+from halve.formats.interface import (
     MAX_LAYOUT,
-    Packed,
-    join,
-    kept_weights,
-    pack,
-    packed_bytes,
+    Format,
+    PackedMatrix,
+    TensorHeader,
     split,
-    store,
 )
+from halve.formats.registry import FORMATS, recognize
+from halve.formats.storage import packed_size, store, would_shrink
 from halve.formats.version import METHOD, check_version, quantization_config
 
 __all__ = [
-    "COMPANIONS",
-    "DTYPES",
+    "FORMATS",
     "MAX_LAYOUT",
     "METHOD",
-    "Packed",
+    "Format",
+    "PackedMatrix",
+    "TensorHeader",
     "check_version",
-    "join",
-    "kept_weights",
-    "pack",
-    "packed_bytes",
+    "packed_size",
     "quantization_config",
+    "recognize",
     "split",
     "store",
+    "would_shrink",
 ]

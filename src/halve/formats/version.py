@@ -1,4 +1,4 @@
-"""The entry of config.json by which a packed checkpoint is known."""
+"""The entry of config.json that marks a packed checkpoint, and its version."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from halve.errors import UnsupportedModelError
 
 METHOD = "halve"
 VERSION = 1
-# The first Halve that reads what is written here.
+# The first release of Halve that reads this version.
 _REQUIRES = "0.1"
 
 
 def quantization_config() -> dict[str, Any]:
-    """Return what `quantization_config` of a packed checkpoint's config.json holds."""
+    """Return the `quantization_config` of a packed checkpoint's config.json."""
     return {"quant_method": METHOD, "version": VERSION, "requires_halve": _REQUIRES}
 
 
 def check_version(where: object, entry: dict[str, Any]) -> None:
-    """Raise UnsupportedModelError where a later Halve wrote an entry.
+    """Raise UnsupportedModelError if this version of Halve cannot read a checkpoint.
 
     Args:
         where: Folder or file, for the message.
@@ -25,8 +25,8 @@ def check_version(where: object, entry: dict[str, Any]) -> None:
     version = entry.get("version")
     if version == VERSION:
         return
-    needed = entry.get("requires_halve")
-    newer = f"Halve {str(needed)[:20]} or newer" if needed else "a newer Halve"
+    required = entry.get("requires_halve")
+    newer = f"Halve {str(required)[:20]} or newer" if required else "a newer Halve"
     raise UnsupportedModelError(
         f"The model in {where} is packed in version {str(version)[:20]} of the format; "
         f"this Halve reads version {VERSION}.",

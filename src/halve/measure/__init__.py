@@ -1,4 +1,4 @@
-"""What is in a model's files, whether it is whole, how fast and large it runs."""
+"""What a model's files contain, whether they are intact, and how fast they run."""
 
 from halve.measure.bench import run_bench
 from halve.measure.inspection import inspect_model

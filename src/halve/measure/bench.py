@@ -1,4 +1,4 @@
-"""Everything that `halve bench` measures, put together."""
+"""Runs all measurements of `halve bench`: memory, bandwidth, speed."""
 
 import platform
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from halve.checkpoint import Checkpoint
+from halve.checkpoint import Checkpoint, TensorInfo
 from halve.errors import HalveError
 from halve.measure.footprint import footprint
 from halve.measure.speed import (
@@ -24,7 +24,7 @@ from halve.records import BenchRecord
 from halve.runtime.cpu.kernels import TORCH as NO_KERNEL
 from halve.runtime.cpu.kernels import kernels
 
-# What llama-bench measures by default.
+# Prompt and generated tokens that llama-bench measures by default.
 _PROMPT = 512
 _GENERATED = 128
 
@@ -32,20 +32,28 @@ _GENERATED = 128
 def run_bench(bench: BenchOptions, progress: Callable[[str], None]) -> BenchRecord:
     """Measure footprints, bandwidth and speed; see `halve bench`.
 
+    Args:
+        bench: What to measure.
+        progress: Called with a line of text before each measurement.
+
+    Raises:
+        HalveError: Nothing is to be timed, or a test needs more tokens than the model
+            takes.
+
     Cost:
         Memory for the model dense and packed at once.
     """
-    plan = _cases(bench)
+    cases = _cases(bench)
     progress("measuring memory")
     footprints = {
         "dense": footprint(bench.dense, bench.trust_remote_code),
         "packed": footprint(bench.packed, bench.trust_remote_code),
     }
-    found = kernels()
+    loaded = kernels()
     dense, packed = _tensors(bench.dense), _tensors(bench.packed)
     return BenchRecord(
         model=bench.name,
-        parameters=sum(info.nbytes // info.dtype.itemsize for info in dense),
+        parameters=sum(info.elements for info in dense),
         sizes={
             TORCH: sum(info.stored_bytes for info in dense),
             HALVE_DENSE: sum(info.stored_bytes for info in dense),
@@ -53,12 +61,12 @@ def run_bench(bench: BenchOptions, progress: Callable[[str], None]) -> BenchReco
         },
         cpu=_cpu(),
         threads=torch.get_num_threads(),
-        kernel=found.name if found else NO_KERNEL,
+        kernel=loaded.name if loaded else NO_KERNEL,
         bandwidth=read_bandwidth(),
         results=tuple(
             measure_speed(
                 bench.packed,
-                plan,
+                cases,
                 bench.rounds,
                 progress,
                 bench.trust_remote_code,
@@ -74,25 +82,25 @@ def _cases(bench: BenchOptions) -> list[BenchCase]:
     prompt, generated = bench.prompt, bench.generated
     if prompt == 0 and generated == 0:
         raise HalveError(
-            "A prompt of no tokens and none generated leave nothing to time.",
+            "With no prompt and no generated tokens there is nothing to time.",
             "Leave out --pp 0 or --tg 0.",
         )
     prompt = min(_PROMPT, longest) if prompt is None else prompt
     generated = min(_GENERATED, longest - 1) if generated is None else generated
     if max(prompt, generated + 1) > longest:
         raise HalveError(
-            f"{bench.name} takes {longest} tokens, which is less than a test needs.",
+            f"{bench.name} takes {longest} tokens, fewer than a test needs.",
             f"Pass --pp {longest} and --tg {longest - 1}, or less.",
         )
     return bench_cases(prompt, generated, bench.batches)
 
 
-def _tensors(folder: Path) -> list:
+def _tensors(folder: Path) -> list[TensorInfo]:
     return list(Checkpoint.open(folder).tensors.values())
 
 
 def _cpu() -> str:
-    """Return the CPU's name, where the system tells it."""
+    """Return the name of the CPU, or its architecture if the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How much memory loading a model takes, measured in a process of its own."""
+"""How much memory it takes to load and run a model, measured in a new process."""
 
 import json
 import resource
@@ -13,11 +13,11 @@ def footprint(folder: Path, trust_remote_code: bool = False) -> Footprint:
     """Load a model and generate two tokens in a new process.
 
     Args:
-        folder: Of a model, dense or packed.
+        folder: Folder of a model, dense or packed.
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Returns:
-        Peaks of resident memory, mapped files included.
+        Peaks of resident memory in bytes, mapped files included.
     """
     program = f"import {__name__} as m; m.main({str(folder)!r}, {trust_remote_code})"
     command = [sys.executable, "-c", program]
@@ -26,8 +26,8 @@ def footprint(folder: Path, trust_remote_code: bool = False) -> Footprint:
 
 
 def main(folder: str, trust_remote_code: bool) -> None:
-    """Print the footprint of this process, while it loads and runs a model, as JSON."""
-    # The interpreter with its libraries is counted first, and alone.
+    """Load and run a model; print peak memory after each step as JSON."""
+    # The first peak is that of the interpreter with its libraries.
     import torch  # noqa: PLC0415
     from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
@@ -43,15 +43,14 @@ def main(folder: str, trust_remote_code: bool) -> None:
 
 
 def _peak() -> int:
-    """Return the most memory that was resident so far, in bytes.
+    """Return the peak of this process's resident memory, in bytes.
 
-    On Linux from the process's own status: what getrusage tells begins with the size of
-    the parent.
+    On Linux it is read from /proc, since getrusage starts with the parent's size.
     """
     status = Path("/proc/self/status")
     lines = status.read_text("utf-8").splitlines() if status.is_file() else []
-    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    if found:
-        return int(found[0]) * 1024
+    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    if peaks:
+        return int(peaks[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,11 +1,11 @@
-"""What is in a checkpoint, counted in its tensors rather than believed."""
+"""What is in a checkpoint, counted in its tensors rather than read from its record."""
 
 from pathlib import Path
 
 from torch import Tensor
 
-from halve.checkpoint import Checkpoint, TensorInfo, locate
-from halve.formats import DTYPES, kept_weights, packed_bytes
+from halve.checkpoint import Checkpoint, TensorInfo, resolve_model
+from halve.formats import packed_size
 from halve.models import StoredTensor, build_meta_model, match_names, prunable_matrices
 from halve.models.matrices import Matrix
 from halve.patterns import describe
@@ -14,22 +14,22 @@ from halve.records import Inspection, MatrixInspection
 
 def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspection:
     """Count what is in a model; see `halve.inspect` for the contract."""
-    folder = locate(model)
+    folder = resolve_model(model)
     checkpoint = Checkpoint.open(folder)
     matrices = matrices_of(folder, checkpoint, trust_remote_code)
-    found: list[MatrixInspection] = []
+    inspected: list[MatrixInspection] = []
     zeros = 0
     for name, info in checkpoint.tensors.items():
         tensor = checkpoint.read([name])[name]
         zeros += int((tensor == 0).sum())
         if name in matrices:
-            found.append(_matrix(info, matrices[name], tensor))
+            inspected.append(_matrix(info, matrices[name], tensor))
     order = list(matrices)
     infos = checkpoint.tensors.values()
     return Inspection(
         model=str(model),
-        matrices=tuple(sorted(found, key=lambda m: order.index(m.tensor))),
-        parameters=sum(info.nbytes // info.dtype.itemsize for info in infos),
+        matrices=tuple(sorted(inspected, key=lambda m: order.index(m.tensor))),
+        parameters=sum(info.elements for info in infos),
         zeros=zeros,
         bytes=sum(info.stored_bytes for info in infos),
     )
@@ -38,7 +38,7 @@ def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspect
 def matrices_of(
     folder: Path, checkpoint: Checkpoint, trust_remote_code: bool
 ) -> dict[str, Matrix]:
-    """Return tensor -> prunable matrix, in the order of the model."""
+    """Return name of the tensor -> prunable matrix, in the order of the model."""
     meta_model = build_meta_model(folder, trust_remote_code)
     infos = checkpoint.tensors.values()
     names = match_names(
@@ -62,12 +62,6 @@ def _matrix(info: TensorInfo, matrix: Matrix, tensor: Tensor) -> MatrixInspectio
         sparsity=float((weight == 0).double().mean()),
         pattern=describe(weight),
         bytes=info.stored_bytes,
-        packed=bool(info.parts),
-        packed_bytes=_packed_bytes(weight) if info.dtype in DTYPES else None,
+        packed=info.format is not None,
+        packed_bytes=packed_size(weight),
     )
-
-
-def _packed_bytes(weight: Tensor) -> int:
-    rows, columns = weight.shape
-    kept = int(kept_weights(weight).sum())
-    return packed_bytes(rows, columns, kept, weight.element_size())

@@ -1,4 +1,4 @@
-"""Random models of well-known sizes, to measure speed without a download."""
+"""Random models in the sizes of published ones, to measure speed without a download."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from halve.errors import HalveError
 from halve.models import build_meta_model, prunable_matrices
 from halve.patterns import NM, Pattern
 
-# Widths, inner widths, blocks and heads of the published models of these sizes.
+# Hidden size, intermediate size, blocks and heads of published models.
 _SIZES = {
     "llama": {
         "110m": (768, 2048, 12, 12),
@@ -36,12 +36,13 @@ def write_random_model(
     Args:
         folder: An empty folder.
         family: `llama` or `opt`.
-        size: Such as `1.2b`.
-        pattern: What the zeros of each prunable matrix obey, if only on average.
-        seed: Of the weights.
+        size: A size of the family, such as `1.2b`.
+        pattern: Pattern of the zeros of each prunable matrix. An unstructured one is
+            met on average only.
+        seed: Seed of weights and zeros.
 
     Raises:
-        HalveError: A size that is not in the table.
+        HalveError: The family has no such size.
 
     Cost:
         Memory and disk for the dense model; for 1.2 billion weights half a minute.
@@ -74,7 +75,7 @@ def _config(family: str, size: str) -> Any:  # noqa: ANN401
             f"Choose one of {', '.join(sizes)}.",
         )
     width, inner, blocks, heads = sizes[size.lower()]
-    own = {
+    inner_sizes = {
         "llama": {"intermediate_size": inner},
         "opt": {"ffn_dim": inner, "word_embed_proj_dim": width},
     }
@@ -85,5 +86,5 @@ def _config(family: str, size: str) -> Any:  # noqa: ANN401
         num_attention_heads=heads,
         max_position_embeddings=_CONTEXT,
         tie_word_embeddings=True,
-        **own[family],
+        **inner_sizes[family],
     )

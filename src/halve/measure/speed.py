@@ -1,8 +1,8 @@
 """How fast a model runs: dense in torch, dense in Halve's kernel, and packed.
 
-The three share one model and differ only in what multiplies by the prunable matrices
-and the head, so that nothing else can make a difference. They run in rounds, one after
-the other in each, since a machine's memory bandwidth changes from minute to minute.
+The three backends share one model and differ only in the layers of the prunable
+matrices and the output head. Their rounds are interleaved, because the memory bandwidth
+of a machine changes from minute to minute.
 """
 
 import time
@@ -15,26 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from halve.records import SpeedRecord
+from halve.runtime.cpu.dense_linear import DenseLinear, plain_linear
 from halve.runtime.cpu.kernels import kernels
-from halve.runtime.cpu.layers import DenseLinear, SparseLinear, plain_linear
-from halve.runtime.cpu.replace_modules import sparse_layers
+from halve.runtime.cpu.packed_linear import PackedLinear
+from halve.runtime.cpu.replace_modules import packed_layers
 from halve.runtime.generation import load
 
 TORCH, HALVE_DENSE, PACKED = "torch", "halve dense", "halve packed"
-# Far more than a cache holds.
+# Much larger than any cache.
 _READ_BYTES = 2**29
 _READ_TIMES = 7
 
 
 @dataclass(frozen=True)
 class BenchCase:
-    """One thing to time.
+    """A measurement: the prefill of a prompt, or the decoding of tokens after one.
 
     Attributes:
-        name: As llama-bench names it: `pp512`, `tg128`; `tg128 x4` for a batch of 4.
+        name: Name as in llama-bench: `pp512`, `tg128`; `tg128 x4` for a batch of 4.
         prompt: Tokens of the prompt.
-        generated: Tokens generated after it; 0 where the prompt itself is timed.
-        batch: Sequences at once.
+        generated: Tokens decoded after it, which are timed; 0 to time the prefill.
+        batch: Sequences in the batch.
     """
 
     name: str
@@ -44,14 +45,20 @@ class BenchCase:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the time is divided by."""
+        """Tokens processed in the timed part."""
         return self.batch * (self.generated or self.prompt)
 
 
 def bench_cases(
     prompt: int, generated: int, batches: tuple[int, ...]
 ) -> list[BenchCase]:
-    """Return a prefill of one sequence and a decode for each batch."""
+    """Return a prefill of one sequence, and a decode for each batch size.
+
+    Args:
+        prompt: Tokens of the prefill; 0 for none.
+        generated: Tokens of each decode; 0 for none.
+        batches: Batch sizes of the decodes.
+    """
     prefill = [BenchCase(f"pp{prompt}", prompt, 0, 1)] if prompt else []
     names = {batch: f"tg{generated}" + f" x{batch}" * (batch > 1) for batch in batches}
     decode = [BenchCase(name, 1, generated, batch) for batch, name in names.items()]
@@ -62,8 +69,8 @@ class Backends:
     """One model with three sets of layers for the same matrices.
 
     Attributes:
-        model: Of transformers.
-        layers: Backend -> path -> layer.
+        model: A packed transformers model, as `halve.load` returns it.
+        layers: Backend -> path of the module -> layer.
     """
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401
@@ -73,8 +80,8 @@ class Backends:
             HALVE_DENSE: {},
             PACKED: {},
         }
-        for path, sparse in list(sparse_layers(model)):
-            self._add(path, _dense(sparse), sparse)
+        for path, packed in list(packed_layers(model)):
+            self._add(path, _dense(packed), packed)
         for path, module in list(model.named_modules()):
             if isinstance(module, DenseLinear):
                 self._add(path, module, module)
@@ -85,12 +92,12 @@ class Backends:
         self.layers[PACKED][path] = packed
 
     def install(self, backend: str) -> None:
-        """Let a backend do the products."""
+        """Put the layers of a backend into the model."""
         for path, layer in self.layers[backend].items():
             self.model.set_submodule(path, layer)
 
     def weight_bytes(self, backend: str) -> int:
-        """Return the bytes of weights that one decoded token reads."""
+        """Return the bytes of weights that are read to decode one token."""
         return sum(
             tensor.nbytes
             for layer in self.layers[backend].values()
@@ -98,90 +105,92 @@ class Backends:
         )
 
 
-def _dense(sparse: SparseLinear) -> DenseLinear:
-    weight = sparse.packed.unpack()
-    weight = weight.T.contiguous() if sparse.transposed else weight
+def _dense(packed: PackedLinear) -> DenseLinear:
     layer = DenseLinear(1, 1, bias=False)
-    layer.in_features, layer.out_features = sparse.in_features, sparse.out_features
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.register_parameter("bias", sparse.bias)
+    layer.in_features, layer.out_features = packed.in_features, packed.out_features
+    layer.weight = nn.Parameter(packed.dense_weight(), requires_grad=False)
+    layer.register_parameter("bias", packed.bias)
     return layer
 
 
 def measure_speed(
     folder: Path,
-    plan: Sequence[BenchCase],
+    cases: Sequence[BenchCase],
     rounds: int,
     progress: Callable[[str], None] = lambda text: None,
     trust_remote_code: bool = False,
 ) -> list[SpeedRecord]:
-    """Time a packed model against itself dense.
+    """Time a packed model against the same model dense.
 
     Args:
-        folder: Of a packed model.
-        plan: What to time.
-        rounds: How often; one more warms up.
-        progress: Told of each round.
+        folder: Folder of a packed model.
+        cases: What to time.
+        rounds: Number of repetitions, after one that is not counted.
+        progress: Called with a line of text before each round.
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Returns:
-        A record for each backend and test.
+        A record for each backend and case.
     """
-    contenders = Backends(load(folder, "cpu", trust_remote_code))
-    seconds: dict[tuple[str, BenchCase], list[float]] = {}
+    backends = Backends(load(folder, "cpu", trust_remote_code))
+    times: dict[tuple[str, BenchCase], list[float]] = {}
     for number in range(rounds + 1):
         progress(f"round {number} of {rounds}" if number else "warming up")
-        for backend, test in _pairs(contenders, plan):
-            contenders.install(backend)
-            taken = _time(contenders.model, test)
+        for backend, case in _pairs(backends, cases):
+            backends.install(backend)
+            seconds = _time(backends.model, case)
             if number:
-                seconds.setdefault((backend, test), []).append(taken)
+                times.setdefault((backend, case), []).append(seconds)
     return [
         SpeedRecord(
             backend=backend,
-            test=test.name,
-            batch=test.batch,
-            tokens=test.tokens,
-            seconds=tuple(taken),
-            weight_bytes=contenders.weight_bytes(backend),
+            test=case.name,
+            batch=case.batch,
+            tokens=case.tokens,
+            seconds=tuple(seconds),
+            weight_bytes=backends.weight_bytes(backend),
         )
-        for (backend, test), taken in seconds.items()
+        for (backend, case), seconds in times.items()
     ]
 
 
 def _pairs(
-    contenders: Backends, plan: Sequence[BenchCase]
+    backends: Backends, cases: Sequence[BenchCase]
 ) -> Iterator[tuple[str, BenchCase]]:
-    return ((backend, test) for test in plan for backend in contenders.layers)
+    return ((backend, case) for case in cases for backend in backends.layers)
 
 
 @torch.inference_mode()
-def _time(model: Any, test: BenchCase) -> float:  # noqa: ANN401
-    """Return the seconds that a test takes; sampling and tokenising are not in it."""
+def _time(model: Any, case: BenchCase) -> float:  # noqa: ANN401
+    """Return the seconds that a case takes, without tokenization and sampling."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    prompt = torch.randint(vocabulary, (test.batch, test.prompt), generator=generator)
-    if not test.generated:
-        return _clocked(lambda: model(prompt, use_cache=True, logits_to_keep=1))
+    prompt = torch.randint(vocabulary, (case.batch, case.prompt), generator=generator)
+    if not case.generated:
+        return _seconds(lambda: model(prompt, use_cache=True, logits_to_keep=1))
     state = model(prompt, use_cache=True)
-    return _clocked(lambda: _decode(model, state, test.generated))
+    return _seconds(lambda: _decode(model, state, case.generated))
 
 
 def _decode(model: Any, state: Any, count: int) -> None:  # noqa: ANN401
+    """Decode tokens greedily, from the outputs of a prefill."""
     for _ in range(count):
-        likeliest: Tensor = state.logits[:, -1:].argmax(-1)
-        state = model(likeliest, past_key_values=state.past_key_values, use_cache=True)
+        next_ids: Tensor = state.logits[:, -1:].argmax(-1)
+        state = model(next_ids, past_key_values=state.past_key_values, use_cache=True)
 
 
-def _clocked(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def read_bandwidth() -> float:
-    """Return how many bytes a second all threads can read from memory, at best."""
-    found = kernels()
+    """Return the memory bandwidth of all threads, reading, in bytes per second.
+
+    The best of several runs.
+    """
+    loaded = kernels()
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
-    read = (lambda: found.read(memory)) if found else memory.sum
-    return _READ_BYTES / min(_clocked(read) for _ in range(_READ_TIMES))
+    read = (lambda: loaded.read(memory)) if loaded else memory.sum
+    return _READ_BYTES / min(_seconds(read) for _ in range(_READ_TIMES))

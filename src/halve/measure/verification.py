@@ -1,8 +1,9 @@
-"""Whether an output is what was written: to the byte, and in what was promised.
+"""Compare an output with its record: the bytes of its files, and the matrices in them.
 
-Digests tell every change since `halve.json` was written; the promises, counted in the
-tensors, tell whether that was right. It does not tell who wrote it: whoever can change
-a file can write a new record for it.
+The checksums detect every change since `halve.json` was written; the recorded shapes,
+sparsities, patterns and grids, counted again in the tensors, detect what was written
+wrong. Neither authenticates the output: whoever can change a file can write a new
+record for it.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from halve.checkpoint import RECORD, Checkpoint, locate, sha256
+from halve.checkpoint import RECORD, Checkpoint, resolve_model, sha256
+from halve.checkpoint.output import name_record
 from halve.errors import CheckpointError, PatternError, QuantizationError
 from halve.grids import QuantScheme, grid_shortfall
 from halve.measure.inspection import matrices_of
@@ -25,20 +27,24 @@ from halve.records import (
     Verification,
     parse_record,
 )
-from halve.records.codec import is_sealed
+from halve.records.checksum import has_valid_checksum
+from halve.records.version import parse_fields
 
-_REMEDY = "Make the model again, or copy the file from where it is whole."
+_REMEDY = "Make the output again, or restore the file from an intact copy."
+# Whatever JSON of other contents makes a parser raise.
+_PARSE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
-class _Promise:
-    """What a record says of one matrix.
+class _Expected:
+    """The recorded properties of one matrix.
 
     Attributes:
         shape: [rows, columns].
-        sparsity: Share of zeros, exactly.
-        pattern: n:m, where it is that.
-        grid: Where its values were rounded.
+        sparsity: Fraction of zeros. Compared for equality: both sides divide the same
+            two integers.
+        pattern: The n:m pattern; None where the matrix has another.
+        grid: Quantization grid; None where the matrix was not quantized.
     """
 
     shape: tuple[int, int]
@@ -47,16 +53,21 @@ class _Promise:
     grid: QuantScheme | None
 
     @classmethod
-    def of(cls, matrix: MatrixRecord | MatrixStorage) -> "_Promise":
-        # Of other patterns, the exact number of zeros says more.
+    def of(cls, matrix: MatrixRecord | MatrixStorage) -> "_Expected":
+        # Of other patterns, the exact sparsity says more.
         pattern = parse_pattern(matrix.pattern) if ":" in matrix.pattern else None
         grid = QuantScheme(**matrix.grid) if matrix.grid else None
         assert pattern is None or isinstance(pattern, NM)
         shape = (matrix.rows, matrix.columns)
         return cls(shape, float(matrix.sparsity), pattern, grid)
 
-    def broken(self, name: str, weight: Tensor) -> str | None:
-        """Return how a [rows, columns] matrix falls short of it, if it does."""
+    def mismatch(self, name: str, weight: Tensor) -> str | None:
+        """Return how a [rows, columns] matrix differs from this; None if it does not.
+
+        Args:
+            name: Name of the tensor, for errors.
+            weight: The stored matrix, dense.
+        """
         if tuple(weight.shape) != self.shape:
             return f"it is {list(weight.shape)}, not {list(self.shape)}"
         sparsity = float((weight == 0).double().mean())
@@ -64,47 +75,53 @@ class _Promise:
             return f"{sparsity:.4%} of its weights are zero, not {self.sparsity:.4%}"
         if self.pattern is not None:
             self.pattern.check_fits(name, weight.shape[1])
-            if (lost := self.pattern.shortfall(weight)) is not None:
-                return lost
+            if (shortfall := self.pattern.shortfall(weight)) is not None:
+                return shortfall
         return self.grid and grid_shortfall(self.grid, weight)
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What a `halve.json` says, as far as it can be held against the files."""
+    """The part of a `halve.json` that can be compared with the files.
+
+    Attributes:
+        shards: File name -> SHA-256.
+        files: The same for all other files.
+        matrices: Tensor name -> recorded properties.
+    """
 
     shards: dict[str, str]
     files: dict[str, str]
-    promises: dict[str, _Promise]
+    matrices: dict[str, _Expected]
 
     @classmethod
     def of(cls, record: PruneRecord | PackRecord) -> "_Record":
-        own = cls(
+        names = [*record.shards, *record.files]
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a path in the place of a file name")
+        return cls(
             dict(record.shards),
             dict(record.files),
-            {matrix.tensor: _Promise.of(matrix) for matrix in record.all_matrices},
+            {matrix.tensor: _Expected.of(matrix) for matrix in record.all_matrices},
         )
-        if any(Path(name).name != name for name in own.shards | own.files):
-            raise ValueError("a path in the place of a name")
-        return own
 
 
 def verify_output(out: str | Path, trust_remote_code: bool = False) -> Verification:
     """Compare an output with its record; see `halve.verify` for the contract."""
-    folder = locate(out)
+    folder = resolve_model(out)
     record = _read(folder)
     digests = record.shards | record.files
     damaged = [
         Finding(name, problem)
         for name, digest in digests.items()
-        if (problem := _damage(folder / name, digest)) is not None
+        if (problem := _file_damage(folder / name, digest)) is not None
     ]
-    findings = damaged or list(_broken(folder, record, trust_remote_code))
+    findings = damaged or list(_mismatches(folder, record, trust_remote_code))
     return Verification(
         folder=str(folder),
         files=len(digests),
         bytes=sum(_size(folder / name) for name in digests),
-        matrices=0 if damaged else len(record.promises),
+        matrices=0 if damaged else len(record.matrices),
         findings=tuple(findings),
     )
 
@@ -115,55 +132,64 @@ def _read(folder: Path) -> _Record:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"There is no {RECORD} in {folder}, which would say what was written.",
-            "Name a folder that Halve has made.",
+            f"There is no {RECORD} in {folder}, which would list what was written.",
+            "Pass a folder that Halve has written.",
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.", _REMEDY) from error
-    if not is_sealed(data):
-        raise CheckpointError(
-            f"{path} is not what was written: its own digest does not match.", _REMEDY
-        )
-    return _parsed(path, data)
+    # Before the checksum: a record of another format may have none, or another.
+    with name_record(folder):
+        return _parse(path, data)
 
 
-def _parsed(path: Path, data: bytes) -> _Record:
+def _parse(path: Path, data: bytes) -> _Record:
+    """Return a record, checked for its format, its checksum, and its contents."""
     try:
+        parse_fields(data.decode())
+        _check_checksum(path, data)
         return _Record.of(parse_record(data.decode()))
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as why:
-        raise CheckpointError(f"{path} cannot be read ({why!r}).", _REMEDY) from why
+    except _PARSE_ERRORS as error:
+        _check_checksum(path, data)
+        raise CheckpointError(f"{path} cannot be read ({error!r}).", _REMEDY) from error
     except (QuantizationError, PatternError) as error:
         raise CheckpointError(f"{path}: {error.problem}", _REMEDY) from error
 
 
-def _damage(path: Path, digest: str) -> str | None:
-    """Return what is wrong with the bytes of a file, if anything is."""
+def _check_checksum(path: Path, data: bytes) -> None:
+    if not has_valid_checksum(data):
+        raise CheckpointError(
+            f"{path} is damaged: it does not match its own checksum.", _REMEDY
+        )
+
+
+def _file_damage(path: Path, digest: str) -> str | None:
+    """Return what is wrong with the bytes of a file; None where nothing is."""
     if not path.is_file():
-        return "it is not there"
+        return "it is missing"
     try:
-        found = sha256(path)
+        actual = sha256(path)
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
-    return None if found == digest else "its bytes are not those that were written"
+    return None if actual == digest else "its SHA-256 is not the recorded one"
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _broken(
+def _mismatches(
     folder: Path, record: _Record, trust_remote_code: bool
 ) -> Iterator[Finding]:
-    """Yield what the tensors do not keep of what was promised."""
+    """Yield the differences between the tensors of a folder and its record."""
     checkpoint = Checkpoint.open(folder)
-    if strangers := sorted({*checkpoint.shards} - record.shards.keys()):
-        for name in strangers:
-            yield Finding(name, "it is loaded, but nothing is recorded of it")
+    if unrecorded := sorted({*checkpoint.shards} - record.shards.keys()):
+        for name in unrecorded:
+            yield Finding(name, "it would be loaded, but the record does not list it")
         return
     matrices = matrices_of(folder, checkpoint, trust_remote_code)
-    for name in sorted(matrices.keys() ^ record.promises.keys()):
+    for name in sorted(matrices.keys() ^ record.matrices.keys()):
         yield Finding(name, "it is in the model or in the record, but not in both")
-    for name in (name for name in matrices if name in record.promises):
+    for name in (name for name in matrices if name in record.matrices):
         weight = matrices[name].as_rows(checkpoint.read([name])[name])
-        if (problem := record.promises[name].broken(name, weight)) is not None:
+        if (problem := record.matrices[name].mismatch(name, weight)) is not None:
             yield Finding(name, problem)

@@ -1,4 +1,8 @@
-"""Any causal language model of transformers, with no forward code of our own."""
+"""Build, name and call any causal language model of transformers.
+
+No forward code of a model is written here: blocks, names and calls are found in the
+model itself.
+"""
 
 from halve.models.capture import BlockCall, CapturedCalls, capture_calls, run_tail
 from halve.models.matrices import Matrix, is_plain, prunable_matrices

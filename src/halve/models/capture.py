@@ -1,9 +1,9 @@
-"""How a model calls its blocks, recorded from the model itself.
+"""Record how a model calls its decoder blocks, so that each can be run by itself.
 
-Masks, rotary embeddings and positions are made by the model's own forward and differ
-from block to block where kinds of attention differ. So the model runs once with every
-block replaced by a stand-in that notes its arguments; a block is then replayed with
-its own. Nothing here knows any family.
+Masks, rotary embeddings and positions are computed by the model's own forward, and
+differ from block to block where a model mixes kinds of attention. So the model runs
+once with every block replaced by a module that records its arguments; each block is
+replayed with those. No code here depends on a model family.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from halve.models.meta_model import MetaModel
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What one block is called with beside its hidden states."""
+    """The arguments that one block is called with, apart from its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -33,10 +33,10 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class CapturedCalls:
-    """How the blocks are called for one batch.
+    """The calls of all blocks for one batch.
 
     Attributes:
-        calls: One for each block.
+        calls: One per block, in order.
         as_tuple: Whether the model expects its blocks to return a tuple.
     """
 
@@ -44,28 +44,50 @@ class CapturedCalls:
     as_tuple: bool
 
     def same_as(self, other: "CapturedCalls") -> bool:
-        """Whether every block is called alike, value by value."""
+        """Whether the arguments of every block are equal, value by value."""
         return all(
-            _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
+            _equal(a.args, b.args) and _equal(a.kwargs, b.kwargs)
             for a, b in zip(self.calls, other.calls, strict=True)
         )
 
 
-class _Reached(Exception):  # noqa: N818  (no error: the last block was reached)
-    pass
+class _LastBlockReached(Exception):  # noqa: N818  (control flow, not an error)
+    """Every block has been called: nothing after the blocks needs to run."""
 
 
-class _Unlike(Exception):  # noqa: N818  (the next convention is tried)
-    pass
+class _UnexpectedInput(Exception):  # noqa: N818  (the next convention is tried)
+    """A block was not given what the block before it returned."""
 
 
-class _StandIn(nn.Module):
-    """Takes a block's place; models read attributes of their blocks, so pass those."""
+@dataclass
+class _ForwardPass:
+    """What the recording blocks of one forward pass share.
 
-    def __init__(self, block: nn.Module, shared: dict[str, Any]) -> None:
+    Attributes:
+        as_tuple: Whether the blocks return a tuple.
+        output: What the last block returns, where the pass runs what comes after the
+            blocks; None where the pass records calls.
+        hidden: The hidden states that entered the first block.
+    """
+
+    as_tuple: bool
+    output: Tensor | None = None
+    hidden: Any = None
+
+
+class _RecordingBlock(nn.Module):
+    """Take a block's place and record its arguments.
+
+    Models read attributes of their blocks (a kind of attention, say), so unknown
+    attributes are those of the block.
+    """
+
+    def __init__(self, block: nn.Module, shared: _ForwardPass, is_last: bool) -> None:
         super().__init__()
-        self.__dict__["_block"] = block  # not a submodule: it must not be counted
+        # Past nn.Module.__setattr__, which would register the block as a submodule.
+        self.__dict__["_block"] = block
         self.shared = shared
+        self.is_last = is_last
         self.call: BlockCall | None = None
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
@@ -76,36 +98,42 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         if args:
-            received, args = args[0], args[1:]
+            hidden, args = args[0], args[1:]
         else:
-            received = kwargs.pop("hidden_states", None)
+            hidden = kwargs.pop("hidden_states", None)
         self.call = BlockCall(args, kwargs)
-        return self._answer(received)
+        output = self._output(hidden)
+        return (output,) if self.shared.as_tuple else output
 
-    def _answer(self, received: Any) -> Any:  # noqa: ANN401
-        shared = self.shared
-        if "output" in shared:  # running the tail
-            hidden = shared["output"]
-        else:
-            hidden = shared.setdefault("hidden", received)
-            if received is not hidden or not isinstance(received, Tensor):
-                raise _Unlike
-            if self is shared["last"]:
-                raise _Reached
-        return (hidden,) if shared["as_tuple"] else hidden
+    def _output(self, hidden: Any) -> Any:  # noqa: ANN401
+        """Return what the next block, or the tail of the model, is to receive.
+
+        While calls are recorded, every block returns its input: then each must receive
+        the very tensor that entered the first, or the model computes between blocks.
+        """
+        if self.shared.output is not None:
+            return self.shared.output
+        if self.shared.hidden is None:
+            self.shared.hidden = hidden
+        if hidden is not self.shared.hidden or not isinstance(hidden, Tensor):
+            raise _UnexpectedInput
+        if self.is_last:
+            raise _LastBlockReached
+        return hidden
 
 
 @contextmanager
-def _stand_ins_installed(
-    blocks: nn.ModuleList, shared: dict[str, Any]
-) -> Iterator[list]:
+def _recording(blocks: nn.ModuleList, shared: _ForwardPass) -> Iterator[list[Any]]:
+    """Replace the blocks by recording ones for a while."""
     real = list(blocks)
-    stand_ins = [_StandIn(block, shared) for block in real]
-    shared["last"] = stand_ins[-1]
-    for index, stand_in in enumerate(stand_ins):
-        blocks[index] = stand_in
+    recorders = [
+        _RecordingBlock(block, shared, is_last=index == len(real) - 1)
+        for index, block in enumerate(real)
+    ]
+    for index, recorder in enumerate(recorders):
+        blocks[index] = recorder
     try:
-        yield stand_ins
+        yield recorders
     finally:
         for index, block in enumerate(real):
             blocks[index] = block
@@ -114,33 +142,36 @@ def _stand_ins_installed(
 def capture_calls(
     meta_model: MetaModel, input_ids: Tensor
 ) -> tuple[Tensor, CapturedCalls]:
-    """Run everything before the blocks and note how each would be called.
+    """Run everything before the blocks, and record how each block would be called.
+
+    Blocks are assumed to return a tensor; where the model does not cope with that, a
+    tuple, which is the older convention of transformers.
 
     Args:
-        meta_model: Its parameters outside the blocks hold values.
+        meta_model: The model; its parameters outside the blocks must hold values.
         input_ids: [batch, length].
 
     Returns:
         The hidden states that enter the first block, [batch, length, width], and the
-        recording.
+        recorded calls.
 
     Raises:
         UnsupportedModelError: The model changes hidden states between its blocks, so
-            that they cannot be run one by one.
+            the blocks cannot be run one by one.
     """
     for as_tuple in (False, True):
-        shared: dict[str, Any] = {"as_tuple": as_tuple}
-        with _stand_ins_installed(meta_model.blocks, shared) as stand_ins:
+        shared = _ForwardPass(as_tuple)
+        with _recording(meta_model.blocks, shared) as recorders:
             try:
                 meta_model.model(input_ids, use_cache=False)
-            except _Reached:
-                calls = tuple(stand_in.call for stand_in in stand_ins)
-                return shared["hidden"], CapturedCalls(calls, as_tuple)
-            except _Unlike:
+            except _LastBlockReached:
+                calls = tuple(recorder.call for recorder in recorders)
+                return shared.hidden, CapturedCalls(calls, as_tuple)
+            except _UnexpectedInput:
                 continue
     raise UnsupportedModelError(
-        f"{type(meta_model.model).__name__} changes its hidden states between blocks, so "
-        "they cannot be run one after the other.",
+        f"{type(meta_model.model).__name__} changes its hidden states between blocks, "
+        "so they cannot be run one after the other.",
         "Open an issue that names the model.",
     )
 
@@ -151,24 +182,25 @@ def run_tail(
     """Run everything after the blocks.
 
     Args:
-        meta_model: Its parameters outside the blocks hold values.
+        meta_model: The model; its parameters outside the blocks must hold values.
         input_ids: [batch, length].
-        hidden: What the last block gave, [batch, length, width].
-        captured: Of these input_ids, or others of their shape.
+        hidden: The output of the last block, [batch, length, width].
+        captured: The calls for these input_ids, or for others of the same shape.
 
     Returns:
         Logits, [batch, length, vocabulary].
     """
-    shared = {"as_tuple": captured.as_tuple, "output": hidden}
-    with _stand_ins_installed(meta_model.blocks, shared):
+    shared = _ForwardPass(captured.as_tuple, output=hidden)
+    with _recording(meta_model.blocks, shared):
         return meta_model.model(input_ids, use_cache=False).logits
 
 
-def _same(a: Any, b: Any) -> bool:  # noqa: ANN401
+def _equal(a: Any, b: Any) -> bool:  # noqa: ANN401
+    """Compare arguments; caches and other objects by identity or their own `==`."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and torch.equal(a, b))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(_equal, a, b))
     return a is b or a == b

@@ -7,16 +7,19 @@ from transformers.pytorch_utils import Conv1D
 
 from halve.errors import UnsupportedModelError
 
+# Dimensions of a parameter that holds the matrices of all experts.
+_FUSED_EXPERTS = 3
+
 
 @dataclass(frozen=True)
 class Matrix:
     """A matrix that multiplies hidden states.
 
     Attributes:
-        path: The module's name within its block, such as `self_attn.q_proj`.
-        shape: [rows, columns].
+        path: The name of its module within the block, such as `self_attn.q_proj`.
+        shape: [rows, columns], which is [outputs, inputs].
         transposed: Whether it is stored as [columns, rows], as GPT-2's Conv1D does.
-        plain: Whether its module is as `is_plain` says.
+        plain: Whether its module is of torch's or transformers' class (`is_plain`).
     """
 
     path: str
@@ -25,42 +28,42 @@ class Matrix:
     plain: bool
 
     def as_rows(self, stored: Tensor) -> Tensor:
-        """Turn between the stored layout and [rows, columns]; a view, its own inverse.
+        """Convert between the stored layout and [rows, columns]; returns a view.
 
-        `as_rows(as_rows(x)) == x`.
+        The conversion is its own inverse: `as_rows(as_rows(x)) == x`.
         """
         return stored.T if self.transposed else stored
 
 
 def prunable_matrices(block: nn.Module, name: str) -> list[Matrix]:
-    """Return a block's linear layers in the order of their modules.
+    """Return the linear layers of a block in the order of its modules.
 
     Args:
-        block: Parameters may lie on the meta device.
-        name: The block's name, for errors.
+        block: A decoder block; its parameters may be on the meta device.
+        name: The block's name, for error messages.
 
     Raises:
         UnsupportedModelError: There is none, or experts are fused into one parameter.
     """
     _refuse_experts(block, name)
-    found = [
+    matrices = [
         _matrix(path, module)
         for path, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-    if not found:
+    if not matrices:
         raise UnsupportedModelError(
-            f"Block {name} ({type(block).__name__}) has nothing to prune: no nn.Linear "
-            "and no Conv1D was found in it.",
+            f"Block {name} ({type(block).__name__}) has nothing to prune: it contains "
+            "neither nn.Linear nor Conv1D.",
             "Open an issue that names the model.",
         )
-    return found
+    return matrices
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module multiplies by its matrix as torch or transformers do it.
+    """Whether a module is exactly torch's nn.Linear or transformers' Conv1D.
 
-    A class of its own may ask for the matrix's dtype, or multiply otherwise.
+    A subclass may read the dtype of its matrix, or multiply in another way.
     """
     return type(module) in (nn.Linear, Conv1D)
 
@@ -77,10 +80,11 @@ def _matrix(path: str, module: nn.Module) -> Matrix:
 def _refuse_experts(block: nn.Module, name: str) -> None:
     for path, parameter in block.named_parameters():
         owner = block.get_submodule(path.rpartition(".")[0])
-        fused = parameter.dim() == 3 and not isinstance(owner, nn.Conv1d)  # noqa: PLR2004
+        # The kernel of a convolution has three dimensions as well.
+        fused = parameter.dim() == _FUSED_EXPERTS and not isinstance(owner, nn.Conv1d)
         if fused or "Experts" in type(owner).__name__ or "experts" in path.split("."):
             raise UnsupportedModelError(
                 f"Block {name} ({type(block).__name__}) holds a mixture of experts "
                 f"({path}, {list(parameter.shape)}), which is not supported yet.",
-                "Name a model without experts; support for them is planned.",
+                "Use a model without experts; support for them is planned.",
             )

@@ -1,7 +1,8 @@
 """Which tensor of a checkpoint fills which parameter of the model.
 
-Names differ: hub checkpoints of OPT, GPT-2 and BLOOM leave out the prefix of the base
-model, old ones use old names. transformers knows all of that; its own tables are asked.
+Names differ: checkpoints of OPT, GPT-2 and BLOOM on the Hub omit the prefix of the base
+model, and old checkpoints use old names. transformers knows all of them, so its own
+tables are used.
 """
 
 import re
@@ -11,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
 
+from halve._compat.transformers import (
+    ignored_tensors,
+    rename_key,
+    weight_conversions,
+)
 from halve.errors import CheckpointError, UnsupportedModelError
 from halve.models.meta_model import MetaModel
 
@@ -26,7 +26,13 @@ _WHAT_TO_USE = "Use the config.json that belongs to this checkpoint."
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a checkpoint describes it; the dtype where it is known."""
+    """A tensor as the header of a checkpoint describes it.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        shape: Its shape as stored.
+        dtype: Its dtype as stored; None where it is unknown.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -36,75 +42,76 @@ class StoredTensor:
 def match_names(
     meta_model: MetaModel, stored: Iterable[StoredTensor]
 ) -> dict[str, str]:
-    """Return parameter or buffer of the model -> tensor of the checkpoint.
+    """Map each parameter or buffer of the model to its tensor in the checkpoint.
 
-    Tied parameters lead to the one tensor that is stored. Tensors that the model does
-    not know (old masks, rotary frequencies) are left out.
+    Tied parameters map to the one tensor that is stored. Tensors that the model does
+    not use (old masks, rotary frequencies) are left out.
 
     Raises:
-        CheckpointError: A parameter has no tensor, one of another shape or of
+        CheckpointError: A parameter has no tensor, one of another shape or one of
             integers; or there are tensors of more blocks than the model has.
         UnsupportedModelError: Tensors are merged on loading, as experts are.
     """
-    wanted = meta_model.model.state_dict()
+    state = meta_model.model.state_dict()
     rename = key_renamer(meta_model.model)
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for tensor in stored:
         target = rename(tensor.name)
-        if target not in wanted:
-            _check_stray(meta_model, tensor.name, target)
+        if target not in state:
+            _check_unused(meta_model, tensor.name, target)
             continue
-        _check_fits(tensor, wanted[target])
-        found[target] = tensor.name
-    return found | _tied(meta_model.model, found)
+        _check_fits(tensor, state[target])
+        names[target] = tensor.name
+    return names | _tied_names(meta_model.model, names)
 
 
 def expected_tensors(meta_model: MetaModel, dtype: torch.dtype) -> list[StoredTensor]:
-    """Return the tensors that a checkpoint of a config would hold.
+    """Return the tensors that a checkpoint of a model's config would hold.
 
     Args:
-        meta_model: Of the config.
-        dtype: Of all that is no whole number.
+        meta_model: The model that the config describes.
+        dtype: The dtype of everything that is floating-point.
 
     Returns:
-        They have the model's own names; hub checkpoints may leave out a prefix.
+        One entry per tensor, with the model's own names; checkpoints on the Hub may
+        omit a prefix.
 
     Raises:
-        UnsupportedModelError: They are merged with others on loading, as experts are.
+        UnsupportedModelError: Some are merged with others on loading, as experts are.
     """
-    own: dict[int, tuple[str, torch.Tensor]] = {}
+    unique: dict[int, tuple[str, torch.Tensor]] = {}
     for name, value in meta_model.model.state_dict(keep_vars=True).items():
-        own.setdefault(id(value), (name, value))  # tied ones are stored once
-    for converter in _converters(meta_model.model):
-        for name, _ in own.values():
+        unique.setdefault(id(value), (name, value))  # tied ones are stored once
+    for converter in weight_conversions(meta_model.model).converters:
+        for name, _ in unique.values():
             if any(pattern in name for pattern in converter.target_patterns):
-                raise _merged(meta_model.model, name)
+                raise _merging_unsupported(meta_model.model, name)
     return [
         StoredTensor(name, tuple(v.shape), dtype if v.is_floating_point() else v.dtype)
-        for name, v in own.values()
+        for name, v in unique.values()
     ]
 
 
-def _check_fits(tensor: StoredTensor, wanted: torch.Tensor) -> None:
-    expected = tuple(wanted.shape)
+def _check_fits(tensor: StoredTensor, parameter: torch.Tensor) -> None:
+    expected = tuple(parameter.shape)
     if tensor.shape != expected:
         raise CheckpointError(
             f"Tensor {tensor.name} has the shape {list(tensor.shape)}, but the "
             f"config asks for {list(expected)}.",
             _WHAT_TO_USE,
         )
-    whole = tensor.dtype is not None and not tensor.dtype.is_floating_point
-    if whole and wanted.is_floating_point():
+    is_integer = tensor.dtype is not None and not tensor.dtype.is_floating_point
+    if is_integer and parameter.is_floating_point():
         raise CheckpointError(
             f"Tensor {tensor.name} holds {tensor.dtype} where floating-point numbers "
             "were expected.",
-            "Name the checkpoint that it was made from, if it is quantised.",
+            "If the checkpoint is quantized, use the one that it was made from.",
         )
 
 
-def _check_stray(meta_model: MetaModel, name: str, target: str) -> None:
-    """Refuse a tensor of a block past the last: it would silently be left dense."""
-    ignored = meta_model.model._keys_to_ignore_on_load_unexpected or ()
+def _check_unused(meta_model: MetaModel, name: str, target: str) -> None:
+    """Refuse a tensor of a block past the last: it would silently stay dense."""
+    ignored = ignored_tensors(meta_model.model)
     base = meta_model.model.base_model_prefix
     for full in (target, f"{base}.{target}"):
         index = full.removeprefix(meta_model.path + ".").partition(".")[0]
@@ -118,59 +125,56 @@ def _check_stray(meta_model: MetaModel, name: str, target: str) -> None:
             )
 
 
-def _tied(model: nn.Module, found: dict[str, str]) -> dict[str, str]:
-    """Return the names that share a parameter with one that was found."""
-    names: dict[int, list[str]] = {}
+def _tied_names(model: nn.Module, stored: dict[str, str]) -> dict[str, str]:
+    """Map the other names of parameters that are stored under one name.
+
+    Args:
+        model: The model, its tied parameters being one object each.
+        stored: Parameter -> tensor of the checkpoint, for names that are stored.
+    """
+    aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        aliases.setdefault(id(parameter), []).append(name)
     tied: dict[str, str] = {}
-    for aliases in names.values():
-        source = next((found[name] for name in aliases if name in found), None)
+    for names in aliases.values():
+        source = next((stored[name] for name in names if name in stored), None)
         if source is None:
             raise CheckpointError(
-                f"The checkpoint has no tensor for {aliases[0]}, which the config asks "
+                f"The checkpoint has no tensor for {names[0]}, which the config asks "
                 "for.",
                 f"{_WHAT_TO_USE[:-1]}, or download the missing shard.",
             )
-        tied |= {name: source for name in aliases if name not in found}
+        tied |= {name: source for name in names if name not in stored}
     return tied
 
 
 def key_renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
-    """Return what turns a checkpoint's name into the model's.
+    """Return a function from tensor names in a checkpoint to the model's names.
 
     Args:
-        model: One of transformers' models; parameters may lie on the meta device.
+        model: A model of transformers; its parameters may be on the meta device.
 
     Returns:
-        A function of names, which raises UnsupportedModelError for a tensor that is
-        merged with others on loading.
+        A function that raises UnsupportedModelError for a tensor that is merged with
+        others on loading, and returns names that it does not know unchanged.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = _converters(model)
-    wanted = model.state_dict()
+    conversions = weight_conversions(model)
+    state = model.state_dict()
 
     def rename(name: str) -> str:
-        target, merged_by = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, wanted
+        target, is_converted = rename_key(
+            name, conversions, model.base_model_prefix, state
         )
-        if merged_by is not None:
-            raise _merged(model, name)
+        if is_converted:
+            raise _merging_unsupported(model, name)
         return target
 
     return rename
 
 
-def _converters(model: Any) -> list[WeightConverter]:  # noqa: ANN401
-    """Return what makes one parameter of several tensors on loading."""
-    conversions = get_model_conversion_mapping(model)
-    return [c for c in conversions if isinstance(c, WeightConverter)]
-
-
-def _merged(model: nn.Module, name: str) -> UnsupportedModelError:
+def _merging_unsupported(model: nn.Module, name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(model).__name__} merges the tensor {name} with others on loading, as "
         "mixtures of experts do, and those are not supported yet.",
-        "Name a model without experts; support for them is planned.",
+        "Use a model without experts; support for them is planned.",
     )

@@ -1,1 +1,1 @@
-"""Numerics that torch lacks on a CPU: fast float32 products, compensated sums, finiteness."""
+"""Fast float32 products, compensated sums and a check for finite numbers."""

@@ -1,8 +1,9 @@
 """Sums of many float32 tensors, to about twice the precision of float32.
 
-What float32 rounds off is kept in a second tensor. So the order of the terms does not
-show in a sum, but for entries that nearly cancel: several processes that each have some
-of the terms find, as good as always, the very bits that one with all of them finds.
+The rounding errors of the sum are accumulated in a second tensor. The order of the
+terms then does not affect the result, except in entries that nearly cancel: several
+processes that each add some of the terms get, as good as always, the same bits as one
+process that adds all of them.
 """
 
 from collections.abc import Callable
@@ -11,21 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Adds to a tensor, in place, what other processes have in its place.
+# Adds to a tensor, in place, the corresponding tensors of all other processes.
 Reduce = Callable[[Tensor], None]
 
 
 def no_reduce(_: Tensor) -> None:
-    """Add nothing: there is no other process."""
+    """Add nothing: there is a single process."""
 
 
 @dataclass(frozen=True)
 class CompensatedSum:
-    """high + low, |low| being a small share of |high|; both are written to.
+    """The unevaluated sum `high + low`, with |low| much smaller than |high|.
+
+    Both tensors are written to; they may be views of the caller's.
 
     Attributes:
-        high: The sum as float32 has it.
-        low: What is missing from it; of the same shape.
+        high: The sum, rounded to float32.
+        low: The accumulated rounding errors of `high`, of the same shape.
     """
 
     high: Tensor
@@ -34,21 +37,27 @@ class CompensatedSum:
     @classmethod
     def zeros(cls, *shape: int, device: torch.device) -> "CompensatedSum":
         """Return an empty sum."""
-        # Two of them, so that the memory of one can be freed.
+        # Two allocations, so that the memory of one can be freed before the other.
         return cls(
             torch.zeros(*shape, device=device), torch.zeros(*shape, device=device)
         )
 
     def add(self, terms: Tensor) -> None:
-        """Add terms, which are overwritten; eight operations each (Knuth's TwoSum).
+        """Add a tensor to the sum; the tensor is overwritten.
 
-        Costs two tensors of their shape.
+        Knuth's TwoSum, elementwise: s = fl(a + b) and the exact error of that rounding,
+        e = (a - (s - b')) + (b - b') with b' = s - a, where a is `high` and b is
+        `terms`. Takes eight operations per element and two temporary tensors of the
+        shape of `terms`.
+
+        Args:
+            terms: What to add, float32, of the shape of the sum.
         """
-        total = self.high + terms
-        arrived = total - self.high  # of the terms
-        terms -= arrived
-        arrived -= total
-        self.high.add_(arrived).add_(terms)  # what did not arrive: of both
+        total = self.high + terms  # s
+        virtual = total - self.high  # b' = s - a, the part of b that s includes
+        terms -= virtual  # b - b', the part of b that was rounded off
+        virtual -= total  # b' - s, which is -a', minus the part of a that s includes
+        self.high.add_(virtual).add_(terms)  # (a - a') + (b - b') = e
         self.low.add_(self.high)
         self.high.copy_(total)
 
@@ -56,7 +65,8 @@ class CompensatedSum:
         """Return the sum in float32, rounded once.
 
         Args:
-            reduce: Given this process's share of it in float64.
+            reduce: Called with this process's sum in float64; all processes must call
+                this method together.
         """
         total = self.high.double().add_(self.low).contiguous()
         reduce(total)

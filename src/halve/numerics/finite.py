@@ -1,11 +1,11 @@
-"""Whether numbers are finite, found without a second tensor as large as theirs."""
+"""Check that numbers are finite, without a second tensor of the same size."""
 
 from torch import Tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor of floating-point numbers holds no NaN and no infinity."""
+    """Whether a floating-point tensor holds neither NaN nor infinity."""
     if tensor.numel() == 0:
         return True
-    least, most = tensor.aminmax()  # NaN where there is one
-    return bool(least.isfinite() & most.isfinite())
+    smallest, largest = tensor.aminmax()  # both are NaN if any element is
+    return bool(smallest.isfinite() & largest.isfinite())

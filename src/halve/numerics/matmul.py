@@ -1,10 +1,10 @@
 """Fast float32 matrix products on the CPU.
 
-torch sends float32 products to MKL, which on AMD processors runs its AVX2 code: about
-half of what oneDNN reaches on the same cores (docs/log.md, "oneDNN for float32").
-oneDNN lies in the same torch build, behind the operator that the compiler uses for
-linear layers. Everything here falls back to torch's own product where that operator
-does not apply, and gives the same values up to the order of summation.
+torch computes float32 products by MKL, which uses its AVX2 code on AMD processors:
+about half of what oneDNN reaches on the same cores (docs/log.md, "oneDNN for float32").
+oneDNN is part of the same torch build, behind the operator to which torch.compile
+lowers linear layers. Where that operator does not apply, torch's own product is used;
+both give the same values up to the order of summation.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-# What may wait as it is stored, to be widened without loss for each product, and how
-# many numbers of it are widened at once.
-NARROW = (torch.float16, torch.bfloat16)
-WIDENED = 2**26
+from halve._compat.torch import onednn_linear
+
+# The dtypes of weights that are stored as they are and converted to float32, without
+# loss, for each product; and how many weights are converted at once.
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+MAX_CONVERTED = 2**26
 
 _torch_linear = functional.linear
 
@@ -30,97 +32,107 @@ def _onednn_takes(*operands: Tensor) -> bool:
     )
 
 
-def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def _promoted(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert two operands to the wider of their dtypes."""
     wider = torch.promote_types(first.dtype, second.dtype)
     return first.to(wider), second.to(wider)
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `inputs @ weight.T + bias`.
+    """Compute `inputs @ weight.T + bias`.
+
+    An operand of 16 bits is converted for the product alone if the other has more; a
+    large weight is converted and multiplied some rows at a time.
 
     Args:
         inputs: [..., columns].
         weight: [rows, columns].
-        bias: [rows].
+        bias: [rows], or None.
 
     Returns:
-        [..., rows]. Where an operand has fewer bits than the other, it is widened for
-        the product alone; a large matrix some rows at a time.
+        [..., rows], in the wider dtype of `inputs` and `weight`.
     """
-    widens = weight.dtype in NARROW and inputs.dtype not in NARROW
-    # With derivatives the whole of it would be kept anyhow.
-    if widens and weight.numel() > WIDENED and not torch.is_grad_enabled():
-        return _by_strips(inputs, weight, bias)
-    inputs, weight = _alike(inputs, weight)
+    converts = weight.dtype in HALF_DTYPES and inputs.dtype not in HALF_DTYPES
+    # With gradients, autograd would keep the converted strips in memory anyway.
+    if converts and weight.numel() > MAX_CONVERTED and not torch.is_grad_enabled():
+        return _linear_in_strips(inputs, weight, bias)
+    inputs, weight = _promoted(inputs, weight)
     if not _onednn_takes(inputs, weight):
         return _torch_linear(inputs, weight, bias)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (inputs, weight, bias)
     ):
         return _Differentiable.apply(inputs, weight, bias)
-    # oneDNN falls to a reference kernel, hundreds of times slower, on strided operands.
-    return torch.ops.mkldnn._linear_pointwise(
-        inputs.contiguous(), weight.contiguous(), bias, "none", [], ""
-    )
+    # Strided operands would take oneDNN's reference kernel, hundreds of times slower.
+    return onednn_linear(inputs.contiguous(), weight.contiguous(), bias)
 
 
-def _by_strips(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Do as `linear` does with a matrix too large to be widened at once."""
+def _linear_in_strips(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `linear` by strips of rows of at most MAX_CONVERTED weights each."""
     rows, columns = weight.shape
     outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    height = max(WIDENED // columns, 1)
+    height = max(MAX_CONVERTED // columns, 1)
     for start in range(0, rows, height):
-        own = slice(start, start + height)
-        part = None if bias is None else bias[own]
-        outputs[..., own] = linear(inputs, weight[own].to(inputs.dtype), part)
+        # Rows of the weight are columns of the output: Y[:, s] = X W[s].T + b[s].
+        strip = slice(start, start + height)
+        part = None if bias is None else bias[strip]
+        outputs[..., strip] = linear(inputs, weight[strip].to(inputs.dtype), part)
     return outputs
 
 
 class _Differentiable(torch.autograd.Function):
-    """`linear` with its derivatives, which the operator of oneDNN lacks."""
+    """`linear` with gradients, which oneDNN's operator does not have."""
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401  (torch's own signature)
+        ctx: Any,  # noqa: ANN401  (torch's signature)
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        """Return the product, and keep both operands."""
+        """Compute the product, and save both operands for the backward pass."""
         ctx.save_for_backward(inputs, weight)
         return linear(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """Return the gradients of inputs, weight and bias, where they are wanted."""
+        """Return the gradients of inputs, weight and bias, as far as they are needed.
+
+        For Y = X W.T + b and G = dL/dY: dL/dX = G W, dL/dW = G.T X, dL/db = G.T 1.
+        `linear` multiplies by the transpose of its second operand, hence `weight.T`.
+        """
         inputs, weight = ctx.saved_tensors
-        wanted, (gradient,) = ctx.needs_input_grad, gradients
+        needed, (gradient,) = ctx.needs_input_grad, gradients
+        # G as [tokens, rows]: the leading dimensions are summed over.
         flat = gradient.flatten(0, -2)
         return (
-            linear(gradient, weight.T) if wanted[0] else None,
-            linear(flat.T, inputs.flatten(0, -2).T) if wanted[1] else None,
-            flat.sum(dim=0) if wanted[2] else None,
+            linear(gradient, weight.T) if needed[0] else None,
+            linear(flat.T, inputs.flatten(0, -2).T) if needed[1] else None,
+            flat.sum(dim=0) if needed[2] else None,
         )
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor:  # noqa: ANN401
-    """Take over the call by which transformers' Conv1D multiplies."""
+    """Replace torch.addmm, by which transformers' Conv1D multiplies.
+
+    Conv1D computes b + X W with W stored as [columns, rows].
+    """
     if scales or bias.dim() != 1:
-        return torch.addmm(bias, *_alike(left, right), **scales)
+        return torch.addmm(bias, *_promoted(left, right), **scales)
     return linear(left, right.T, bias)
 
 
 class FastMatmul(TorchFunctionMode):
-    """Within this context every model's linear layers go through `linear`."""
+    """Compute the linear layers of any model by `linear` within this context."""
 
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Any,  # noqa: ANN401  (torch's own signature)
+        types: Any,  # noqa: ANN401  (torch's signature)
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Replace the two products of language models; leave the rest alone."""
+        """Replace the two functions by which models multiply; call others as usual."""
         replacement = _REPLACEMENTS.get(func, func)
         return replacement(*args, **(kwargs or {}))
 

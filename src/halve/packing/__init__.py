@@ -1,5 +1,5 @@
-"""Making a pruned checkpoint small, and dense again."""
+"""Packing a pruned checkpoint, and unpacking it again."""
 
-from halve.packing.rewrite import rewrite_model
+from halve.packing.rewrite import pack_model, unpack_model
 
-__all__ = ["rewrite_model"]
+__all__ = ["pack_model", "unpack_model"]

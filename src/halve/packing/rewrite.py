@@ -1,6 +1,7 @@
-"""A checkpoint rewritten shard by shard, packed or dense, and nothing else changed."""
+"""Rewrites a checkpoint shard by shard, packed or dense, and changes nothing else."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,17 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint import (
-    RECORD,
     Checkpoint,
     TensorInfo,
     Workspace,
     check_space,
     is_finished,
-    locate,
     open_workspace,
     output_path,
     parse_note,
     read_record,
+    resolve_model,
+    source_record,
 )
 from halve.errors import HalveError, OutputError, QuantizationError
 from halve.formats import quantization_config, store
@@ -36,22 +37,78 @@ from halve.records import (
     recorded_grids,
     versions,
 )
-from halve.untrusted import read_json
 
 
-def rewrite_model(
+@dataclass(frozen=True)
+class _Rewriting:
+    """What distinguishes packing from unpacking.
+
+    Attributes:
+        kind: Verb in the record and in the identity of the output.
+        phase: The verb in reports of progress.
+        store: (name, dense tensor, whether it is stored transposed) of a prunable
+            matrix -> tensors that the output holds for it.
+        config: `quantization_config` of the new config.json; None for a dense model.
+        check: (model, how its matrices are stored) -> raises HalveError if the output
+            is of no use.
+    """
+
+    kind: str
+    phase: str
+    store: Callable[[str, Tensor, bool], dict[str, Tensor]]
+    config: dict[str, Any] | None
+    check: Callable[[str | Path, tuple[MatrixStorage, ...]], None]
+
+
+def pack_model(model: str | Path, out: str | Path, options: PackOptions) -> PackRecord:
+    """Pack a model; see `halve.pack` for the contract."""
+    packing = _Rewriting("pack", "packing", store, quantization_config(), _check_gain)
+    return _rewrite(model, out, options, packing)
+
+
+def unpack_model(
     model: str | Path, out: str | Path, options: PackOptions
 ) -> PackRecord:
-    """Rewrite a model; see `halve.pack` and `halve.unpack` for the contracts."""
+    """Unpack a model; see `halve.unpack` for the contract."""
+    source = resolve_model(model)
+    output_path(out, source)  # an invalid output folder is reported first
+    if not Checkpoint.open(source).is_packed:
+        raise HalveError(
+            f"Nothing in {source} is packed.", "Use the model as it is; it is dense."
+        )
+    unpacking = _Rewriting(
+        kind="unpack",
+        phase="unpacking",
+        store=lambda name, weight, transposed: {name: weight},
+        config=None,
+        check=lambda model, matrices: None,
+    )
+    return _rewrite(model, out, options, unpacking)
+
+
+def _check_gain(model: str | Path, matrices: tuple[MatrixStorage, ...]) -> None:
+    """Raise HalveError if no matrix is smaller packed."""
+    if any(matrix.packed for matrix in matrices):
+        return
+    sparsest = max(matrix.sparsity for matrix in matrices)
+    raise HalveError(
+        f"No matrix of {model} would get smaller: the sparsest of {len(matrices)} has "
+        f"{100 * sparsest:.1f}% zeros, and each weight costs a bit more when packed.",
+        "Prune the model first, with `halve prune`; if its zeros are minus zeros, pass "
+        "--positive-zeros.",
+    )
+
+
+def _rewrite(
+    model: str | Path, out: str | Path, options: PackOptions, rewriting: _Rewriting
+) -> PackRecord:
     started = time.monotonic()
-    source = locate(model)
+    source = resolve_model(model)
     out = output_path(out, source)
-    if options.kind == "unpack":
-        _check_packed(source)
     meta_model = build_meta_model(source, options.trust_remote_code)
     layout = make_layout(Checkpoint.open(source), meta_model)
     identity = {
-        "verb": options.kind,
+        "verb": rewriting.kind,
         "format": quantization_config()["version"],
         "positive_zeros": options.positive_zeros,
         "sources": layout.sources,
@@ -63,96 +120,77 @@ def rewrite_model(
         if workspace.is_complete:
             workspace.publish()
             return read_record(out, PackRecord.from_json)
-        matrices = _Rewriter(source, layout, workspace, options).run()
-        _check_gain(model, matrices, workspace, options)
-        files = workspace.add_side_files(source, _quantization(options))
+        shards = _Shards(source, layout, workspace, options, rewriting)
+        matrices = shards.rewrite()
+        try:
+            rewriting.check(model, matrices)
+        except HalveError:
+            workspace.discard()
+            raise
         record = PackRecord(
-            kind=options.kind,
+            kind=rewriting.kind,
             versions=versions(),
             identity=identity,
             matrices=matrices,
             shards={file: workspace.committed[file].sha256 for file in layout.shards},
-            source=_source_record(source),
+            source=source_record(source),
+            files=workspace.add_side_files(source, rewriting.config),
             seconds=time.monotonic() - started,
             finished=now(),
-            files=files,
         )
         workspace.finish(record.to_json())
     return record
 
 
-def _quantization(options: PackOptions) -> dict[str, Any] | None:
-    """Return the `quantization_config` of the new config.json; None where dense."""
-    return quantization_config() if options.kind == "pack" else None
-
-
-def _check_packed(source: Path) -> None:
-    if not any(info.parts for info in Checkpoint.open(source).tensors.values()):
-        raise HalveError(
-            f"Nothing in {source} is packed.", "Use the model as it is; it is dense."
-        )
-
-
-def _check_gain(
-    model: str | Path,
-    matrices: tuple[MatrixStorage, ...],
-    workspace: Workspace,
-    options: PackOptions,
-) -> None:
-    """Refuse to have packed nothing at all."""
-    if options.kind != "pack" or any(matrix.packed for matrix in matrices):
-        return
-    workspace.discard()
-    sparsest = max(matrix.sparsity for matrix in matrices)
-    raise HalveError(
-        f"No matrix of {model} would get smaller: the sparsest of {len(matrices)} has "
-        f"{100 * sparsest:.1f}% zeros, and each weight costs a bit more when packed.",
-        "Prune the model first, with `halve prune`; if its zeros are minus zeros, pass "
-        "--positive-zeros.",
-    )
-
-
 @dataclass(frozen=True)
 class _Note:
-    """What the ledger holds for a file."""
+    """What the ledger holds for a shard."""
 
     matrices: tuple[MatrixStorage, ...]
 
 
-class _Rewriter:
-    """The loop over the files of an output, each committed before the next."""
+class _Shards:
+    """The loop over the shards of an output; each is committed before the next."""
 
     def __init__(
-        self, source: Path, layout: Layout, workspace: Workspace, options: PackOptions
+        self,
+        source: Path,
+        layout: Layout,
+        workspace: Workspace,
+        options: PackOptions,
+        rewriting: _Rewriting,
     ) -> None:
-        self.checkpoint = Checkpoint.open(source)
+        self.checkpoint = Checkpoint(source, layout.tensors)
         self.layout = layout
         self.workspace = workspace
         self.options = options
-        self.grids = recorded_grids(_source_record(source))
+        self.rewriting = rewriting
+        self.grids = recorded_grids(source_record(source))
         self.matrices: dict[str, Matrix] = {
             planned.tensor: planned.matrix
             for block in layout.blocks
             for planned in block.matrices
         }
 
-    def run(self) -> tuple[MatrixStorage, ...]:
-        """Do every file that is not done; return how each matrix is stored."""
+    def rewrite(self) -> tuple[MatrixStorage, ...]:
+        """Write every shard that is missing; return how each matrix is stored."""
         stored: list[MatrixStorage] = []
         for number, file in enumerate(self.layout.shards):
             self._report(number)
             done = self.workspace.committed.get(file)
-            note = done.note if done else self._file(file)
+            note = done.note if done else self._commit(file)
             stored += parse_note(self.workspace.folder, _Note, note).matrices
         return tuple(stored)
 
     def _report(self, number: int) -> None:
-        phase = f"{self.options.kind}ing"
-        self.options.progress(Progress(number, len(self.layout.shards), phase))
+        shards = len(self.layout.shards)
+        self.options.progress(Progress(number, shards, self.rewriting.phase))
 
-    def _file(self, file: str) -> dict[str, Any]:
+    def _commit(self, file: str) -> dict[str, Any]:
+        """Write one shard; return its note for the ledger."""
         dense = self.checkpoint.read(self.layout.shards[file])
         if self.options.positive_zeros:
+            # -0.0 + 0 is +0.0; every other number stays as it is.
             dense |= {name: dense[name] + 0 for name in dense if name in self.matrices}
         tensors: dict[str, Tensor] = {}
         for name, tensor in dense.items():
@@ -162,19 +200,19 @@ class _Rewriter:
         )
 
     def _stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        if self.options.kind == "pack" and name in self.matrices:
-            return store(name, tensor, self.matrices[name].transposed)
-        return {name: tensor}
+        if name not in self.matrices:
+            return {name: tensor}
+        return self.rewriting.store(name, tensor, self.matrices[name].transposed)
 
     def _verify(self, dense: dict[str, Tensor], path: Path) -> dict[str, Any]:
-        """Read the file again, bit for bit; return how its matrices are stored."""
+        """Read a shard back and compare it bit for bit; return its note."""
         written = Checkpoint.of_files([path])
         stored: list[dict[str, Any]] = []
         for name, tensor in dense.items():
             if not _same_bits(written.read([name])[name], tensor):
                 raise OutputError(
                     f"{name} in {path} is not what was written.",
-                    "Check the disk; if it is sound, report a defect of Halve.",
+                    "Check the disk; if it is healthy, report a bug in Halve.",
                 )
             if name in self.matrices:
                 stored.append(asdict(self._storage(written.tensors[name], tensor)))
@@ -191,13 +229,13 @@ class _Rewriter:
             minus_zeros=int(((dense == 0) & dense.signbit()).sum()),
             dense_bytes=info.nbytes,
             stored_bytes=info.stored_bytes,
-            packed=bool(info.parts),
+            packed=info.format is not None,
             pattern=describe(weight),
             grid=self._grid(info.name, weight),
         )
 
     def _grid(self, name: str, weight: Tensor) -> dict[str, Any] | None:
-        """Return the grid that the input names, if the matrix does lie on it."""
+        """Return the grid that the input records, if the matrix lies on it."""
         try:
             grid = QuantScheme(**self.grids[name])
         except (LookupError, TypeError, QuantizationError):
@@ -211,11 +249,3 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _octets(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def _source_record(source: Path) -> dict[str, Any] | None:
-    """Return the input's own record, so that where it came from is not lost."""
-    try:  # not from elsewhere: what is private would stand in what the user publishes
-        return dict(read_json(source / RECORD, source))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None

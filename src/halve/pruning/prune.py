@@ -18,9 +18,9 @@ from halve.checkpoint import (
     Workspace,
     check_space,
     is_finished,
-    locate,
     output_path,
     read_record,
+    resolve_model,
 )
 from halve.distributed import SINGLE_PROCESS, Ranks
 from halve.errors import DistributedError
@@ -73,7 +73,7 @@ def prune_model(
             lies in `OUT.partial`, where the same call goes on.
     """
     started = time.monotonic()
-    source = locate(model)
+    source = resolve_model(model)
     out = output_path(out, source)
     plan = make_plan(source, options, run_options.trust_remote_code)
     _check_ranks(plan, ranks)

@@ -1,77 +1,64 @@
-"""Dataclasses from JSON, held to what their fields are noted with; and sealed JSON."""
+"""Turn parsed JSON into dataclasses, and check every value against its annotation."""
 
-import hashlib
-import json
 from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
+# Exclusive. Counts in a record are bytes, weights or tokens; none needs 64 bits.
 _MAX_COUNT = 2**63
-
-_SEAL = ',\n  "seal": '
 
 
 def from_dict(kind: type[Record], fields: object) -> Record:
-    """Read what `dataclasses.asdict` made of a record, and JSON of that.
+    """Build a dataclass from a dictionary, the inverse of `dataclasses.asdict`.
+
+    Accepts the dictionary itself, and what it becomes when written to JSON and parsed
+    again: lists in the place of tuples.
+
+    Args:
+        kind: The dataclass. Its annotations may be plain types, dataclasses, tuples,
+            dictionaries with string keys, `Any`, or one of these and None.
+        fields: Field name -> value.
 
     Raises:
-        ValueError: A field is missing, unknown, or not of the type that it is noted
-            with. Whole numbers are counts, so they are not negative.
+        ValueError: A field is missing or unknown, or its value does not have the
+            annotated type. Integers are counts and must not be negative.
     """
-    return _read(kind, fields)
+    return _decode(kind, fields)
 
 
-def _read(kind: Any, value: Any) -> Any:  # noqa: ANN401
-    """Return a JSON value as what a field is noted with."""
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if kind is Any or (value is None and type(None) in inner):
+def _decode(kind: Any, value: Any) -> Any:  # noqa: ANN401
+    """Return a JSON value as the annotated type `kind`."""
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if kind is Any or (value is None and type(None) in arguments):
         return value
-    if origin is UnionType:  # of one kind and None
-        return _read(inner[0], value)
+    if origin is UnionType:  # always `X | None` in records
+        return _decode(arguments[0], value)
     if is_dataclass(kind) and isinstance(value, dict):
-        return _read_fields(kind, value)
+        return _decode_fields(kind, value)
     if origin is tuple and isinstance(value, list | tuple):
-        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        return tuple(_read(k, v) for k, v in zip(kinds, value, strict=True))
+        is_homogeneous = arguments[-1] is Ellipsis
+        kinds = arguments[:1] * len(value) if is_homogeneous else arguments
+        return tuple(_decode(k, v) for k, v in zip(kinds, value, strict=True))
     if origin is dict and isinstance(value, dict):
-        return {name: _read(inner[1], v) for name, v in value.items()}
-    if _is_plain(kind, value):
+        return {name: _decode(arguments[1], v) for name, v in value.items()}
+    if _is_scalar(kind, value):
         return value
     raise ValueError(f"{str(value)[:80]} where {kind} was expected")
 
 
-def _read_fields(kind: Any, fields: dict[str, Any]) -> Any:  # noqa: ANN401
+def _decode_fields(kind: Any, fields: dict[str, Any]) -> Any:  # noqa: ANN401
     hints = get_type_hints(kind)
     try:
-        return kind(**{name: _read(hints[name], v) for name, v in fields.items()})
+        return kind(**{name: _decode(hints[name], v) for name, v in fields.items()})
     except (KeyError, TypeError) as error:
-        raise ValueError(f"these are no fields of {kind.__name__}") from error
+        raise ValueError(f"the fields are not those of {kind.__name__}") from error
 
 
-def _is_plain(kind: Any, value: object) -> bool:  # noqa: ANN401
-    """Whether a value is a text, a truth, a count, or a number where one is noted."""
+def _is_scalar(kind: Any, value: object) -> bool:  # noqa: ANN401
+    """Whether a string, boolean or number has the annotated type `kind`."""
     if kind is float and type(value) is int:
         return abs(value) < _MAX_COUNT
     if isinstance(value, int) and kind is int:
         return not isinstance(value, bool) and 0 <= value < _MAX_COUNT
     return isinstance(value, kind)
-
-
-def sealed(fields: dict[str, Any]) -> str:
-    """Return JSON whose last member is the SHA-256 of all that stands before it.
-
-    So a record vouches for itself as it does for the other files.
-    """
-    body = json.dumps(fields, indent=2).removesuffix("\n}")
-    return body + _seal(body.encode())
-
-
-def _seal(body: bytes) -> str:
-    return f'{_SEAL}"{hashlib.sha256(body).hexdigest()}"\n}}\n'
-
-
-def is_sealed(record: bytes) -> bool:
-    """Whether a `halve.json` is, to the last byte, what was written."""
-    body, found, rest = record.rpartition(_SEAL.encode())
-    return found + rest == _seal(body).encode()

@@ -1,1 +1,1 @@
-"""Everything that runs a model: here block by block, and whole for generation."""
+"""Run models: block by block, and whole for generation."""

@@ -1,6 +1,6 @@
-"""A model run block by block, with one block's weights in memory at a time.
+"""Run a model block by block, with the weights of one block in memory at a time.
 
-`BlockwiseModel` joins a skeleton with a checkpoint. Everything is computed in float32
+`BlockwiseModel` joins a meta model with a checkpoint. All computation is in float32,
 whatever the dtype of the checkpoint.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from halve._compat.torch import buffer_slots, parameter_slots
 from halve.checkpoint import Checkpoint
 from halve.errors import (
     HalveError,
@@ -27,24 +28,25 @@ from halve.models import (
     match_names,
 )
 from halve.numerics.finite import is_finite
-from halve.numerics.matmul import NARROW
+from halve.numerics.matmul import HALF_DTYPES
 
 _DEVICES = ("cpu", "cuda")
-# Enough tokens to keep the cores busy, few enough for the widest activations.
+# Tokens in a batch: enough to keep the cores busy, few enough for the widest
+# activations.
 BATCH_TOKENS = 1024
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is CUDA where there is one, else the CPU.
+    """Return a device by name; `auto` is CUDA if it is available, and else the CPU.
 
     Raises:
-        HalveError: There is no such device.
+        HalveError: The device is unknown or cannot be used on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in _DEVICES:
         raise HalveError(
-            f"{name!r} is not a device that Halve runs on.",
+            f"{name!r} is not a device that Halve supports.",
             f"Use --device auto, {' or '.join(_DEVICES)}.",
         )
     try:
@@ -52,7 +54,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise HalveError(
-            f"The device {name!r} cannot be used here "
+            f"The device {name!r} cannot be used on this machine "
             f"({str(error).splitlines()[0][:120]}).",
             "Use --device auto or --device cpu.",
         ) from error
@@ -64,11 +66,11 @@ class BlockwiseModel:
     """A checkpoint that is run one block at a time.
 
     Attributes:
-        checkpoint: Where the tensors lie.
-        meta_model: The model without them.
-        tensors: Parameter or buffer -> tensor of the checkpoint.
-        device: Where it runs.
-        batch_tokens: How many tokens run through it at once, if one window has no more.
+        checkpoint: The checkpoint that holds the tensors.
+        meta_model: The model without its weights.
+        tensors: Parameter or buffer -> name of the tensor in the checkpoint.
+        device: The device that blocks run on.
+        batch_tokens: The number of tokens in a batch, unless one window has more.
     """
 
     checkpoint: Checkpoint
@@ -81,11 +83,12 @@ class BlockwiseModel:
     def open(
         cls, folder: Path, device: str = "auto", trust_remote_code: bool = False
     ) -> "BlockwiseModel":
-        """Read config and headers; no tensor is read.
+        """Read the config and the headers of a checkpoint, but no tensor.
 
         Raises:
-            UnsupportedModelError: No causal language model, or one of no known shape.
-            CheckpointError: Damaged files, or tensors that contradict the config.
+            UnsupportedModelError: It is not a causal language model that Halve
+                supports.
+            CheckpointError: Files are damaged, or tensors contradict the config.
         """
         meta_model = build_meta_model(folder, trust_remote_code)
         checkpoint = Checkpoint.open(folder)
@@ -97,36 +100,40 @@ class BlockwiseModel:
 
     @property
     def depth(self) -> int:
-        """Number of blocks."""
+        """The number of blocks."""
         return len(self.meta_model.blocks)
 
     def batch(self, length: int) -> int:
-        """Return how many windows of a length run through it at once."""
+        """Return the number of windows in a batch, for windows of a given length."""
         return max(self.batch_tokens // length, 1)
 
     def block_name(self, index: int) -> str:
-        """Return a block's name, such as `model.layers.3`."""
+        """Return the name of a block, such as `model.layers.3`."""
         return f"{self.meta_model.path}.{index}"
 
     def own_dtypes(self, block: str) -> dict[str, torch.dtype]:
-        """Return the parameters that are a block's alone, and how they are stored.
+        """Return the floating-point parameters that only one block uses, with dtypes.
 
-        What is tied to another name is left out, as are integers.
+        Args:
+            block: The block's name.
+
+        Returns:
+            Name within the block -> stored dtype. Tied parameters are left out.
         """
         uses = Counter(self.tensors.values())
-        found: dict[str, torch.dtype] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for path, _ in self.meta_model.model.get_submodule(block).named_parameters():
             info = self.checkpoint.tensors[self.tensors[f"{block}.{path}"]]
             if uses[info.name] == 1 and info.dtype.is_floating_point:
-                found[path] = info.dtype
-        return found
+                dtypes[path] = info.dtype
+        return dtypes
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Lend a block with its weights, on the device.
+        """Load a block onto the device for the duration of the context.
 
-        In float32, but for matrices of 16 bits in plain linear layers: they stay so,
-        and `matmul.linear` widens each one when it multiplies.
+        Weights are converted to float32, with the exception of 16-bit matrices of
+        plain linear layers: `matmul.linear` converts those for each product.
         """
         prefix, block = self.block_name(index) + ".", self.meta_model.blocks[index]
         layers = [path for path, module in block.named_modules() if is_plain(module)]
@@ -136,22 +143,28 @@ class BlockwiseModel:
 
     @contextmanager
     def surroundings(self, with_head: bool) -> Iterator[None]:
-        """Fill everything outside the blocks, for a while; the head only if asked.
+        """Load everything outside the blocks for the duration of the context.
 
-        An embedding in which rows are looked up and no more stays as it is stored: it
-        may be the largest tensor of all, and only the rows are computed with.
+        An embedding that only looks up rows keeps its stored dtype: it may be the
+        largest tensor of the model, and only the rows take part in the computation.
+
+        Args:
+            with_head: Whether to load the output head as well.
         """
         blocks = self.meta_model.path + "."
-        head = self.meta_model.names_of(self.meta_model.model.get_output_embeddings())
-        left = set() if with_head else self._untied(head)
-        table = self.meta_model.table
-        looked_up = self._sources(self.meta_model.names_of(table))
+        output = self.meta_model.model.get_output_embeddings()
+        head = self.meta_model.parameter_names(output)
+        skipped = set() if with_head else self._untied(head)
+        embedding = self.meta_model.lookup_embedding
+        looked_up = self._sources(self.meta_model.parameter_names(embedding))
+        outside = [n for n in self.tensors if not n.startswith(blocks)]
         with (
             self._filled(
-                (n for n in self.tensors if not n.startswith(blocks) and n not in left),
+                (name for name in outside if name not in skipped),
+                # A tied head multiplies by the embedding, so it needs float32.
                 looked_up - self._sources(head) if with_head else looked_up,
             ),
-            _widening(table),
+            _float32_rows(embedding),
         ):
             yield
 
@@ -159,7 +172,7 @@ class BlockwiseModel:
         return {self.tensors[name] for name in names if name in self.tensors}
 
     def _untied(self, head: set[str]) -> set[str]:
-        """Return what the output head shares with nothing else."""
+        """Return the parameters of the output head that are not tied to others."""
         shared = self._sources(name for name in self.tensors if name not in head)
         return {n for n in head if self.tensors.get(n) not in shared}
 
@@ -167,24 +180,25 @@ class BlockwiseModel:
     def _filled(
         self, names: Iterable[str], as_stored: Set[str] = frozenset()
     ) -> Iterator[None]:
-        """Fill parameters and buffers for a while.
+        """Give parameters and buffers their values for the duration of the context.
 
         Args:
-            names: Which.
-            as_stored: Tensors of the checkpoint that are not widened if of 16 bits.
+            names: The parameters and buffers.
+            as_stored: Tensors of the checkpoint that keep their dtype if it has 16
+                bits; all others are converted to float32.
         """
-        wanted = list(names)
-        stored = self.checkpoint.read(dict.fromkeys(self.tensors[n] for n in wanted))
+        names = list(names)
+        stored = self.checkpoint.read(dict.fromkeys(self.tensors[n] for n in names))
         values: dict[str, Tensor] = {}
         empty: dict[str, Tensor | None] = {}
         try:
-            for name in wanted:
+            for name in names:
                 source = self.tensors[name]
                 if source in stored:
                     widen = source not in as_stored
                     values[source] = self._usable(source, stored.pop(source), widen)
                 empty[name] = self._swap(name, values[source])
-            values.clear()  # so that a weight is freed once another takes its place
+            values.clear()  # a weight that is replaced within the context is then freed
             self._move_buffers()
             yield
         finally:
@@ -193,65 +207,68 @@ class BlockwiseModel:
 
     def _usable(self, name: str, tensor: Tensor, widen: bool) -> Tensor:
         usable = tensor.to(self.device)
-        if usable.is_floating_point() and (widen or usable.dtype not in NARROW):
+        if usable.is_floating_point() and (widen or usable.dtype not in HALF_DTYPES):
             usable = usable.float()
         self.check_finite(name, usable)
         return usable
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
-        """Raise NumericalError where a tensor of the checkpoint is not all numbers."""
+        """Raise NumericalError if a tensor of the checkpoint is not finite."""
         if tensor.is_floating_point() and not is_finite(tensor):
             raise NumericalError(
                 f"Tensor {name} of {self.checkpoint.folder} holds NaN or infinity.",
-                "Repair or download the checkpoint again; it cannot be computed with.",
+                "Repair the checkpoint, or download it again.",
             )
 
     def _swap(self, name: str, value: Tensor | None) -> Tensor | None:
-        """Put a value in the place of a parameter or buffer; return what was there."""
+        """Replace the value of a parameter or buffer; return the previous one."""
         path, _, leaf = name.rpartition(".")
         owner = self.meta_model.model.get_submodule(path)
-        if leaf in owner._parameters:
-            old = owner._parameters[leaf]
-            if value is not None and not isinstance(value, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=False)
-            owner._parameters[leaf] = value
-        else:
-            old = owner._buffers[leaf]
-            owner._buffers[leaf] = value
-        return old
+        parameters, buffers = parameter_slots(owner), buffer_slots(owner)
+        if leaf not in parameters:
+            previous, buffers[leaf] = buffers[leaf], value
+            return previous
+        if value is not None and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        previous, parameters[leaf] = parameters[leaf], value
+        return previous
 
     def _move_buffers(self) -> None:
-        """Bring computed buffers (rotary frequencies, masks) to the device."""
+        """Move computed buffers (rotary frequencies, masks) to the device."""
         if self.device.type == "cpu":
             return
         for module in self.meta_model.model.modules():
-            for name, buffer in module._buffers.items():
+            buffers = buffer_slots(module)
+            for name, buffer in buffers.items():
                 if buffer is not None and buffer.device.type == "cpu":
-                    module._buffers[name] = buffer.to(self.device)
+                    buffers[name] = buffer.to(self.device)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Explain what breaks inside a model's own code: mostly a config that lies."""
+        """Turn errors raised by the model's code into UnsupportedModelError.
+
+        Their usual cause is a config that contradicts the weights.
+        """
         try:
             yield
         except torch.OutOfMemoryError:
-            raise  # no fault of the model's; `with_smaller_batches` knows what to do
+            raise  # handled by `with_smaller_batches`
         except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as e:
             reason = " ".join(str(e).split())[:160].rstrip(". ")
             raise UnsupportedModelError(
-                f"{type(self.meta_model.model).__name__} cannot be run as its config in "
-                f"{self.checkpoint.folder} says ({type(e).__name__}: {reason}).",
-                "Check config.json; if plain transformers runs it, open an issue.",
+                f"{type(self.meta_model.model).__name__} cannot be run with its config "
+                f"in {self.checkpoint.folder} ({type(e).__name__}: {reason}).",
+                "Check config.json; if transformers can run the model, open an issue.",
             ) from e
 
 
 @contextmanager
-def _widening(table: nn.Embedding | None) -> Iterator[None]:
-    """Let what is looked up in an embedding be float32, whatever it is stored in."""
-    if table is None:
+def _float32_rows(embedding: nn.Embedding | None) -> Iterator[None]:
+    """Convert the rows that are looked up in an embedding to float32."""
+    if embedding is None:
         yield
         return
-    hook = table.register_forward_hook(lambda module, ids, rows: rows.float())
+    hook = embedding.register_forward_hook(lambda module, ids, rows: rows.float())
     try:
         yield
     finally:

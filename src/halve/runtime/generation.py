@@ -1,4 +1,4 @@
-"""A whole model in memory, to write text: `halve generate`, `self` calibration."""
+"""A whole model in memory, to generate text: `halve generate`, `self` calibration."""
 
 from pathlib import Path
 from typing import Any
@@ -8,32 +8,32 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from halve.calibration import load_tokenizer
-from halve.checkpoint import locate
+from halve.checkpoint import resolve_model
 from halve.errors import CheckpointError, HalveError
 from halve.models import longest_sequence
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.untrusted import truncated
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_MAX_TOKENS = 2**31
+_MAX_TOKEN_ID = 2**31
 
 
 def load(
     model: str | Path, device: str = "auto", trust_remote_code: bool = False
 ) -> Any:  # noqa: ANN401  (one of transformers' model classes)
-    """Return a model of transformers, whole, in evaluation mode; packed, it runs so.
+    """Return a transformers model in evaluation mode; a packed one stays packed.
 
     Args:
-        model: A folder, dense or packed, or a name on the hub.
+        model: A folder, dense or packed, or a name on the Hub.
         device: `cpu`, `cuda` or `auto`.
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Raises:
-        SourceError: No such model, or no way to the hub.
-        UnsupportedModelError: Not a causal language model.
-        CheckpointError: Damaged files, or tensors that contradict the config.
+        SourceError: The model does not exist, or the Hub cannot be reached.
+        UnsupportedModelError: It is not a causal language model.
+        CheckpointError: Its files are damaged or contradict its config.
     """
-    opened = check_whole(locate(model), device, trust_remote_code)
+    opened = check_whole(resolve_model(model), device, trust_remote_code)
     folder = opened.checkpoint.folder
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -44,7 +44,8 @@ def load(
         )
     except HalveError:
         raise
-    except Exception as error:  # of the side files that only transformers reads
+    except Exception as error:  # of files that only transformers reads, such as
+        # generation_config.json; it may be of any class
         raise CheckpointError(
             f"transformers cannot load the model in {folder} "
             f"({type(error).__name__}: {truncated(' '.join(str(error).split()))}).",
@@ -54,23 +55,20 @@ def load(
 
 
 def check_whole(folder: Path, device: str, trust_remote_code: bool) -> BlockwiseModel:
-    """Refuse with a sentence what transformers would fill at random or trip over.
+    """Reject a model that transformers would fill with random numbers or crash on.
 
     Raises:
-        UnsupportedModelError: Not a causal language model.
-        CheckpointError: Damaged files, tensors that contradict the config, or packed
-            ones of which the config says nothing.
+        UnsupportedModelError: It is not a causal language model.
+        CheckpointError: Its files are damaged or contradict its config, or they are
+            packed and the config does not say so.
     """
     opened = BlockwiseModel.open(folder, device, trust_remote_code)
-    packed = any(info.parts for info in opened.checkpoint.tensors.values())
-    if (
-        packed
-        and getattr(opened.meta_model.config, "quantization_config", None) is None
-    ):
+    declared = getattr(opened.meta_model.config, "quantization_config", None)
+    if opened.checkpoint.is_packed and declared is None:
         raise CheckpointError(
             f"The files in {folder} are packed, but its config.json has no "
             "quantization_config that says so.",
-            "Take the config.json that was written with them, or pack the model again.",
+            "Use the config.json that was written with them, or pack the model again.",
         )
     return opened
 
@@ -84,19 +82,23 @@ def generate(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> str:
-    """Return a prompt and what the model adds to it, choosing the likeliest token.
+    """Return a prompt with its greedy continuation.
 
     Args:
-        model: A folder or a name on the hub.
-        prompt: Text to go on from.
-        max_new_tokens: Stops after so many.
+        model: A folder or a name on the Hub.
+        prompt: Text to continue.
+        max_new_tokens: Largest number of tokens to generate.
         device: `cpu`, `cuda` or `auto`.
         trust_remote_code: Whether Python code that comes with the model may run.
+
+    Raises:
+        HalveError: The prompt is empty, or longer than the model's context allows; and
+            whatever `load` raises.
     """
-    loaded = _plain(load(model, device, trust_remote_code))
-    tokenizer = load_tokenizer(locate(model), trust_remote_code)
+    loaded = _with_plain_decoding(load(model, device, trust_remote_code))
+    tokenizer = load_tokenizer(resolve_model(model), trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(loaded.device)
-    _check_room(loaded, inputs["input_ids"].shape[1], max_new_tokens)
+    _check_context(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     ids = loaded.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -106,34 +108,32 @@ def generate(
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-def _plain(loaded: Any) -> Any:  # noqa: ANN401
-    """Let nothing of generation_config.json count but the tokens that end a text.
+def _with_plain_decoding(model: Any) -> Any:  # noqa: ANN401
+    """Return a model whose generation_config.json is ignored except for its tokens.
 
-    The rest would choose other tokens than the likeliest, and take memory for that: a
-    million beams, say.
+    The rest would change which tokens are chosen, and is untrusted: it may ask for a
+    million beams.
     """
-    said = loaded.generation_config
-    tokens = {name: getattr(said, name, None) for name in _TOKENS}
-    loaded.generation_config = GenerationConfig(
-        **{name: value for name, value in tokens.items() if _are_tokens(value)}
+    original = model.generation_config
+    tokens = {name: getattr(original, name, None) for name in _TOKENS}
+    model.generation_config = GenerationConfig(
+        **{name: value for name, value in tokens.items() if _are_token_ids(value)}
     )
-    return loaded
+    return model
 
 
-def _are_tokens(value: object) -> bool:
+def _are_token_ids(value: object) -> bool:
     values = value if isinstance(value, list) else [value]
-    return all(isinstance(v, int) and 0 <= v < _MAX_TOKENS for v in values)
+    return all(isinstance(v, int) and 0 <= v < _MAX_TOKEN_ID for v in values)
 
 
-def _check_room(model: Any, prompt: int, more: int) -> None:  # noqa: ANN401
+def _check_context(model: Any, prompt: int, generated: int) -> None:  # noqa: ANN401
     if prompt == 0:
-        raise HalveError(
-            "The prompt is empty.", "Give at least one word to go on from."
-        )
+        raise HalveError("The prompt is empty.", "Pass at least one word.")
     longest = longest_sequence(model.config)
-    if longest is not None and prompt + more > longest:
+    if longest is not None and prompt + generated > longest:
         raise HalveError(
-            f"A prompt of {prompt} tokens and {more} new ones are more than the "
+            f"A prompt of {prompt} tokens and {generated} new ones are more than the "
             f"{longest} that the model takes.",
             "Shorten the prompt, or pass fewer --max-new-tokens.",
         )
@@ -143,15 +143,18 @@ def _check_room(model: Any, prompt: int, more: int) -> None:  # noqa: ANN401
 def sample_windows(
     folder: Path, samples: int, length: int, seed: int, trust_remote_code: bool = False
 ) -> Tensor:
-    """Let a model write its own calibration text, for when there is none.
+    """Sample calibration windows from the model itself.
 
-    Each window begins with a random token and goes on by sampling from the model's
-    whole distribution. The model is held in memory whole.
+    Each begins with a random token, and the rest is sampled from the model's full
+    distribution at temperature 1.
+
+    Cost:
+        Memory for the whole model.
 
     Returns:
         [samples, length], int64; the same seed gives the same windows.
     """
-    model = _plain(load(folder, "cpu", trust_remote_code))
+    model = _with_plain_decoding(load(folder, "cpu", trust_remote_code))
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     first = torch.randint(vocabulary, (samples, 1), generator=generator)

@@ -1,18 +1,18 @@
-"""Memory that was freed, handed back to the system."""
+"""Return freed memory to the operating system."""
 
 import ctypes
 import sys
 
 
 def malloc_trim() -> None:
-    """Hand back what the C library keeps of freed memory.
+    """Return the memory that the C library caches after it was freed to the system.
 
-    glibc keeps what is freed in pieces of up to 32 MiB for later, and activations and
-    matrices are of such sizes: without this the peak is the sum of all phases, and not
-    the largest (docs/log.md). Does nothing where the C library is another one.
+    glibc caches freed blocks of up to 32 MiB for reuse, and activations and matrices
+    are of such sizes: without this, peak memory is the sum of all phases instead of the
+    largest (docs/log.md). Does nothing with another C library.
     """
     if sys.platform != "linux":
         return
-    trimmer = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trimmer is not None:
-        trimmer(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,4 +1,4 @@
-"""Where the memory of a device is exhausted: half of the batch, and go on."""
+"""Retry with smaller batches when the memory of a device is exhausted."""
 
 import gc
 import warnings
@@ -17,21 +17,22 @@ Result = TypeVar("Result")
 def with_smaller_batches(
     model: BlockwiseModel, length: int, work: Callable[[BlockwiseModel], Result]
 ) -> Result:
-    """Do a piece of work; where memory is exhausted, again with half of the batch.
+    """Run a piece of work; on an out-of-memory error, retry with half the batch size.
 
-    Sums over batches are rounded otherwise then, and refining takes more steps, each on
-    fewer tokens: the result is as good, but not the same to the bit.
+    After a retry, sums over batches are rounded differently, and block reconstruction
+    takes more steps on fewer tokens each: the result is as good, but not the same to
+    the bit.
 
     Args:
-        model: As it is for the first attempt.
-        length: Tokens in a window; a batch has one at least.
-        work: Given a model; must be such that it can be begun anew.
+        model: The model, with the batch size of the first attempt.
+        length: The number of tokens in a window; a batch has at least one window.
+        work: What to run; it is called with a model and must support being restarted.
 
     Raises:
-        HalveError: The memory does not suffice for one window.
+        HalveError: The memory does not suffice for a single window.
 
     Warns:
-        HalveWarning: Of every halving.
+        HalveWarning: Whenever the batch size is halved.
     """
     while True:
         try:
@@ -43,17 +44,19 @@ def with_smaller_batches(
                     f"{length} tokens.",
                     "Pass a shorter --seq-len, or --device cpu.",
                 ) from error
-        model = _halved(model)  # no sooner: the error holds the tensors of its frames
+        # Outside the handler, where the error still references the tensors of its
+        # frames.
+        model = _with_half_the_batch(model)
 
 
-def _halved(model: BlockwiseModel) -> BlockwiseModel:
+def _with_half_the_batch(model: BlockwiseModel) -> BlockwiseModel:
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     tokens = model.batch_tokens // 2
     warnings.warn(
-        f"The memory of {model.device} is exhausted; going on with {tokens} tokens at "
-        "once, half as many as before.",
+        f"The memory of {model.device} is exhausted; retrying with {tokens} tokens per "
+        "batch, half as many as before.",
         HalveWarning,
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""The hidden states of a set of windows, carried through a model block by block."""
+"""The hidden states of a set of windows, advanced through a model block by block."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,30 +15,31 @@ from halve.numerics.finite import is_finite
 from halve.numerics.matmul import FastMatmul
 from halve.runtime.blockwise_model import BATCH_TOKENS, BlockwiseModel
 
-# The one sample on which the inputs of a block's modules are watched.
+# The sample that is run to see which modules of a block are called, and with what.
 _FIRST = slice(0, 1)
-# Logits of one batch, in numbers: 256 MiB of float32.
+# Logits in one batch: 256 MiB of float32.
 _BATCH_LOGITS = 2**26
 
 
 @dataclass
 class Stream:
-    """The hidden states of windows on their way through a model.
+    """The hidden states of windows between two blocks of a model.
 
-    Where several processes share windows, each has a stream of its own ones.
+    In a run of several processes, each has a stream of its part of the windows.
 
     Attributes:
-        model: What they go through.
-        windows: Token numbers, [samples, length].
-        held_out: How many windows, the last ones, are kept apart from the others: no batch
-            holds both kinds.
-        ranks: Who has the other windows.
-        numbers: Which of all windows these are.
-        all_held_out: How many windows all processes keep apart.
-        hidden: States between two blocks, [samples, length, width], overwritten by
-            each block.
-        captured: How blocks are called: for each size of batch where all batches are
-            called alike, else for each batch (by its first sample).
+        model: The model that the windows are run through.
+        windows: Token ids, [samples, length], int64.
+        held_out: The number of windows, at the end, that are held out for validation.
+            No batch mixes them with the others.
+        ranks: The processes of the run.
+        numbers: The index of each window among those of all processes.
+        all_held_out: The number of held-out windows of all processes.
+        hidden: Hidden states, [samples, length, width], float32, on the CPU;
+            overwritten by each block.
+        captured: The calls of the blocks, by (size of batch, first sample). The first
+            sample is None in the entry that serves all batches of that size; batches
+            that are called differently have entries of their own.
     """
 
     model: BlockwiseModel
@@ -67,23 +68,25 @@ class Stream:
 
         Args:
             model: The model.
-            windows: [samples, length], int64: those of all processes.
-            budget: Bytes of hidden states that may live in memory.
-            folder: Where a mapped file lies past that.
-            held_out: How many of the windows, the last ones, are kept apart.
-            ranks: Who shares them. Each process must be left one that is not apart, or
-                one in all where all are.
+            windows: The windows of all processes, [samples, length], int64.
+            budget: Bytes of hidden states to hold in memory; larger ones are spilled to
+                a memory-mapped file.
+            folder: The folder of that file.
+            held_out: The number of windows, at the end, to hold out.
+            ranks: The processes that divide the windows among them. There must be one
+                window for each that is not held out, or one in all if all are.
 
         Raises:
-            CalibrationError: Windows longer than the model can take.
+            CalibrationError: The windows are longer than the model supports.
         """
         model.meta_model.check_length(windows.shape[1])
-        fitted, batch = len(windows) - held_out, model.batch(windows.shape[1])
-        held = [fitted + number for number in _own(held_out, batch, ranks)]
-        numbers = [*_own(fitted, batch, ranks), *held]
+        training, batch = len(windows) - held_out, model.batch(windows.shape[1])
+        validation = [training + i for i in _my_windows(held_out, batch, ranks)]
+        numbers = [*_my_windows(training, batch, ranks), *validation]
         windows = windows[numbers]
-        stream = cls(model, windows, len(held), ranks, numbers, held_out)
-        steps = stream.steps() if ranks.size > 1 else ()  # of other sizes
+        stream = cls(model, windows, len(validation), ranks, numbers, held_out)
+        # Batches of these sizes are run as well, and need captured calls.
+        steps = stream.steps() if ranks.size > 1 else ()
         with model.surroundings(with_head=False), FastMatmul():
             for part in (_FIRST, *stream.batches(), *steps):
                 ids = windows[part].to(model.device)
@@ -94,11 +97,11 @@ class Stream:
                     shape = (samples, length, states.shape[-1])
                     stream.hidden = allocate_hidden(shape, budget, folder)
                 stream.hidden[part] = states.cpu()
-                stream._note(part, captured)
+                stream._remember(part, captured)
         return stream
 
     def fork(self, budget: int, folder: Path | None = None) -> "Stream":
-        """Return a second stream at the same place, to go its own way from there."""
+        """Return a copy of the stream, which can be advanced independently."""
         twin = replace(self)
         samples, length, width = self.hidden.shape
         twin.hidden = allocate_hidden((samples, length, width), budget, folder)
@@ -107,51 +110,52 @@ class Stream:
         return twin
 
     def batches(self) -> Iterator[slice]:
-        """Yield slices of samples, of equal size but for the last of each kind.
+        """Yield the slices of samples that are run together.
 
-        However many processes share the windows, their batches are the same.
+        Training windows come first, then those held out; the last slice of each may be
+        smaller. Batches do not depend on the number of processes.
         """
         return self._slices(self.model.batch(self.windows.shape[1]))
 
     def steps(self) -> Iterator[slice]:
-        """Yield smaller slices, where processes together take a batch at a time."""
+        """Yield smaller slices, of which all processes together have one batch."""
         batch = self.model.batch(self.windows.shape[1])
         return self._slices(max(batch // self.ranks.size, 1))
 
     def _slices(self, size: int) -> Iterator[slice]:
         samples = len(self.windows)
-        own = samples - self.held_out
-        for first, last in ((0, own), (own, samples)):
+        training = samples - self.held_out
+        for first, last in ((0, training), (training, samples)):
             for start in range(first, last, size):
                 yield slice(start, min(start + size, last))
 
     def is_held_out(self, part: slice) -> bool:
-        """Whether a batch is of the windows kept apart."""
+        """Whether a batch consists of held-out windows."""
         return part.start >= len(self.windows) - self.held_out
 
-    def _note(self, part: slice, captured: CapturedCalls) -> None:
-        """Keep a recording once where batches of its size are all called alike."""
+    def _remember(self, part: slice, captured: CapturedCalls) -> None:
+        """Store the calls of a batch, once for all batches of its size if equal."""
         size = part.stop - part.start
         shared = self.captured.setdefault((size, None), captured)
         if shared is not captured and not shared.same_as(captured):
             self.captured[size, part.start] = captured
 
-    def _recording(self, part: slice) -> CapturedCalls:
+    def _calls(self, part: slice) -> CapturedCalls:
         size = part.stop - part.start
-        own = self.captured.get((size, part.start))
-        return own or self.captured[size, None]
+        specific = self.captured.get((size, part.start))
+        return specific or self.captured[size, None]
 
     @torch.no_grad()
     def run_first(self, block: nn.Module, index: int) -> Tensor:
-        """Return what a block makes of the first sample alone."""
+        """Run a block on the first sample alone; return its output, on the device."""
         return self.run(block, index, _FIRST)
 
     def run(self, block: nn.Module, index: int, part: slice) -> Tensor:
-        """Return what a block makes of one batch of hidden states, on the device.
+        """Run a block on one batch of hidden states; return its output, on the device.
 
-        Differentiable where gradients are enabled.
+        The output is differentiable if gradients are enabled.
         """
-        call = self._recording(part).calls[index]
+        call = self._calls(part).calls[index]
         with FastMatmul(), self.model.running():
             return call.replay(block, self.hidden[part].to(self.model.device))
 
@@ -162,10 +166,15 @@ class Stream:
         index: int,
         watch: Callable[[slice, Tensor], None] | None = None,
     ) -> None:
-        """Replace the hidden states by what a block makes of them.
+        """Replace the hidden states by the output of a block.
+
+        Args:
+            block: The block, with its weights.
+            index: Its index in the model.
+            watch: Called with each batch and the block's output for it, on the device.
 
         Raises:
-            NumericalError: They are no longer finite; names block and sample.
+            NumericalError: An output is not finite; the message names block and sample.
         """
         for part in self.batches():
             states = self.run(block, index, part)
@@ -179,18 +188,19 @@ class Stream:
             return
         bad = (~states.isfinite()).flatten(1).any(dim=1).nonzero()[0].item()
         raise NumericalError(
-            f"Block {self.model.block_name(index)} gives NaN or infinity for sample "
+            f"Block {self.model.block_name(index)} outputs NaN or infinity for sample "
             f"{self.numbers[part.start + int(bad)]}.",
             "Check the checkpoint and the text; a model that overflows in float32 "
-            "cannot be pruned or judged.",
+            "cannot be pruned or evaluated.",
         )
 
     @torch.no_grad()
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """Run everything after the last block; yield logits, batch after batch.
+        """Run everything after the last block, batch by batch.
 
         Yields:
-            Samples, and their logits [batch, length, vocabulary] on the device.
+            A slice of samples, and their logits, [batch, length, vocabulary], on the
+            device.
         """
         size = self.model.meta_model.config.get_text_config().vocab_size
         with self.model.surroundings(with_head=True):
@@ -207,18 +217,19 @@ class Stream:
 
 @torch.no_grad()
 def held_out_logits(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run what comes after the last block for the windows that two streams keep apart.
+    """Run everything after the last block for the held-out windows of two streams.
 
     Args:
-        first: A stream behind the last block.
-        second: Another of the same model, with as many windows apart.
+        first: A stream that has been advanced past the last block.
+        second: Another one of the same model, with as many held-out windows.
 
     Yields:
-        The logits of both, [batch, length, vocabulary] on the device.
+        The logits of both for one batch, [batch, length, vocabulary] each, on the
+        device.
     """
     model = first.model
     size = model.meta_model.config.get_text_config().vocab_size
-    # Both at once, so half of the batch each.
+    # The logits of both streams are in memory together, so each has half a batch.
     batch = max(_logits_batch(first, size) // 2, 1)
     parts = (
         [part for part in s._slices(batch) if s.is_held_out(part)]
@@ -230,15 +241,17 @@ def held_out_logits(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Ten
 
 
 def _logits_batch(stream: Stream, vocabulary: int) -> int:
-    """Return for how many windows logits are computed at once."""
-    share = stream.model.batch_tokens / BATCH_TOKENS
+    """Return the number of windows whose logits are computed at once."""
+    # Reduced as the batch is, when memory was exhausted.
+    fraction = stream.model.batch_tokens / BATCH_TOKENS
     window = vocabulary * stream.windows.shape[1]
-    return max(int(_BATCH_LOGITS * share) // window, 1)
+    return max(int(_BATCH_LOGITS * fraction) // window, 1)
 
 
-def _own(count: int, batch: int, ranks: Ranks) -> list[int]:
-    """Return which of so many windows a process has: whole batches, if there are any.
+def _my_windows(count: int, batch: int, ranks: Ranks) -> list[int]:
+    """Return the indices of this process's windows among `count` of them.
 
-    Where there are fewer batches than processes, smaller pieces.
+    Windows are assigned in whole batches, or in smaller pieces where there are fewer
+    batches than processes.
     """
     return ranks.my_indices(count, max(min(batch, count // ranks.size), 1))

@@ -1,37 +1,40 @@
-"""Lets transformers know packed checkpoints as soon as Halve is imported.
+"""Registers packed checkpoints with transformers when Halve is imported.
 
-`import halve` costs nothing, and importing transformers takes seconds; so where it is
-not there yet, its import is awaited. transformers has no plug-in discovery of its own.
+transformers does not discover plug-ins, and importing it takes seconds, which
+`import halve` must not cost. So if transformers has not been imported yet, a finder in
+`sys.meta_path` registers the quantizer as soon as it is.
 """
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-_AWAITED = "transformers.quantizers"
+_MODULE = "transformers.quantizers"
 
 
 def register_with_transformers() -> None:
-    """Register the quantizer now, or when transformers has been imported."""
-    if _AWAITED in sys.modules:
+    """Register the quantizer, now or when transformers is imported."""
+    if _MODULE in sys.modules:
         _register()
-    elif not any(isinstance(finder, _Awaiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Awaiting())
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterOnImport())
 
 
 def _register() -> None:
-    # By name: nothing here may be loaded before it is needed.
-    import_module("halve.integrations.transformers.quantizer").register()
+    # Imported here because it imports transformers.
+    from halve.integrations.transformers.quantizer import register  # noqa: PLC0415
+
+    register()
 
 
-class _Awaiting(MetaPathFinder):
-    """Finds nothing itself; adds a step to the import that it waits for."""
+class _RegisterOnImport(MetaPathFinder):
+    """Finds no module itself, but adds a step to the import of one."""
 
     def __init__(self) -> None:
+        # Set while the other finders are asked, so that this one does not call itself.
         self.asking = False
 
     def find_spec(
@@ -40,7 +43,7 @@ class _Awaiting(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if fullname != _AWAITED or self.asking:
+        if fullname != _MODULE or self.asking:
             return None
         self.asking = True
         try:

@@ -1,7 +1,8 @@
-"""How transformers loads a packed checkpoint: `quant_method: halve` in config.json.
+"""The quantizer by which transformers loads packed checkpoints.
 
-Imported while transformers itself is being imported, so whatever needs the rest of it
-is imported on use.
+transformers selects it for `quant_method: halve` in config.json. This module is
+imported while transformers itself is being imported, so modules that need the rest of
+it are imported inside functions.
 """
 
 # ruff: noqa: PLC0415
@@ -21,7 +22,7 @@ from halve.formats import METHOD, check_version
 
 
 class HalveConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed checkpoint; unknown entries are kept."""
+    """The `quantization_config` of a packed checkpoint; keeps unknown entries."""
 
     def __init__(self, **entries: Any) -> None:  # noqa: ANN401
         self.quant_method: Any = METHOD
@@ -30,12 +31,13 @@ class HalveConfig(QuantizationConfigMixin):
 
 
 class HalveQuantizer(HfQuantizer):
-    """Puts sparse layers into a model and lets its weights be loaded as they lie."""
+    """Installs packed layers before transformers loads the weights into them."""
 
-    requires_calibration = True  # packs nothing on the fly: `halve pack` does
+    # Models are packed by `halve pack`, not while they are loaded.
+    requires_calibration = True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Refuse a version of the format that this Halve does not know."""
+        """Raise UnsupportedModelError on a version that this Halve cannot read."""
         check_version("this folder", self.quantization_config.to_dict())
 
     def _process_model_before_weight_loading(
@@ -44,14 +46,14 @@ class HalveQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        from halve.runtime.cpu.replace_modules import install_sparse_layers
+        from halve.runtime.cpu.replace_modules import install_packed_layers
 
         if not checkpoint_files:
             raise HalveError(
                 "A packed model can only be loaded from its files.",
                 "Pass from_pretrained the folder, and no state_dict.",
             )
-        install_sparse_layers(model, checkpoint_files)
+        install_packed_layers(model, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(
@@ -59,16 +61,16 @@ class HalveQuantizer(HfQuantizer):
         model: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
+        from halve.runtime.cpu.dense_linear import use_dense_kernel
         from halve.runtime.cpu.kernels import kernels
-        from halve.runtime.cpu.layers import use_own_products
-        from halve.runtime.cpu.replace_modules import check_layers, sparse_layers
+        from halve.runtime.cpu.replace_modules import check_layers, packed_layers
         from halve.runtime.cuda.fallback import unpack_on_cuda
 
         check_layers(model)
         unpack_on_cuda(model)
-        if any(True for _ in sparse_layers(model)):
-            kernels()  # says now, and not in the first product, if there are none
-            use_own_products(model)
+        if any(True for _ in packed_layers(model)):
+            kernels()  # warns now, rather than in the first product, if there are none
+            use_dense_kernel(model)
         else:
             self.remove_quantization_config(model)
         return model
@@ -79,23 +81,23 @@ class HalveQuantizer(HfQuantizer):
         make_dense(model)
         return model.to(dtype)
 
-    def is_serializable(self) -> Any:  # noqa: ANN401  (the base class says None)
-        """Say that `save_pretrained` writes what was loaded."""
+    def is_serializable(self) -> Any:  # noqa: ANN401  (declared None in the base)
+        """True: `save_pretrained` writes the packed tensors."""
         return True
 
     @property
-    def is_trainable(self) -> Any:  # noqa: ANN401  (the base class says None)
-        """Say that no gradient passes."""
+    def is_trainable(self) -> Any:  # noqa: ANN401  (declared None in the base)
+        """False: packed weights have no gradients."""
         return False
 
     @property
     def is_compileable(self) -> bool:
-        """Say that `torch.compile` can take the model whole."""
+        """True: `torch.compile` captures the model in one graph."""
         return True
 
 
 def register() -> None:
-    """Make transformers know `quant_method: halve`; twice is harmless."""
+    """Register `quant_method: halve` with transformers, once."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(HalveConfig)
         register_quantizer(METHOD)(HalveQuantizer)

@@ -14,10 +14,10 @@ from math import prod
 from operator import or_
 from pathlib import Path
 
-from halve.calibration import default_budget
+from halve.calibration import default_activation_memory
 from halve.calibration_stats import MAX_TILE, GramMatrix
 from halve.layout import PlannedBlock, PlannedMatrix
-from halve.numerics.matmul import NARROW, WIDENED
+from halve.numerics.matmul import HALF_DTYPES, MAX_CONVERTED
 from halve.plan import Plan
 from halve.pruning.observe.activation_cache import is_wide
 from halve.pruning.observe.collect import HELD_OUT_TOKENS
@@ -137,7 +137,7 @@ def forecast_run(
     return Forecast(
         process=_resident() + _LIBRARIES,
         activations=tuple(estimate.activations()),
-        budget=default_budget() if budget is None else budget,
+        budget=default_activation_memory() if budget is None else budget,
         deferred=estimate.deferred_bytes(),
         phases=tuple(estimate.phases()),
         output=plan.layout.output_bytes,
@@ -245,7 +245,7 @@ class _Estimate:
             yield _phase(
                 "collecting",
                 weights=weights,
-                as_float32=min(WIDENED, max(map(self._widened, block.matrices))),
+                as_float32=min(MAX_CONVERTED, max(map(self._widened, block.matrices))),
                 grams=self._first_sums(block),
                 activations=batch,
             )
@@ -349,7 +349,7 @@ class _Estimate:
 
     def _widened(self, planned: PlannedMatrix) -> int:
         """Return what a matrix takes in float32 beside itself; 0 if it is so."""
-        narrow = self.plan.layout.tensors[planned.tensor].dtype in NARROW
+        narrow = self.plan.layout.tensors[planned.tensor].dtype in HALF_DTYPES
         return (narrow and planned.matrix.plain) * planned.elements
 
     def _beside(self, planned: PlannedMatrix) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from halve.calibration import default_budget
+from halve.calibration import default_activation_memory
 from halve.errors import HalveError
 from halve.plan import Plan
 from halve.pruning.memory.forecast import Forecast, forecast_run
@@ -44,7 +44,9 @@ def plan_memory(
     Raises:
         HalveError: The rest alone takes more than may be taken.
     """
-    own = default_budget() // processes if activations is None else activations
+    own = (
+        default_activation_memory() // processes if activations is None else activations
+    )
     if memory is None:
         return MemoryPlan(own)
     aimed = memory - memory // _SPARE

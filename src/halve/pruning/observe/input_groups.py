@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from halve._compat.torch import tensor_version
 from halve.errors import UnsupportedModelError
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.runtime.stream import Stream
@@ -115,4 +116,5 @@ def stages(groups: list[Group], width: int) -> list[list[Group]]:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.data_ptr(), tensor.shape[-1], tensor.numel(), tensor._version)
+    version = tensor_version(tensor)
+    return (tensor.data_ptr(), tensor.shape[-1], tensor.numel(), version)

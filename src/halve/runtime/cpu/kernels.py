@@ -1,8 +1,8 @@
-"""The compiled kernels: found, loaded and called; no torch operator here.
+"""Bindings of the compiled kernels, by ctypes.
 
-The library is plain C and knows nothing of torch or Python. It is loaded after torch,
-so that both share the one OpenMP runtime, and with it the thread pool, that torch
-brought along: a second copy was measured to cost a quarter of the speed.
+The library has a plain C interface and does not depend on torch or Python. It is loaded
+after torch, so that both share torch's OpenMP runtime and its thread pool: a second
+copy was measured to cost a quarter of the speed.
 """
 
 import ctypes
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from halve.errors import HalveError, HalveWarning
 
-# Chooses a kernel: one that the library has, or `torch` for none of them.
+# Environment variable that selects a kernel of the library, or `torch` to use none.
 VARIABLE = "HALVE_KERNEL"
 TORCH = "torch"
 _ABI = 1
 _NAMES = ("libhalve_kernels.so", "libhalve_kernels.dylib")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STATUS = {
-    1: "arguments that contradict each other",
-    2: "no memory left",
-    3: "no kernel of that name",
+    1: "inconsistent arguments",
+    2: "out of memory",
+    3: "unknown kernel",
     4: "a kernel that this CPU cannot run",
 }
 
@@ -45,10 +45,11 @@ class _Matrix(ctypes.Structure):
 
 
 class Kernels:
-    """The library with one of its kernels chosen.
+    """The library, with one of its kernels selected.
 
-    Every method takes contiguous CPU tensors that belong together; what lies in mask
-    and offsets cannot make a kernel read or write outside them.
+    All methods take contiguous CPU tensors of consistent shapes and dtypes. The
+    contents of mask and offsets need not be valid: no kernel reads or writes outside
+    the tensors, whatever they contain.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -56,21 +57,25 @@ class Kernels:
 
     @property
     def name(self) -> str:
-        """Of the kernel in use: `avx512bf16`, `avx2` ..."""
+        """Name of the selected kernel, such as `avx512bf16` or `avx2`."""
         return self.library.halve_selected().decode()
 
     @property
     def available(self) -> list[str]:
-        """Names of the kernels that this CPU can run, the best first."""
+        """Names of the kernels that this CPU can run, the fastest first."""
         return self.library.halve_available().decode().split(",")
 
     def select(self, name: str) -> None:
-        """Choose a kernel; an empty name chooses the best."""
+        """Select a kernel; an empty name selects the fastest.
+
+        Raises:
+            HalveError: The library has no such kernel, or this CPU cannot run it.
+        """
         if self.library.halve_select(name.encode()):
             names = ", ".join([*self.available, TORCH])
             raise HalveError(
                 f"There is no kernel {name!r} for this CPU.",
-                f"Set {VARIABLE} to one of {names}, or to nothing for the best.",
+                f"Set {VARIABLE} to one of {names}, or unset it for the fastest.",
             )
 
     def packed_linear(
@@ -117,7 +122,7 @@ class Kernels:
     def unpack(
         self, values: Tensor, mask: Tensor, offsets: Tensor, rows: slice, out: Tensor
     ) -> None:
-        """Write some rows of a packed matrix, dense, into [rows, columns]."""
+        """Unpack some rows of a packed matrix into `out`, [rows, columns]."""
         matrix = _matrix(values, mask, offsets, out.shape[1])
         _check(
             self.library.halve_unpack(
@@ -130,42 +135,42 @@ class Kernels:
         )
 
     def read(self, memory: Tensor) -> None:
-        """Read every byte of a tensor once, to see how fast that can be."""
+        """Read every byte of a tensor once, to measure the memory bandwidth."""
         self.library.halve_read(
             memory.data_ptr(), memory.nbytes, torch.get_num_threads()
         )
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Whether kernels take weights of a dtype."""
+    """Whether the kernels take weights of a dtype."""
     return dtype in _DTYPES
 
 
 @cache
 def kernels() -> Kernels | None:
-    """Return the kernels, or None, with one warning, where there are none.
+    """Return the kernels, or None, with one warning, if there are none.
 
     Raises:
-        HalveError: The environment asks for a kernel that is not there.
+        HalveError: `HALVE_KERNEL` names a kernel that cannot be used.
     """
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted == TORCH:
+    name = os.environ.get(VARIABLE, "")
+    if name == TORCH:
         return _without(f"{VARIABLE} is {TORCH}")
     path = _library_path()
     if path is None:
         return _without("Halve was built without a C++ compiler")
     try:
-        found = Kernels(_load(path))
+        loaded = Kernels(_load(path))
     except (OSError, AttributeError) as error:
         return _without(f"{path.name} cannot be loaded: {error}")
-    found.select(wanted)
-    return found
+    loaded.select(name)
+    return loaded
 
 
 def _without(reason: str) -> None:
     warnings.warn(
-        f"Packed matrices run without Halve's kernels ({reason}). That is right, and "
-        "much slower than dense.",
+        f"Packed matrices run without Halve's kernels ({reason}). Results are correct, "
+        "but much slower than dense.",
         HalveWarning,
         stacklevel=2,
     )
@@ -183,7 +188,7 @@ def _library_path() -> Path | None:
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     if library.halve_abi() != _ABI:
-        raise OSError(f"it is of interface {library.halve_abi()}, not {_ABI}")
+        raise OSError(f"its ABI version is {library.halve_abi()}, not {_ABI}")
     library.halve_selected.restype = library.halve_available.restype = ctypes.c_char_p
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.halve_packed_linear.argtypes = (
@@ -215,4 +220,4 @@ def _matrix(values: Tensor, mask: Tensor, offsets: Tensor, columns: int) -> _Mat
 
 def _check(status: int) -> None:
     if status:
-        raise RuntimeError(f"the kernel found {_STATUS.get(status, status)}")
+        raise RuntimeError(f"the kernel reports {_STATUS.get(status, status)}")

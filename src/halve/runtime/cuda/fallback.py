@@ -1,13 +1,12 @@
-"""Packed models on CUDA: dense again, or 2:4 in torch's own layout if that is faster.
+"""Packed models on CUDA: unpacked, or in torch's 2:4 layout if that is faster.
 
-There is no kernel of Halve's for GPUs yet. A packed model saves its bytes on the disk
-and on the way to the GPU, and not in the GPU's memory; it is never slower than dense.
+Halve has no GPU kernels yet. Packing saves bytes on the disk and on the way to the GPU,
+but not in GPU memory; a packed model is never slower than the dense one.
 """
 
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,40 +14,55 @@ from torch.nn import functional
 
 from halve.errors import HalveWarning
 from halve.patterns import NM
-from halve.runtime.cpu.replace_modules import dense_layer, sparse_layers
+from halve.runtime.cpu.replace_modules import packed_layers
 
 _TWO_OF_FOUR = NM(2, 4)
-# A decoded token and a prompt: 2:4 must not be slower at either to be chosen.
+# Rows of input that are timed, a decoded token and a prompt. 2:4 is used only if it is
+# faster for both.
 _ROWS = (1, 512)
 _REPEATS = 20
+# Shape and dtype of a weight; each kind is timed once.
+_Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 def unpack_on_cuda(model: nn.Module) -> None:
-    """Replace packed layers that lie on a GPU by dense or semi-structured ones.
+    """Replace packed layers on a GPU by dense or semi-structured ones.
 
-    Warns once, with counts of both.
+    Warns once, with the number of each.
     """
-    layers = [found for found in sparse_layers(model) if found[1].weight.is_cuda]
-    faster: dict[Any, bool] = {}
-    for name, sparse in layers:
-        dense = dense_layer(sparse)
+    layers = [
+        (path, layer) for path, layer in packed_layers(model) if layer.weight.is_cuda
+    ]
+    faster: dict[_Kind, bool] = {}
+    for path, packed in layers:
+        dense = packed.to_dense()
         if isinstance(dense, nn.Linear) and _is_two_of_four(dense.weight):
-            key = (tuple(dense.weight.shape), dense.weight.dtype)
-            structured = _semi_structured(dense.weight)
-            if key not in faster:
-                faster[key] = structured is not None and _is_faster(dense, structured)
-            if faster[key] and structured is not None:
-                dense.weight = nn.Parameter(structured, requires_grad=False)
-        model.set_submodule(name, dense)
+            _use_semi_structured(dense, faster)
+        model.set_submodule(path, dense)
     if layers:
         shapes = sum(faster.values())
         warnings.warn(
-            f"{len(layers)} packed matrices were unpacked for the GPU, which Halve has "
-            f"no kernels for; 2:4 in torch's layout was faster for {shapes} of "
-            f"{len(faster)} shapes that allow it.",
+            f"{len(layers)} packed matrices were unpacked: Halve has no GPU kernels; "
+            f"torch's 2:4 layout was faster for {shapes} of the {len(faster)} shapes "
+            "that allow it.",
             HalveWarning,
             stacklevel=2,
         )
+
+
+def _use_semi_structured(dense: nn.Linear, faster: dict[_Kind, bool]) -> None:
+    """Store a 2:4 weight in torch's layout if products are faster with it.
+
+    Args:
+        dense: A layer on a GPU.
+        faster: Whether they are, for each kind that has been timed; extended here.
+    """
+    kind = (tuple(dense.weight.shape), dense.weight.dtype)
+    structured = _semi_structured(dense.weight)
+    if kind not in faster:
+        faster[kind] = structured is not None and _is_faster(dense, structured)
+    if faster[kind] and structured is not None:
+        dense.weight = nn.Parameter(structured, requires_grad=False)
 
 
 def _is_two_of_four(weight: Tensor) -> bool:
@@ -57,7 +71,7 @@ def _is_two_of_four(weight: Tensor) -> bool:
 
 
 def _semi_structured(weight: Tensor) -> Tensor | None:
-    """Return a weight in torch's 2:4 layout, None where torch refuses it."""
+    """Return a weight in torch's 2:4 layout, None if torch does not support it."""
     try:
         return torch.sparse.to_sparse_semi_structured(weight)
     except (RuntimeError, ValueError, NotImplementedError):

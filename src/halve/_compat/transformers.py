@@ -1,0 +1,163 @@
+"""Private or undocumented parts of transformers and tokenizers.
+
+Tested with transformers 5.10 to 5.23. Each function imports what it needs, so that one
+part that has moved breaks nothing else.
+"""
+
+# ruff: noqa: PLC0415
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """How transformers turns tensors of a checkpoint into parameters on loading.
+
+    Attributes:
+        renamings: Change names only.
+        converters: Make parameters of several tensors, or several of one; the names of
+            their results contain one of their `target_patterns`.
+    """
+
+    renamings: list[Any]
+    converters: list[Any]
+
+
+def weight_conversions(model: Any) -> Conversions:  # noqa: ANN401
+    """Return what is done to a model's checkpoint on loading.
+
+    Undocumented: `conversion_mapping.get_model_conversion_mapping`, and the two classes
+    of its results in `core_model_loading`, since transformers 5.0. When it breaks:
+    follow `PreTrainedModel.from_pretrained` to where it converts names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    entries = get_model_conversion_mapping(model)
+    return Conversions(
+        [entry for entry in entries if isinstance(entry, WeightRenaming)],
+        [entry for entry in entries if isinstance(entry, WeightConverter)],
+    )
+
+
+def rename_key(
+    name: str,
+    conversions: Conversions,
+    prefix: str,
+    state: dict[str, Any],
+) -> tuple[str, bool]:
+    """Return a parameter's name for that of a tensor in a checkpoint.
+
+    Undocumented: `core_model_loading.rename_source_key`, since transformers 5.0. When
+    it breaks: as `weight_conversions`.
+
+    Args:
+        name: The tensor's name in the checkpoint.
+        conversions: Those of the model.
+        prefix: The model's `base_model_prefix`, which checkpoints may leave out.
+        state: The model's state dict.
+
+    Returns:
+        The parameter's name, and whether a converter makes it of this tensor. A name
+        that no conversion matches is returned as it is.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    target, converter = rename_source_key(
+        name, conversions.renamings, conversions.converters, prefix, state
+    )
+    return target, converter is not None
+
+
+def ignored_tensors(model: Any) -> Collection[str]:  # noqa: ANN401
+    """Return patterns of tensors that a model's checkpoints hold and it does not use.
+
+    Private: `PreTrainedModel._keys_to_ignore_on_load_unexpected`, a list of regular
+    expressions or None. When it breaks: return (); checkpoints with layers for
+    multi-token prediction are refused then.
+    """
+    return model._keys_to_ignore_on_load_unexpected or ()
+
+
+def computes_all_scores(config: Any) -> bool:  # noqa: ANN401
+    """Whether attention computes its whole matrix of scores ("eager").
+
+    Private: `PreTrainedConfig._attn_implementation`, which transformers sets to what it
+    chose when the model was built. When it breaks: return True; forecasts of memory are
+    too high then.
+    """
+    return getattr(config, "_attn_implementation", "eager") == "eager"
+
+
+def causal_classes() -> set[str]:
+    """Return the names of all causal language models and of their base models.
+
+    Undocumented: `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` and `MODEL_MAPPING_NAMES` of
+    `models.auto.modeling_auto`, type of model -> name(s) of classes. When it breaks:
+    look for what `AutoModelForCausalLM` maps.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+
+    classes = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        names = MODEL_MAPPING_NAMES.get(model_type, ())
+        classes.update([names] if isinstance(names, str) else names)
+    return classes
+
+
+def has_masked_model(model_type: str) -> bool:
+    """Whether models of a type may be encoders, trained on masked tokens.
+
+    Undocumented: `MODEL_FOR_MASKED_LM_MAPPING_NAMES`, as in `causal_classes`.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def can_serve() -> bool:
+    """Whether the libraries that `transformers serve` needs are installed.
+
+    Undocumented: `utils.import_utils.is_serve_available`. When it breaks: try to import
+    fastapi, uvicorn, pydantic and openai.
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    return is_serve_available()
+
+
+def serve(
+    folder: str, host: str, port: int, device: str, trust_remote_code: bool
+) -> None:
+    """Run transformers' server on one model until it is interrupted.
+
+    Undocumented: `cli.serve.Serve`, whose constructor serves; the command line
+    `transformers serve` is documented. When it breaks: run that command in a process
+    that has imported halve.
+    """
+    from transformers.cli.serve import Serve
+
+    Serve(
+        folder,
+        host=host,
+        port=port,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def is_rust_panic(error: BaseException) -> bool:
+    """Whether an exception is a panic of a Rust extension such as tokenizers.
+
+    Undocumented: PyO3 raises panics as `pyo3_runtime.PanicException`, a BaseException
+    in a module that cannot be imported, so it is recognised by its name. Tested with
+    tokenizers 0.22 and 0.23. When it breaks: a damaged tokenizer.json ends in a
+    traceback; take the new name from that.
+    """
+    kind = type(error)
+    return (kind.__module__, kind.__name__) == ("pyo3_runtime", "PanicException")

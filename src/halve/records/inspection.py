@@ -1,0 +1,55 @@
+"""What `halve inspect` counts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MatrixInspection:
+    """One prunable matrix, as stored.
+
+    Attributes:
+        tensor: Name of the tensor in the checkpoint.
+        rows: Number of output features.
+        columns: Number of input features.
+        dtype: Name of the stored dtype, without `torch.`.
+        sparsity: Fraction of zeros.
+        pattern: `dense`, `unstructured`, or the tightest n:m pattern that it obeys.
+        bytes: Size in the file.
+        packed: Whether it is stored packed.
+        packed_bytes: Size when packed; None for a dtype that cannot be packed.
+    """
+
+    tensor: str
+    rows: int
+    columns: int
+    dtype: str
+    sparsity: float
+    pattern: str
+    bytes: int
+    packed: bool
+    packed_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The contents of a model, counted in its files.
+
+    Attributes:
+        model: Folder or repository, as the caller named it.
+        matrices: Every prunable matrix.
+        parameters: Number of elements in all tensors.
+        zeros: Number of zeros in all tensors.
+        bytes: Size of all tensors in the files.
+    """
+
+    model: str
+    matrices: tuple[MatrixInspection, ...]
+    parameters: int
+    zeros: int
+    bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all prunable matrices."""
+        zeros = sum(m.sparsity * m.rows * m.columns for m in self.matrices)
+        return zeros / sum(m.rows * m.columns for m in self.matrices)

@@ -1,0 +1,39 @@
+"""Read a `halve.json` whose kind is not known in advance."""
+
+import json
+from typing import Any
+
+from halve.records.pack import PackRecord
+from halve.records.prune import PruneRecord
+from halve.records.version import parse_fields
+
+
+def parse_record(text: str) -> PruneRecord | PackRecord:
+    """Parse the `halve.json` of a pruned, packed or unpacked model.
+
+    Raises:
+        RecordError: The record has another format.
+        ValueError, TypeError, LookupError: It is neither kind of record.
+    """
+    kind = parse_fields(text)["kind"]
+    return (PruneRecord if kind == "prune" else PackRecord).from_json(text)
+
+
+def recorded_grids(source: dict[str, Any] | None) -> dict[str, Any]:
+    """Return tensor name -> quantization grid, from the record of a model.
+
+    Args:
+        source: The fields of its `halve.json`; None where it has none.
+
+    Returns:
+        The grids of the matrices that were quantized; none where the fields are not
+        those of a record.
+
+    Raises:
+        RecordError: The record has another format.
+    """
+    try:
+        record = parse_record(json.dumps(source))
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return {}
+    return {matrix.tensor: matrix.grid for matrix in record.all_matrices if matrix.grid}

@@ -1,0 +1,212 @@
+"""The record of a pruning run."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+from halve.records.checksum import to_json_with_checksum
+from halve.records.codec import from_dict
+from halve.records.version import RECORD_FORMAT, parse_fields
+
+
+@dataclass(frozen=True)
+class MatrixRecord:
+    """The result for one matrix.
+
+    W is the dense matrix, Z the pruned one, X the calibration inputs of the partly
+    pruned model (one token per row), X_dense those of the dense model.
+
+    Attributes:
+        tensor: Name of the tensor in the checkpoint.
+        rows: Number of output features.
+        columns: Number of input features.
+        sparsity: Fraction of zeros, counted in the written file.
+        error: Relative squared output error on the calibration inputs,
+            ||X (W - Z)^T||^2 / ||X W^T||^2. W is the corrected target where targets are
+            corrected. None where the solver does not compute it.
+        damping: Added to the diagonal of the Gram matrix, as a fraction of the mean
+            diagonal; None where the solver adds none.
+        solver: Name of the solver whose solution was selected.
+        held_out: Relative squared output error ||X_dense W^T - X Z^T||^2 /
+            ||X_dense W^T||^2 on held-out samples, which no solver has seen; None where
+            no samples were held out.
+        runner_up: `held_out` of the second-best candidate; None where there was one
+            candidate only.
+        grid: Bits, group size, symmetry and scale precision of the quantization grid
+            on which all values lie; None where the matrix was not quantized.
+        bits: Bits per weight when packed with that grid, for mask, codes and scales
+            together; None where the matrix was not quantized.
+        pattern: The sparsity pattern, as `halve.patterns` writes it.
+    """
+
+    tensor: str
+    rows: int
+    columns: int
+    sparsity: float
+    error: float | None = None
+    damping: float | None = None
+    solver: str = ""
+    held_out: float | None = None
+    runner_up: float | None = None
+    grid: dict[str, Any] | None = None
+    bits: float | None = None
+    pattern: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"a sparsity of {self.sparsity}")
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One allocation that was tried on the whole model.
+
+    Attributes:
+        strength: How far the sparsity of a block may deviate from the model's; 0 is
+            the uniform allocation.
+        sparsities: Sparsity of each block.
+        divergence: Mean KL(dense || pruned) of the predicted tokens on held-out
+            samples, in nats.
+    """
+
+    strength: float
+    sparsities: tuple[float, ...]
+    divergence: float
+
+
+@dataclass(frozen=True)
+class AllocationRecord:
+    """How the sparsity was distributed over the blocks, and on which evidence.
+
+    Attributes:
+        strength: `strength` of the trial with the lowest divergence; 0 is uniform.
+        sparsities: Sparsity of each block in that trial.
+        errors: For each block, ||Y - Y'|| / ||Y||, where Y and Y' are its outputs
+            before and after pruning it to the model's sparsity, on the same held-out
+            inputs.
+        trials: All trials.
+    """
+
+    strength: float
+    sparsities: tuple[float, ...]
+    errors: tuple[float, ...]
+    trials: tuple[TrialRecord, ...]
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """The result for one decoder block.
+
+    Attributes:
+        name: Module path, such as `model.layers.3`.
+        matrices: The pruned matrices, in the order of the modules.
+        error: ||Y - Y'|| / ||Y||, where Y and Y' are the block's outputs before and
+            after pruning, on the same inputs (the first calibration batch); None
+            without calibration.
+        seconds: Wall time.
+        refined: ||Y_dense - Y'||^2 / ||Y_dense||^2 of the block's outputs on held-out
+            samples, before and after refining; None where the block was not refined.
+    """
+
+    name: str
+    matrices: tuple[MatrixRecord, ...]
+    error: float | None
+    seconds: float
+    refined: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError(f"the block {self.name} has no weights")
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all matrices."""
+        return sum(m.rows * m.columns for m in self.matrices)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all matrices."""
+        return (
+            sum(m.sparsity * m.rows * m.columns for m in self.matrices) / self.weights
+        )
+
+    @property
+    def zeros(self) -> int:
+        """Number of weights that are zero."""
+        return sum(round(m.sparsity * m.rows * m.columns) for m in self.matrices)
+
+
+@dataclass(frozen=True)
+class PruneRecord:
+    """The record of a pruning run: the contents of `halve.json`.
+
+    Attributes:
+        format: Version of the record's layout; see `RECORD_FORMAT`.
+        versions: Versions of Halve, torch and transformers.
+        identity: What determines the output: options, and digests of the model, its
+            config and the calibration text. Two runs with the same identity write the
+            same bytes on one machine.
+        blocks: One record for each decoder block.
+        shards: File name -> SHA-256.
+        kind: `prune`.
+        left_dense: Names of the tensors of two or more dimensions inside the blocks
+            that no rule prunes.
+        seconds: Wall time of the run that completed the output.
+        finished: When it did, ISO 8601, UTC.
+        allocation: How the sparsity was distributed; None where every matrix has the
+            same.
+        files: Every other file except `halve.json` -> SHA-256.
+    """
+
+    versions: dict[str, str]
+    identity: dict[str, Any]
+    blocks: tuple[BlockRecord, ...]
+    shards: dict[str, str]
+    left_dense: tuple[str, ...]
+    seconds: float
+    finished: str
+    kind: str = "prune"
+    format: int = RECORD_FORMAT
+    allocation: AllocationRecord | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all prunable matrices."""
+        return self._mean(lambda matrix: matrix.sparsity)
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per prunable weight when packed; None where they are not quantized."""
+        if any(m.bits is None for block in self.blocks for m in block.matrices):
+            return None
+        return self._mean(lambda matrix: matrix.bits or 0.0)
+
+    @property
+    def all_matrices(self) -> tuple[MatrixRecord, ...]:
+        """The matrices of all blocks."""
+        return tuple(m for block in self.blocks for m in block.matrices)
+
+    def _mean(self, value: Callable[[MatrixRecord], float]) -> float:
+        """Return the mean of a value per matrix, weighted by the number of weights."""
+        matrices = self.all_matrices
+        total = sum(value(m) * m.rows * m.columns for m in matrices)
+        return total / sum(block.weights for block in self.blocks)
+
+    def to_json(self) -> str:
+        """Return the text of `halve.json`."""
+        return to_json_with_checksum(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruneRecord":
+        """Parse what `to_json` returns: `from_json(r.to_json()) == r`.
+
+        Raises:
+            RecordError: The record has another format.
+            ValueError, TypeError, LookupError: It is not a record of this kind.
+        """
+        record = from_dict(cls, parse_fields(text))
+        if not record.blocks or not isfinite(record.seconds):
+            raise ValueError("there are no blocks, or the time is not finite")
+        return record
