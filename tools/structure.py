@@ -25,10 +25,11 @@ What is counted, over all Python files of the package:
   without itself; the packages (`__init__`) that an import runs on its way are counted
   where they are imported by name, not because a module lies in them.
 - Files that know a packed layout: those outside of formats/ that use something which
-  holds for one layout only. That is a name of one layout imported from the package's
-  formats (`LAYOUT_NAMES`), anything imported from a module of formats that describes
-  one layout (all but `NEUTRAL_MODULES`), a companion tensor by its name
-  (`LAYOUT_IDENTIFIERS`), or the attribute `.parts` of a tensor's description. A
+  holds for one layout only. That is anything imported, directly or by way of the
+  package's `__init__`, from a module of formats that describes one layout (all but
+  `NEUTRAL_MODULES`), a companion tensor by its name
+  (`LAYOUT_IDENTIFIERS`), or the attribute `.parts` of a tensor's description, where
+  that names no format: to have parts means there to be packed in the one layout. A
   `.parts` does not count in a folder where another class than TensorInfo has a field
   of that name.
 """
@@ -49,21 +50,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 LONG = 60
 BLOCK_MODULES = ("pruning.prune_block", "pruning.block")
-LAYOUT_NAMES = {
-    "COMPANIONS",
-    "DTYPES",
-    "MAX_LAYOUT",
-    "MOST_LAYOUT",
-    "Packed",
-    "join",
-    "kept_weights",
-    "pack",
-    "packed_bytes",
-    "split",
-    "store",
-}
 LAYOUT_IDENTIFIERS = {"weight_mask", "weight_offsets", "weight_layout"}
-NEUTRAL_MODULES = {"interface", "registry", "version"}
+NEUTRAL_MODULES = {"interface", "registry", "storage", "version"}
 NOT_CODE = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -214,15 +202,31 @@ class Tree:
 
     def _knows_layout(self, module: Module) -> bool:
         formats = f"{self.package}.formats"
+        exported = {
+            name: source for source, name in self.imports(self.modules[formats])
+        }
         for source, name in self.imports(module):
-            inner = source.removeprefix(formats).removeprefix(".")
-            if source == formats and name in LAYOUT_NAMES:
-                return True
-            if is_within(source, formats) and inner and inner not in NEUTRAL_MODULES:
+            home = exported.get(name, source) if source == formats else source
+            inner = home.removeprefix(formats).removeprefix(".")
+            if is_within(home, formats) and inner and inner not in NEUTRAL_MODULES:
                 return True
         used = set(identifiers(module.tree))
-        has_parts = "parts" in used and not self._has_other_parts(module.path.parent)
+        has_parts = (
+            "parts" in used
+            and not self._names_formats
+            and not self._has_other_parts(module.path.parent)
+        )
         return has_parts or not used.isdisjoint(LAYOUT_IDENTIFIERS)
+
+    @cached_property
+    def _names_formats(self) -> bool:
+        """Whether the description of a tensor names its format."""
+        return any(
+            "format" in fields(node)
+            for module in self.modules.values()
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.ClassDef) and node.name == "TensorInfo"
+        )
 
     def _has_other_parts(self, folder: Path) -> bool:
         """Return whether a class of a folder, not TensorInfo, has a field `parts`."""
