@@ -5,13 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench bench-quality bench-frontier fuzz format clean
+.PHONY: demo test lower-bounds check bench bench-quality bench-frontier fuzz format clean
 
 demo: $(READY)
 	$(BIN)/halve demo
 
 test: $(READY)
 	$(BIN)/pytest -n auto -m "not slow"
+
+# Tests with the oldest dependencies that pyproject.toml allows, in a separate virtual
+# environment of several gigabytes, unless pip is configured for CPU builds of torch.
+# PYTHON must be the oldest Python that it allows.
+lower-bounds:
+	$(PYTHON) tools/lower_bounds.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -56,4 +62,4 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-lower-bounds build dist
