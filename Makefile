@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench bench-quality bench-frontier bench-ranks bench-scale \
+.PHONY: demo test lower-bounds check bench bench-quality bench-frontier bench-ranks bench-scale \
   bench-all fuzz format clean
 
 demo: $(READY)
@@ -13,6 +13,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -n auto -m "not slow"
+
+# Tests with the oldest dependencies that pyproject.toml allows, in a separate virtual
+# environment of several gigabytes, unless pip is configured for CPU builds of torch.
+# PYTHON must be the oldest Python that it allows.
+lower-bounds:
+	$(PYTHON) tools/lower_bounds.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -66,4 +72,4 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-lower-bounds build dist

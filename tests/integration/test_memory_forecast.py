@@ -18,8 +18,9 @@ import halve
 from halve.errors import HalveError
 from halve.options import PruneOptions
 from halve.pruning import MemoryPlan, forecast_run, plan_memory
+from halve.pruning import observe_block as observe_module
 from halve.pruning import prune as prune_module
-from halve.pruning import prune_block as block_module
+from halve.pruning import solve_stage as solve_module
 from halve.pruning.memory import forecast as forecast_module
 from halve.pruning.plan import make_plan
 from tests.tables import FAMILIES, MIXTURES, SOLVERS, save_pico
@@ -139,13 +140,13 @@ def test_deferred_inputs_change_no_byte(
 ):
     model, summed = pico(row, **WIDE[row]), []
     sizes: dict[str, Any] = {"samples": 8, "seq_len": 64, "calibration": str(text)}
-    accumulate_deferred = block_module.accumulate_deferred
+    accumulate_deferred = observe_module.accumulate_deferred
 
     def watched(state, group, *rest):
         summed.append(group.leader)
         return accumulate_deferred(state, group, *rest)
 
-    monkeypatch.setattr(block_module, "accumulate_deferred", watched)
+    monkeypatch.setattr(observe_module, "accumulate_deferred", watched)
     halve.prune(model, tmp_path / "together", **sizes, **options)
     assert not summed
     monkeypatch.setattr(
@@ -164,7 +165,7 @@ def test_a_dense_matrix_is_freed_before_its_solution_is_checked(
 ):
     dense: list[StorageWeakRef] = []
     freed: list[bool] = []
-    select, is_finite = block_module._select, block_module.is_finite
+    select, is_finite = solve_module._select, solve_module.is_finite
 
     def selected(candidates, stored, *rest):
         dense.append(StorageWeakRef(stored.untyped_storage()))
@@ -174,8 +175,8 @@ def test_a_dense_matrix_is_freed_before_its_solution_is_checked(
         freed.append(dense[-1].expired())
         return is_finite(rounded)
 
-    monkeypatch.setattr(block_module, "_select", selected)
-    monkeypatch.setattr(block_module, "is_finite", checked)
+    monkeypatch.setattr(solve_module, "_select", selected)
+    monkeypatch.setattr(solve_module, "is_finite", checked)
     sizes: dict[str, Any] = {"samples": 8, "seq_len": 64, "calibration": str(text)}
     model = pico("opt", dtype=torch.bfloat16)
     halve.prune(model, tmp_path / "out", solver=solver, **sizes)

@@ -12,12 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from halve.calibration import (
-    check_vocabulary,
-    draw_windows,
-    load_corpus,
-    load_encoder,
-)
 from halve.checkpoint import (
     Workspace,
     check_space,
@@ -31,12 +25,12 @@ from halve.errors import DistributedError
 from halve.formats import quantization_config
 from halve.options import PruneOptions, RunOptions
 from halve.pruning.distributed.output import RankZeroOutput, open_output
-from halve.pruning.loop import Run, prune_blocks
+from halve.pruning.loop import prune_blocks
 from halve.pruning.memory.limit import plan_memory
 from halve.pruning.plan import Plan, make_plan
 from halve.pruning.progress import ProgressReporter
-from halve.pruning.select.candidates import candidates
-from halve.pruning.select.selection import combined_needs
+from halve.pruning.run import Run
+from halve.pruning.windows import calibration_windows
 from halve.records import (
     AllocationRecord,
     BlockRecord,
@@ -46,7 +40,6 @@ from halve.records import (
     versions,
 )
 from halve.runtime.blockwise_model import BlockwiseModel, choose_device
-from halve.runtime.generation import sample_windows
 from halve.runtime.oom_backoff import with_smaller_batches
 
 # Name of the ledger's entry for the batch size, where it is not the default one.
@@ -84,7 +77,7 @@ def prune_model(
     plan = make_plan(source, options, run_options.trust_remote_code)
     _check_ranks(plan, ranks)
     windows = ranks.broadcast_object(
-        lambda: _windows(plan, run_options.trust_remote_code)
+        lambda: calibration_windows(plan, run_options.trust_remote_code)
     )
     identity = _identity(plan, windows)
     if ranks.broadcast_object(lambda: is_finished(out, identity)):
@@ -182,24 +175,6 @@ def _run(
     if ranks.size > 1:
         return attempt(model)
     return with_smaller_batches(model, length, attempt)
-
-
-def _windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
-    """Return calibration windows, [samples, length]; None where none are needed."""
-    options = plan.options
-    needs = combined_needs(candidates(options, plan.layout.dtype))
-    runs_text = options.has_dense or options.held_out or options.allocation_held_out
-    if not needs and not runs_text:
-        return None
-    assert options.seq_len is not None
-    size = (options.samples, options.seq_len)
-    if options.calibration == "self":
-        return sample_windows(plan.model, *size, options.seed, trust_remote_code)
-    corpus = load_corpus(options.calibration, "calibration")
-    encode = load_encoder(plan.model, trust_remote_code)
-    windows = draw_windows(corpus, encode, *size, options.seed)
-    check_vocabulary(windows, plan.vocabulary)
-    return windows
 
 
 def _identity(plan: Plan, windows: Tensor | None) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from halve.layout import PlannedBlock
 from halve.patterns import Patterns, parse_pattern
 from halve.pruning.allocate.exact_counts import exact_patterns
 from halve.pruning.allocate.spread import spread_sparsity
+from halve.pruning.block_options import BlockOptions
 from halve.pruning.memory.limit import MemoryPlan
 from halve.pruning.observe.block_state import Streams
 from halve.pruning.plan import Plan
-from halve.pruning.prune_block import BlockOptions, prune_block
+from halve.pruning.prune_block import prune_block
 from halve.pruning.select.selection import Candidate
 from halve.records import AllocationRecord, TrialRecord
 from halve.runtime.blockwise_model import BlockwiseModel

@@ -1,0 +1,53 @@
+"""What is done to every block of a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from halve.calibration_stats import Statistic
+from halve.patterns import Patterns
+from halve.pruning.select.selection import Candidate, combined_needs
+from halve.pruning.tune.block_reconstruction import TuneOptions
+from halve.solvers import Needs
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What is done to every block.
+
+    Attributes:
+        candidates: Ways to prune a matrix; of several, the one with the lowest error on
+            held-out inputs is selected.
+        damping: Fraction of the mean diagonal that is added to Gram matrices.
+        corrects: Whether the groups of a block are pruned in order, for error-corrected
+            targets; else all at once, for the outputs of the dense matrices on the same
+            inputs.
+        refining: How the block is tuned after pruning; None to leave it.
+        budget: Bytes of the dense model's inputs that may be cached in memory.
+        folder: Where memory-mapped files are created past that; None for the system's
+            temporary folder.
+        report: Called with the name of each phase.
+        patterns: Tensor -> what it must obey, in place of the candidates' patterns.
+        deferred: Whether the widest inputs are spilled and summed later (`MemoryPlan`).
+    """
+
+    candidates: tuple[Candidate, ...]
+    damping: float
+    corrects: bool
+    refining: TuneOptions | None
+    budget: int
+    folder: Path | None
+    report: Callable[[str], None]
+    patterns: Patterns = field(default_factory=dict)
+    deferred: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        """What solvers and corrections read of the inputs."""
+        needs = combined_needs(self.candidates)
+        return needs | Needs.FACTOR if self.corrects else needs
+
+    @property
+    def statistic(self) -> type[Statistic]:
+        """The calibration statistic that suffices for that."""
+        return self.needs.statistic
