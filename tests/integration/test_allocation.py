@@ -151,7 +151,7 @@ def test_a_missed_budget_is_refused(pico, options, tmp_path, monkeypatch):
     [
         ({"sparsity": "2:4"}, "2:4 prunes all blocks alike"),
         ({"allocation": "owl"}, "no allocation 'owl'"),
-        ({"samples": 1}, "kept apart"),
+        ({"samples": 1}, "held out"),
     ],
 )
 def test_what_cannot_be_allocated_is_refused(changes, match, pico, options, tmp_path):
