@@ -271,17 +271,17 @@ def test_target_bits_are_not_exceeded(pico, text, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"target_bits": 3.1, "quantize": "int4"}, "as well as bits a weight"),
-    ({"target_bits": 3.1, "sparsity": "2:4"}, "as well as bits a weight"),
+    ({"target_bits": 3.1, "quantize": "int4"}, "target_bits selects the sparsity"),
+    ({"target_bits": 3.1, "sparsity": "2:4"}, "target_bits selects the sparsity"),
     ({"target_bits": 0.5}, "No grid"),
     ({"quantize": "int5"}, "no grid of 5 bits"),
     ({"quantize": "float8"}, "is not a grid"),
     ({"quantize": "int4", "group_size": 0}, "not positive"),
-    ({"group_size": 64}, "nothing is rounded"),
-    ({"symmetric": False}, "nothing is rounded"),
+    ({"group_size": 64}, "nothing is quantized"),
+    ({"symmetric": False}, "nothing is quantized"),
     ({"quantize": "int8", "symmetric": False}, "significant bits, too few"),
     ({"sparsity": "0%"}, "is not a sparsity"),
-    ({"samples": 1}, "none would be left"),
+    ({"samples": 1}, "none is left"),
     ({"epochs": 0, "refine": True}, "not positive"),
     ({"solver": "best"}, "no solver 'best'"),
 ])  # fmt: skip
