@@ -216,23 +216,23 @@ NUMBERS = {  # entries of a config, by family
 WITH_ENTRIES = {  # other entries of a config
     "other configs": (
         {"configuration_files": ["config.4.0.0.json"]},
-        ("configuration_files", "not followed"),
+        ("configuration_files", "does not follow"),
     ),
     "other weights": (
         {"transformers_weights": "other.safetensors"},
-        ("transformers_weights", "not followed"),
+        ("transformers_weights", "does not follow"),
     ),
     "code for attention": (
         {"_attn_implementation": "someone/kernels"},
-        ("code from the hub", "someone/kernels"),
+        ("code from the Hub", "someone/kernels"),
     ),
     "code for attention, by kind": (
         {"attn_implementation": {"text_config": "someone/kernels"}},
-        ("code from the hub",),
+        ("code from the Hub",),
     ),
     "code for attention of a part": (
         {"text_config": {"attn_implementation": "someone/kernels:1"}},
-        ("code from the hub",),
+        ("code from the Hub",),
     ),
     "a number for a method": ({"get_text_config": 7}, ("causal language model",)),
     "a text for a method": ({"to_dict": "a"}, ("causal language model",)),

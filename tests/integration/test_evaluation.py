@@ -85,7 +85,7 @@ def test_small_batches_and_a_mapped_file_change_nothing(pico, text):
 
 
 def test_too_long_segments_are_refused(pico, text):
-    with pytest.raises(CalibrationError, match="takes 128 at most"):
+    with pytest.raises(CalibrationError, match="supports at most 128"):
         halve.perplexity(pico("llama"), data=str(text), seq_len=129)
 
 
