@@ -34,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/kernel_regression.py
 	$(BIN)/python benchmarks/sparse_model.py
 	$(BIN)/python benchmarks/prune_speed.py
+	$(BIN)/python benchmarks/preparation.py
 	$(BIN)/python benchmarks/hostile.py
 
 bench-quality: $(READY)

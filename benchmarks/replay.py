@@ -78,7 +78,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
     ),
     "qwen3": ("qwen3", _LLAMA | {"head_dim": 40}, torch.bfloat16),
 }
-# Way -> what `halve.prune` is told.
+# Way -> options that `halve.prune` is called with.
 WAYS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"solver": "sparsegpt"},
     "auto": {},

@@ -1,4 +1,4 @@
-"""Laws that every solver obeys, and what each promises of its own."""
+"""Laws that every solver obeys, and the promises of each one."""
 
 import json
 from pathlib import Path
