@@ -115,12 +115,14 @@ def _rewrite(
     }
     if is_finished(out, identity):
         return read_record(out, PackRecord.from_json)
+    provenance = source_record(source)  # refused, if at all, before a folder exists
     check_space(out, layout.output_bytes)
     with open_workspace(out, identity) as workspace:
         if workspace.is_complete:
             workspace.publish()
             return read_record(out, PackRecord.from_json)
-        shards = _Shards(source, layout, workspace, options, rewriting)
+        grids = recorded_grids(provenance)
+        shards = _Shards(source, layout, workspace, options, rewriting, grids)
         matrices = shards.rewrite()
         try:
             rewriting.check(model, matrices)
@@ -133,7 +135,7 @@ def _rewrite(
             identity=identity,
             matrices=matrices,
             shards={file: workspace.committed[file].sha256 for file in layout.shards},
-            source=source_record(source),
+            source=provenance,
             files=workspace.add_side_files(source, rewriting.config),
             seconds=time.monotonic() - started,
             finished=now(),
@@ -159,13 +161,14 @@ class _Shards:
         workspace: Workspace,
         options: PackOptions,
         rewriting: _Rewriting,
+        grids: dict[str, Any],
     ) -> None:
         self.checkpoint = Checkpoint(source, layout.tensors)
         self.layout = layout
         self.workspace = workspace
         self.options = options
         self.rewriting = rewriting
-        self.grids = recorded_grids(source_record(source))
+        self.grids = grids
         self.matrices: dict[str, Matrix] = {
             planned.tensor: planned.matrix
             for block in layout.blocks
