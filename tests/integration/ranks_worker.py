@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from halve.cli import app, main
+from halve.cli.rank_exit import exit_without_teardown
 from halve.distributed import join
 from halve.errors import NumericalError
 from halve.options import PruneOptions, RunOptions
@@ -55,8 +56,9 @@ def fail_at(kind: str, rank: str, phase: str) -> None:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
-    if what == "jobs":
-        do_jobs(*rest)
-    else:
-        sys.argv[1:] = rest[2:]
-        fail_at(what, *rest[:2])
+    with exit_without_teardown():
+        if what == "jobs":
+            do_jobs(*rest)
+        else:
+            sys.argv[1:] = rest[2:]
+            fail_at(what, *rest[:2])
