@@ -13,7 +13,7 @@ def exit_without_teardown() -> Iterator[None]:
     Once all work is done and printed, native threads of the libraries sometimes abort
     the interpreter while it shuts down ("terminate called without an active exception":
     1 of 36 runs of two processes on a busy machine, docs/log.md). torchrun would report
-    a finished run as failed, and with several machines wait five minutes for the others.
+    a finished run as failed, and with several machines wait five minutes for others.
 
     Without torchrun, and where the block raises anything but SystemExit, does nothing.
     """
