@@ -15,7 +15,7 @@ from typer.models import CommandInfo
 import halve
 from halve.cli.app import app
 from halve.cli.options import CommandOption, command_options, option_flags
-from halve.options import with_choices
+from halve.option import with_choices
 
 PAGE = Path(__file__).parent.parent / "docs" / "api" / "options.md"
 HEAD = """# Options

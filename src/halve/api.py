@@ -26,6 +26,7 @@ from halve.measure import (
     verify_output,
     write_random_model,
 )
+from halve.option import describe_options
 from halve.options import (
     BenchKeywords,
     BenchOptions,
@@ -35,7 +36,6 @@ from halve.options import (
     PruneKeywords,
     PruneOptions,
     RunOptions,
-    describe_options,
 )
 from halve.packing import pack_model, unpack_model
 from halve.patterns import parse_pattern

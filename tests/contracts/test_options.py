@@ -17,6 +17,7 @@ from halve.cli.app import app
 from halve.cli.options import command_options
 from halve.errors import HalveError
 from halve.grids import parse_scheme
+from halve.option import PANELS, option_of
 from halve.options import (
     BenchKeywords,
     BenchOptions,
@@ -27,7 +28,6 @@ from halve.options import (
     PruneOptions,
     RunKeywords,
     RunOptions,
-    option_of,
 )
 from halve.records import Progress
 from halve.solvers import SOLVERS
@@ -96,7 +96,7 @@ def test_every_field_but_progress_has_help(options_class):
             option = option_of(field.type)
             assert option is not None, field.name
             assert option.help.endswith("."), field.name
-            assert option.panel in ("", *options.PANELS), field.name
+            assert option.panel in ("", *PANELS), field.name
 
 
 def test_choices_are_the_names_that_exist():

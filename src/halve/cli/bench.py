@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halve.cli.options import Quiet, with_options
-from halve.options import OUTPUT, BenchOptions, Option
+from halve.option import OUTPUT, Option
+from halve.options import BenchOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 from halve.cli.options import Json, with_options
-from halve.options import Option
+from halve.option import Option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

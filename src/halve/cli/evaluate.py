@@ -4,7 +4,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 from halve.cli.options import Json, Model, Quiet, with_options
-from halve.options import TEXT, EvalOptions, Option
+from halve.option import Option
+from halve.options import TEXT, EvalOptions
 
 if TYPE_CHECKING:
     from halve.records import ComparisonRecord, PerplexityRecord

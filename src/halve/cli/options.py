@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from halve.options import OUTPUT, PANELS, Option, option_of, options_of, with_choices
+from halve.option import OUTPUT, PANELS, Option, option_of, options_of, with_choices
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, or a name on the Hub.")

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Annotated
 
 from halve.cli.options import Json, Model, Out, Quiet, with_options
-from halve.options import OUTPUT, Option, PruneOptions, RunOptions
+from halve.option import OUTPUT, Option
+from halve.options import PruneOptions, RunOptions
 
 if TYPE_CHECKING:
     from halve.pruning import DryRun, Forecast

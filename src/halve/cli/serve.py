@@ -3,7 +3,8 @@
 from typing import Annotated
 
 from halve.cli.options import Model, with_options
-from halve.options import Device, Option, TrustRemoteCode
+from halve.option import Option
+from halve.options import Device, TrustRemoteCode
 
 EXAMPLES = """
 **Examples**
