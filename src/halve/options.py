@@ -238,8 +238,9 @@ class PruneOptions:
             return [(Unstructured(sparsity), grid) for sparsity, grid in pairs]
         if self.quantize is None:
             return [(parse_pattern(self.sparsity), None)]
+        pattern = parse_pattern(self.sparsity, allow_dense=True)
         grid = parse_scheme(self.quantize, self.group_size, self.symmetric)
-        return [(parse_pattern(self.sparsity, allow_dense=True), grid)]
+        return [(pattern, grid if pattern.sparsity else grid.without_zero())]
 
     @property
     def corrects(self) -> bool:

@@ -77,7 +77,12 @@ class Checkpoint:
     @property
     def is_packed(self) -> bool:
         """Whether any matrix is stored packed."""
-        return any(info.format for info in self.tensors.values())
+        return bool(self.formats)
+
+    @property
+    def formats(self) -> set[str]:
+        """Names of the packed formats in which matrices are stored."""
+        return {info.format for info in self.tensors.values() if info.format}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return tensors by name, dense, in newly allocated memory.

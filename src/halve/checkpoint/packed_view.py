@@ -31,7 +31,8 @@ def fold_packed(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Tenso
     packed: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         if (key := recognize(name, tensors)) is not None:
-            parts = (_part(folder, tensors, name + end) for end in _suffixes(key))
+            ends = FORMATS[key].suffixes(name, tensors)
+            parts = (_part(folder, tensors, name + end) for end in ends)
             packed[name] = replace(info, format=key, parts=tuple(parts))
     layouts = _read_layouts(folder, packed.values())
     companions = {part.name for info in packed.values() for part in info.parts[1:]}
@@ -58,10 +59,6 @@ def read_packed(folder: Path, info: TensorInfo) -> PackedMatrix:
     packed = FORMATS[info.format].join(info.name, tensors)
     packed.check(info.name)
     return packed
-
-
-def _suffixes(key: str) -> tuple[str, ...]:
-    return ("", *FORMATS[key].companions)
 
 
 def _part(folder: Path, tensors: dict[str, TensorInfo], name: str) -> TensorInfo:
@@ -103,4 +100,4 @@ def _on_meta(info: TensorInfo, layouts: dict[str, Tensor]) -> PackedMatrix:
 def _with_dense_shape(info: TensorInfo, layouts: dict[str, Tensor]) -> TensorInfo:
     packed = _on_meta(info, layouts)
     packed.check_shapes(info.name)
-    return replace(info, shape=packed.shape)
+    return replace(info, shape=packed.shape, dtype=packed.dtype, label=packed.label)

@@ -14,11 +14,12 @@ class TensorInfo:
         name: Name in the checkpoint.
         shard: File that holds it, a bare name inside the checkpoint's folder.
         shape: Shape of the dense tensor.
-        dtype: Dtype as stored.
+        dtype: Dtype of the dense tensor.
         format: Packed format it is stored in, a key of `halve.formats.FORMATS`; None
             for a dense tensor.
         parts: Headers of the tensors of a packed matrix, in the order of the format's
             suffixes, its own name first; empty for a dense tensor.
+        label: How it is stored, for a table; see `PackedMatrix.label`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class TensorInfo:
     dtype: torch.dtype
     format: str | None = None
     parts: tuple["TensorInfo", ...] = ()
+    label: str = "dense"
 
     @property
     def stored(self) -> tuple["TensorInfo", ...]:

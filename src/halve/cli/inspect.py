@@ -62,7 +62,7 @@ def command(
 def _storage(matrix: "MatrixInspection") -> str:
     """Return how a matrix is stored, and its packed size if it is dense."""
     if matrix.packed:
-        return "packed"
+        return matrix.storage
     dense = matrix.bytes
     if matrix.packed_bytes is None or matrix.packed_bytes >= dense:
         return "dense (packing would not shrink it)"

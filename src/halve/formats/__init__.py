@@ -9,12 +9,18 @@ from halve.formats.interface import (
 )
 from halve.formats.registry import FORMATS, recognize
 from halve.formats.storage import packed_size, store, would_shrink
-from halve.formats.version import METHOD, check_version, quantization_config
+from halve.formats.version import (
+    METHOD,
+    VERSION,
+    check_version,
+    quantization_config,
+)
 
 __all__ = [
     "FORMATS",
     "MAX_LAYOUT",
     "METHOD",
+    "VERSION",
     "Format",
     "PackedMatrix",
     "TensorHeader",

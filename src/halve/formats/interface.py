@@ -14,9 +14,13 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
+from halve.grids import QuantParams, QuantScheme
+
 # Largest number of elements of a layout tensor that is read while a checkpoint is
 # opened. A layout holds a few integers; a larger one is not read but rejected.
 MAX_LAYOUT = 1024
+# What to do about a matrix whose parts are inconsistent.
+REMEDY = "Pack the model again from its dense checkpoint, or download the file again."
 
 
 class TensorHeader(Protocol):
@@ -37,7 +41,7 @@ class PackedMatrix(ABC):
     """A matrix in packed form.
 
     Implementations are immutable. Their tensors may be on the meta device, where only
-    `shape`, `parts`, `nbytes`, `to` and `check_shapes` can be used.
+    `shape`, `dtype`, `label`, `parts`, `nbytes`, `to` and `check_shapes` can be used.
 
     Attributes:
         transposed: Whether the dense tensor is stored as [columns, rows], as in GPT-2's
@@ -50,6 +54,16 @@ class PackedMatrix(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, int]:
         """Shape of the dense tensor as a checkpoint stores it."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of the dense tensor."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """How the matrix is stored, in a word or two for a table."""
 
     @property
     @abstractmethod
@@ -66,7 +80,7 @@ class PackedMatrix(ABC):
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
-        """Return the same matrix with its values converted to a dtype."""
+        """Return the same matrix, of another dense dtype."""
 
     @abstractmethod
     def check_shapes(self, name: str) -> None:
@@ -103,12 +117,15 @@ class Format(ABC):
     Attributes:
         name: Identifies the format in the registries of this package and of the layer
             classes; it is not written to any file.
-        companions: Suffixes of the tensors beside the one under the parameter's name.
+        version: Version of docs/format.md that a checkpoint with such a matrix has.
+        companions: Suffixes of the tensors that are always beside the one under the
+            parameter's name.
         layout: Suffixes of those companions whose data `join` needs, beside the headers
             of the others, to find the dense shape. Each holds a few integers.
     """
 
     name: ClassVar[str]
+    version: ClassVar[int] = 1
     companions: ClassVar[tuple[str, ...]]
     layout: ClassVar[tuple[str, ...]]
 
@@ -124,32 +141,58 @@ class Format(ABC):
             headers: Name -> header of every tensor in the checkpoint.
         """
 
-    @abstractmethod
-    def supports(self, dtype: torch.dtype) -> bool:
-        """Whether matrices of a dtype can be packed."""
+    def suffixes(
+        self, name: str, headers: Mapping[str, TensorHeader]
+    ) -> tuple[str, ...]:
+        """Return the suffixes of all parts that a matrix of this format must have.
+
+        Args:
+            name: Name of a parameter that `recognizes` accepts.
+            headers: Name -> header of every tensor in the checkpoint. Where parts are
+                optional, those that are present decide.
+        """
+        return ("", *self.companions)
 
     @abstractmethod
     def count_kept(self, weight: Tensor) -> int:
         """Return how many weights of a matrix are stored; minus zero may be one."""
 
     @abstractmethod
-    def nbytes(self, rows: int, columns: int, kept: int, dtype: torch.dtype) -> int:
+    def nbytes(
+        self,
+        shape: tuple[int, int],
+        kept: int,
+        dtype: torch.dtype,
+        scheme: QuantScheme | None = None,
+    ) -> int | None:
         """Return the packed size of a matrix in bytes, without packing it.
 
         Args:
-            rows: Output features.
-            columns: Input features.
+            shape: Output and input features.
             kept: Number of weights that are stored, as `count_kept` gives it.
             dtype: Dtype of the weights.
+            scheme: Grid on which they lie, None if they are not quantized.
+
+        Returns:
+            None if the format has no such matrices.
         """
 
     @abstractmethod
-    def pack(self, weight: Tensor, transposed: bool = False) -> PackedMatrix:
+    def pack(
+        self,
+        weight: Tensor,
+        transposed: bool = False,
+        quant_params: QuantParams | None = None,
+    ) -> PackedMatrix | None:
         """Pack a matrix that is not empty.
 
         Args:
-            weight: Dense tensor as a checkpoint stores it, of a supported dtype.
+            weight: Dense tensor as a checkpoint stores it.
             transposed: Whether that is [columns, rows].
+            quant_params: Grid on which its values lie, of [rows, groups], if any.
+
+        Returns:
+            None if the format cannot restore it bit for bit.
         """
 
     @abstractmethod
@@ -170,3 +213,8 @@ class Format(ABC):
 def split(name: str, packed: PackedMatrix) -> dict[str, Tensor]:
     """Return the tensors that a file holds for a parameter, by their full names."""
     return {name + suffix: part for suffix, part in packed.parts.items()}
+
+
+def describe(tensor: Tensor) -> str:
+    """Return shape and dtype of a tensor, for a message."""
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

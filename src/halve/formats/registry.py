@@ -4,15 +4,17 @@ from collections.abc import Mapping
 
 from halve.formats.bitmask import Bitmask
 from halve.formats.interface import Format, TensorHeader
+from halve.formats.quantized import Quantized
 
-FORMATS: dict[str, Format] = {"bitmask": Bitmask()}
-# The format that `halve pack` and `halve prune --pack` write.
-WRITTEN = "bitmask"
+FORMATS: dict[str, Format] = {"quantized": Quantized(), "bitmask": Bitmask()}
+# The formats that `halve pack` and `halve prune --pack` write; where two take the same
+# bytes, the first.
+WRITTEN = ("quantized", "bitmask")
 
 
-def written_format() -> Format:
-    """Return the format that matrices are packed in."""
-    return FORMATS[WRITTEN]
+def written_formats() -> list[Format]:
+    """Return the formats that matrices are packed in."""
+    return [FORMATS[name] for name in WRITTEN]
 
 
 def recognize(name: str, headers: Mapping[str, TensorHeader]) -> str | None:

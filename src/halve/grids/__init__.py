@@ -15,6 +15,7 @@ from halve.grids.bit_budget import schemes_for_bits
 from halve.grids.check import grid_shortfall
 from halve.grids.fit import fit_quant_params
 from halve.grids.params import QuantParams
+from halve.grids.recover import recover_quant_params
 from halve.grids.scheme import BITS, QuantScheme, parse_scheme
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "fit_quant_params",
     "grid_shortfall",
     "parse_scheme",
+    "recover_quant_params",
     "schemes_for_bits",
 ]

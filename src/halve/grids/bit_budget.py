@@ -27,12 +27,14 @@ def schemes_for_bits(
     dense = [
         (0.0, grid) for grid in grids if grid.bits_per_weight(0) <= bits_per_weight
     ]
+    # With a mask over its codes a grid needs no code for zero.
+    masked = [grid.without_zero() for grid in grids]
     # What mask and scales take: bits where nothing is kept.
-    empty = [grid.bits_per_weight(1) for grid in grids]
-    kept = [(bits_per_weight - e) / g.bits for e, g in zip(empty, grids, strict=True)]
+    empty = [grid.bits_per_weight(1) for grid in masked]
+    kept = [(bits_per_weight - e) / g.bits for e, g in zip(empty, masked, strict=True)]
     sparse = [
         (1 - fraction, grid)
-        for fraction, grid in zip(kept, grids, strict=True)
+        for fraction, grid in zip(kept, masked, strict=True)
         if _MIN_KEPT <= fraction < 1
     ]
     if not dense + sparse:
@@ -41,4 +43,5 @@ def schemes_for_bits(
             "weight.",
             "Allow 2 bits or more (--target-bits), or larger groups (--group-size).",
         )
-    return dense[:1] + sparse
+    whole = [(sparsity, grid.without_zero()) for sparsity, grid in dense[:1]]
+    return whole + sparse

@@ -39,8 +39,13 @@ def _fits(grid: QuantScheme, groups: Tensor) -> Tensor:
     low, high = groups.amin(dim=2).clamp_(max=0), groups.amax(dim=2).clamp_(min=0)
     # A wider range has more codes than any grid, and more bits than an int64.
     narrow = torch.maximum(-low, high) < least * 2**grid.bits
-    unit = _common_divisor(groups.where(narrow[..., None], 0), least)
+    unit = common_divisor(groups.where(narrow[..., None], 0), least)
     low, high = -low / unit, high / unit
+    if grid.midrise:
+        # Odd multiples of half a scale; zeros are weights that a mask leaves out.
+        odd = (groups / unit[..., None]).fmod(2) != 0
+        whole = (odd | (groups == 0)).all(dim=2)
+        return narrow & whole & (torch.maximum(low, high) <= 2**grid.bits - 1)
     if grid.symmetric:
         # One side may reach the lowest code, by a scale of either sign.
         fits = torch.minimum(low, high) <= grid.highest
@@ -48,7 +53,7 @@ def _fits(grid: QuantScheme, groups: Tensor) -> Tensor:
     return narrow & (low + high <= grid.highest - grid.lowest)
 
 
-def _common_divisor(groups: Tensor, least: Tensor) -> Tensor:
+def common_divisor(groups: Tensor, least: Tensor) -> Tensor:
     """Return the largest number of which all values of a group are multiples.
 
     Args:
@@ -63,4 +68,4 @@ def _common_divisor(groups: Tensor, least: Tensor) -> Tensor:
         first, rest = numbers.tensor_split([-(-size // 2)], dim=2)
         rest = torch.nn.functional.pad(rest, (0, size % 2))
         numbers = torch.gcd(first, rest)
-    return numbers[..., 0].clamp(min=1) * unit
+    return numbers[..., 0].abs().clamp(min=1) * unit

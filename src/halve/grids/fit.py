@@ -81,7 +81,8 @@ def _fractions(grid: QuantScheme) -> list[float]:
     Plain symmetric scales leave out the lowest code, so that it would reach further
     than the weights do: the first fraction is above 1 for them.
     """
-    first = grid.lowest / -grid.highest if grid.symmetric else 1.0
+    skewed = grid.symmetric and not grid.midrise
+    first = grid.lowest / -grid.highest if skewed else 1.0
     return torch.linspace(first, _MIN_RANGE, _TRIED, dtype=torch.float64).tolist()
 
 
@@ -93,6 +94,9 @@ def _spanning(grid: QuantScheme, low: Tensor, high: Tensor) -> tuple[Tensor, Ten
         low: [rows, groups], at most 0.
         high: [rows, groups], at least 0.
     """
+    if grid.midrise:
+        scale = _shorten(grid, torch.maximum(-low, high) / (grid.highest + 0.5))
+        return scale, torch.full_like(scale, -0.5)
     if grid.symmetric:
         # The sign of the scale puts the lowest code on the side of the largest weight.
         scale = _shorten(grid, torch.where(-low >= high, low, high) / grid.lowest)

@@ -13,15 +13,16 @@ class QuantParams:
     """The values that the weights of one matrix may take: (code - zero) * scale.
 
     Laws: `dequantize(quantize(z))` is z, bit for bit, for every z that `fake_quantize`
-    returns; 0 is a value of every group; no other value is nearer to a weight than the
-    one it is rounded to.
+    returns; 0 is a value of every group unless the grid is midrise; no other value is
+    nearer to a weight than the one it is rounded to.
 
     Attributes:
         grid: Bits and groups.
         scale: [rows, groups], float32, not 0; a float16 number of `grid.precision`
             significant bits. Negative where the grid is symmetric and the largest
             weight of the group is positive.
-        zero: [rows, groups], float32, the code of 0: an integer, 0 where symmetric.
+        zero: [rows, groups], float32, the code of 0: an integer, 0 where symmetric;
+            -1/2 where the grid is midrise.
     """
 
     grid: QuantScheme
@@ -46,6 +47,15 @@ class QuantParams:
         scale, zero = self._of_columns(weight.shape[1])
         return values_of(nearest_codes(self.grid, weight, scale, zero), scale, zero)
 
+    def fake_quantize_kept(self, weight: Tensor) -> Tensor:
+        """Return the nearest values of the grid, and 0 for weights that are 0.
+
+        The two differ where the grid is midrise: 0 is then none of its values, and
+        stands for a pruned weight.
+        """
+        rounded = self.fake_quantize(weight)
+        return rounded.where(weight != 0, 0) if self.grid.midrise else rounded
+
     def fake_quantize_column(self, values: Tensor, column: int) -> Tensor:
         """Return the nearest values of one column's grid, [rows]."""
         group = column // self.grid.group_size
@@ -64,8 +74,10 @@ class QuantParams:
 def nearest_codes(
     grid: QuantScheme, values: Tensor, scale: Tensor, zero: Tensor
 ) -> Tensor:
-    """Return round(value / scale) + zero, clamped to the codes of a grid, as floats."""
-    codes = (values / scale).round_().add_(zero)
+    """Return the codes of a grid whose values are nearest, as floats."""
+    codes = values / scale
+    # Midrise values are (code + 1/2) * scale: all of [code, code + 1) rounds to code.
+    codes = codes.floor_() if grid.midrise else codes.round_().add_(zero)
     return codes.clamp_(grid.lowest, grid.highest)
 
 

@@ -1,15 +1,18 @@
 """What is in a checkpoint, counted in its tensors rather than read from its record."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from halve.checkpoint import Checkpoint, TensorInfo, resolve_model
+from halve.checkpoint import Checkpoint, TensorInfo, resolve_model, source_record
+from halve.errors import HalveError, QuantizationError
 from halve.formats import packed_size
+from halve.grids import QuantScheme
 from halve.models import StoredTensor, build_meta_model, match_names, prunable_matrices
 from halve.models.matrices import Matrix
 from halve.patterns import describe
-from halve.records import Inspection, MatrixInspection
+from halve.records import Inspection, MatrixInspection, recorded_grids
 
 
 def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspection:
@@ -17,13 +20,15 @@ def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspect
     folder = resolve_model(model)
     checkpoint = Checkpoint.open(folder)
     matrices = matrices_of(folder, checkpoint, trust_remote_code)
+    grids = _recorded_grids(folder)
     inspected: list[MatrixInspection] = []
     zeros = 0
     for name, info in checkpoint.tensors.items():
         tensor = checkpoint.read([name])[name]
         zeros += int((tensor == 0).sum())
         if name in matrices:
-            inspected.append(_matrix(info, matrices[name], tensor))
+            scheme = _scheme(grids.get(name))
+            inspected.append(_matrix(info, matrices[name], tensor, scheme))
     order = list(matrices)
     infos = checkpoint.tensors.values()
     return Inspection(
@@ -51,7 +56,24 @@ def matrices_of(
     }
 
 
-def _matrix(info: TensorInfo, matrix: Matrix, tensor: Tensor) -> MatrixInspection:
+def _recorded_grids(folder: Path) -> dict[str, Any]:
+    """Return the grids that a record names; none where it cannot be read."""
+    try:
+        return recorded_grids(source_record(folder))
+    except HalveError:
+        return {}
+
+
+def _scheme(recorded: dict[str, Any] | None) -> QuantScheme | None:
+    try:
+        return QuantScheme(**recorded) if recorded else None
+    except (TypeError, QuantizationError):
+        return None
+
+
+def _matrix(
+    info: TensorInfo, matrix: Matrix, tensor: Tensor, scheme: QuantScheme | None
+) -> MatrixInspection:
     weight = matrix.as_rows(tensor)
     rows, columns = weight.shape
     return MatrixInspection(
@@ -63,5 +85,6 @@ def _matrix(info: TensorInfo, matrix: Matrix, tensor: Tensor) -> MatrixInspectio
         pattern=describe(weight),
         bytes=info.stored_bytes,
         packed=info.format is not None,
-        packed_bytes=packed_size(weight),
+        packed_bytes=info.stored_bytes if info.format else packed_size(weight, scheme),
+        storage=info.label,
     )

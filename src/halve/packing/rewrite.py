@@ -23,8 +23,8 @@ from halve.checkpoint import (
     source_record,
 )
 from halve.errors import HalveError, OutputError, QuantizationError
-from halve.formats import quantization_config, store
-from halve.grids import QuantScheme, grid_shortfall
+from halve.formats import VERSION, quantization_config, store
+from halve.grids import QuantScheme, grid_shortfall, recover_quant_params
 from halve.layout import Layout, make_layout
 from halve.models import Matrix, build_meta_model
 from halve.options import PackOptions
@@ -46,23 +46,20 @@ class _Rewriting:
     Attributes:
         kind: Verb in the record and in the identity of the output.
         phase: The verb in reports of progress.
-        store: (name, dense tensor, whether it is stored transposed) of a prunable
-            matrix -> tensors that the output holds for it.
-        config: `quantization_config` of the new config.json; None for a dense model.
+        packs: Whether matrices are stored packed where that is smaller.
         check: (model, how its matrices are stored) -> raises HalveError if the output
             is of no use.
     """
 
     kind: str
     phase: str
-    store: Callable[[str, Tensor, bool], dict[str, Tensor]]
-    config: dict[str, Any] | None
+    packs: bool
     check: Callable[[str | Path, tuple[MatrixStorage, ...]], None]
 
 
 def pack_model(model: str | Path, out: str | Path, options: PackOptions) -> PackRecord:
     """Pack a model; see `halve.pack` for the contract."""
-    packing = _Rewriting("pack", "packing", store, quantization_config(), _check_gain)
+    packing = _Rewriting("pack", "packing", packs=True, check=_check_gain)
     return _rewrite(model, out, options, packing)
 
 
@@ -79,8 +76,7 @@ def unpack_model(
     unpacking = _Rewriting(
         kind="unpack",
         phase="unpacking",
-        store=lambda name, weight, transposed: {name: weight},
-        config=None,
+        packs=False,
         check=lambda model, matrices: None,
     )
     return _rewrite(model, out, options, unpacking)
@@ -109,7 +105,7 @@ def _rewrite(
     layout = make_layout(Checkpoint.open(source), meta_model)
     identity = {
         "verb": rewriting.kind,
-        "format": quantization_config()["version"],
+        "format": VERSION,
         "positive_zeros": options.positive_zeros,
         "sources": layout.sources,
     }
@@ -136,7 +132,7 @@ def _rewrite(
             matrices=matrices,
             shards={file: workspace.committed[file].sha256 for file in layout.shards},
             source=provenance,
-            files=workspace.add_side_files(source, rewriting.config),
+            files=workspace.add_side_files(source, shards.packed_config()),
             seconds=time.monotonic() - started,
             finished=now(),
         )
@@ -185,6 +181,13 @@ class _Shards:
             stored += parse_note(self.workspace.folder, _Note, note).matrices
         return tuple(stored)
 
+    def packed_config(self) -> dict[str, Any] | None:
+        """Return the `quantization_config` for config.json; None for a dense output."""
+        if not self.rewriting.packs:
+            return None
+        files = [self.workspace.folder / file for file in self.layout.shards]
+        return quantization_config(Checkpoint.of_files(files).formats)
+
     def _report(self, number: int) -> None:
         shards = len(self.layout.shards)
         self.options.progress(Progress(number, shards, self.rewriting.phase))
@@ -203,9 +206,12 @@ class _Shards:
         )
 
     def _stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        if name not in self.matrices:
+        matrix = self.matrices.get(name)
+        if matrix is None or not self.rewriting.packs:
             return {name: tensor}
-        return self.rewriting.store(name, tensor, self.matrices[name].transposed)
+        scheme = self._scheme(name)
+        params = scheme and recover_quant_params(scheme, matrix.as_rows(tensor))
+        return store(name, tensor, matrix.transposed, params)
 
     def _verify(self, dense: dict[str, Tensor], path: Path) -> dict[str, Any]:
         """Read a shard back and compare it bit for bit; return its note."""
@@ -239,11 +245,16 @@ class _Shards:
 
     def _grid(self, name: str, weight: Tensor) -> dict[str, Any] | None:
         """Return the grid that the input records, if the matrix lies on it."""
+        scheme = self._scheme(name)
+        lies = scheme is not None and grid_shortfall(scheme, weight) is None
+        return asdict(scheme) if scheme is not None and lies else None
+
+    def _scheme(self, name: str) -> QuantScheme | None:
+        """Return the grid that the input records, None if it records none."""
         try:
-            grid = QuantScheme(**self.grids[name])
+            return QuantScheme(**self.grids[name])
         except (LookupError, TypeError, QuantizationError):
             return None
-        return None if grid_shortfall(grid, weight) else asdict(grid)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -114,13 +114,13 @@ def _check_pattern(blocks: tuple[PlannedBlock, ...], options: PruneOptions) -> N
 
 def _check_packing(layout: Layout, options: PruneOptions) -> None:
     """Raise HalveError if packing would shrink no matrix."""
-    pattern = max((pattern for pattern, _ in options.pairs), key=lambda p: p.sparsity)
+    pattern, scheme = max(options.pairs, key=lambda pair: pair[0].sparsity)
     for block in layout.blocks:
         for planned in block.matrices:
             rows, columns = planned.matrix.shape
-            info = layout.tensors[planned.tensor]
+            dtype = layout.tensors[planned.tensor].dtype
             nonzeros = rows * columns - pattern.count(rows * columns)
-            if would_shrink(rows, columns, nonzeros, info.dtype):
+            if would_shrink((rows, columns), nonzeros, dtype, scheme):
                 return
     raise HalveError(
         f"With {pattern} zeros no matrix of any block would get smaller when packed, "

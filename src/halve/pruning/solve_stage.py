@@ -137,7 +137,7 @@ def _install_solution(
     state.solved[path] = selected.candidate.pattern.sparsity > 0
     if (params := solution.quant_params) is not None:
         state.quant_params[path] = lambda values: as_rows(
-            params.fake_quantize(as_rows(values))
+            params.fake_quantize_kept(as_rows(values))
         ).contiguous()
     return replace(selected, solution=replace(solution, weight=state.weight(planned)))
 

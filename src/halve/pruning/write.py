@@ -69,7 +69,8 @@ def _stored_tensors(
     if packed:
         for matrix in planned.matrices:
             weight = tensors.pop(matrix.tensor)
-            tensors |= store(matrix.tensor, weight, matrix.matrix.transposed)
+            params = pruned.selected_by_tensor[matrix.tensor].solution.quant_params
+            tensors |= store(matrix.tensor, weight, matrix.matrix.transposed, params)
     return tensors
 
 
@@ -124,7 +125,7 @@ def _shortfall(selected: Selected, weight: Tensor) -> str | None:
     """Return how a stored matrix, [rows, columns], misses its target; None if not."""
     quant_params = selected.solution.quant_params
     if quant_params is not None and not torch.equal(
-        quant_params.fake_quantize(weight.float()), weight.float()
+        quant_params.fake_quantize_kept(weight.float()), weight.float()
     ):
         return "some values are not on its quantization grid"
     return selected.candidate.pattern.shortfall(weight)

@@ -17,6 +17,7 @@ class MatrixInspection:
         bytes: Size in the file.
         packed: Whether it is stored packed.
         packed_bytes: Size when packed; None for a dtype that cannot be packed.
+        storage: `dense`, `bitmask`, or bits and group size of packed codes.
     """
 
     tensor: str
@@ -28,6 +29,7 @@ class MatrixInspection:
     bytes: int
     packed: bool
     packed_bytes: int | None
+    storage: str
 
 
 @dataclass(frozen=True)

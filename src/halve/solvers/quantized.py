@@ -22,6 +22,9 @@ from halve.solvers.sweep import carry, fixed_mask, sweep, transposed_copy
 # Columns between two products with the whole of H or U.
 _BLOCK = 128
 SWEEPS = 4
+# A mask over a midrise grid takes a bit for each weight. Fewer zeros than this fraction
+# are no mask, but chance.
+_MIN_ZEROS = 1 / 16
 
 
 def round_with_mask(
@@ -160,7 +163,7 @@ class Quantized(Solver):
         values, params = first.weight, first.quant_params
         if params is None:
             params = fit_quant_params(self.grid, values, hessian.diagonal)
-        pruned = values == 0
+        pruned = _pruned(values, params, pattern)
         swept = round_with_mask(values, pruned, hessian.factor, params)
         moved = coordinate_descent(
             hessian.damped, weight, swept, pruned, params, self.sweeps
@@ -201,8 +204,22 @@ class RoundToNearest(Solver):
         """Zero the smallest weights, [rows, columns], and round the others."""
         kept = Magnitude().solve(hessian, weight, pattern).weight
         params = fit_quant_params(self.grid, kept)
-        return Solution(params.fake_quantize(kept), Outcome(), params)
+        rounded = params.fake_quantize(kept)
+        rounded.masked_fill_(_pruned(kept, params, pattern), 0)
+        return Solution(rounded, Outcome(), params)
 
     def cost(self, rows: int, columns: int) -> SolverCost:
         """What magnitude takes, and scales."""
         return SolverCost(8 * rows * columns)
+
+
+def _pruned(values: Tensor, quant_params: QuantParams, pattern: Pattern) -> Tensor:
+    """Return which weights stay zero, [rows, columns].
+
+    All zeros do, except where no pattern was asked for and the grid is midrise: the few
+    zeros that any matrix has by chance would then force a mask on it.
+    """
+    zeros = values == 0
+    few = int(zeros.sum()) < _MIN_ZEROS * zeros.numel()
+    by_chance = quant_params.grid.midrise and pattern.sparsity == 0 and few
+    return torch.zeros_like(zeros) if by_chance else zeros

@@ -8,6 +8,7 @@ copy was measured to cost a quarter of the speed.
 import ctypes
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -20,7 +21,7 @@ from halve.errors import HalveError, HalveWarning
 # Environment variable that selects a kernel of the library, or `torch` to use none.
 VARIABLE = "HALVE_KERNEL"
 TORCH = "torch"
-_ABI = 1
+_ABI = 2
 _NAMES = ("libhalve_kernels.so", "libhalve_kernels.dylib")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STATUS = {
@@ -42,6 +43,65 @@ class _Matrix(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
     )
+
+
+class Codes(ctypes.Structure):
+    """A matrix of integer codes, as the library takes it; see `halve_quantized`."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("code_bytes", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("wide_offsets", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("midrise", ctypes.c_int32),
+        ("group", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor | None], layout: list[int]) -> "Codes":
+        """Return the matrix of some tensors, which must stay alive.
+
+        Args:
+            parts: Codes, scales, codes of zero, mask and offsets, as in a
+                `QuantizedMatrix`; what it lacks is None.
+            layout: Columns, bits, group size, and whether the grid is midrise.
+
+        Raises:
+            RuntimeError: Their sizes contradict each other. The library, which takes
+                pointers, would read past their ends.
+        """
+        codes, scales, zeros, mask, offsets = parts
+        assert codes is not None and scales is not None
+        columns, bits, group, midrise = layout
+        rows, groups = scales.shape[0], -(-columns // group)
+        fit = (
+            scales.numel() == rows * groups
+            and (zeros is None or zeros.numel() == rows * -(-groups * bits // 8))
+            and (mask is None or mask.numel() == rows * -(-columns // 64))
+            and (mask is None) == (offsets is None)
+            and (offsets is None or offsets.numel() == rows + 1)
+        )
+        if not fit:
+            raise RuntimeError(
+                f"the parts of a quantized matrix of {rows} rows and {columns} columns "
+                "do not fit together"
+            )
+        return cls(
+            codes.data_ptr(),
+            codes.numel(),
+            _pointer(mask),
+            _pointer(offsets),
+            scales.data_ptr(),
+            _pointer(zeros),
+            offsets is not None and offsets.dtype == torch.uint64,
+            *(bits, midrise, group, rows, columns),
+        )
 
 
 class Kernels:
@@ -134,6 +194,49 @@ class Kernels:
             )
         )
 
+    def quantized_linear(
+        self, x: Tensor, matrix: Codes, bias: Tensor | None, activations: int
+    ) -> Tensor:
+        """Return `x @ W.T + bias`, [batch, rows], of the dtype of x."""
+        y = x.new_empty(x.shape[0], matrix.rows)
+        _check(
+            self.library.halve_quantized_linear(
+                ctypes.byref(matrix),
+                _DTYPES[x.dtype],
+                x.data_ptr(),
+                x.shape[0],
+                _pointer(bias),
+                y.data_ptr(),
+                activations,
+                torch.get_num_threads(),
+            )
+        )
+        return y
+
+    def quantized_unpack(self, matrix: Codes, rows: slice, out: Tensor) -> None:
+        """Unpack some rows of a matrix of codes into `out`, [rows, columns]."""
+        _check(
+            self.library.halve_quantized_unpack(
+                ctypes.byref(matrix),
+                *(rows.start, rows.stop, _DTYPES[out.dtype], out.data_ptr()),
+                torch.get_num_threads(),
+            )
+        )
+
+    def quantized_lookup(
+        self, matrix: Codes, indices: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Return rows of a matrix of codes, [count, columns]; indices are int64."""
+        out = torch.empty(indices.numel(), matrix.columns, dtype=dtype)
+        _check(
+            self.library.halve_quantized_lookup(
+                ctypes.byref(matrix),
+                *(indices.data_ptr(), indices.numel(), _DTYPES[dtype], out.data_ptr()),
+                torch.get_num_threads(),
+            )
+        )
+        return out
+
     def read(self, memory: Tensor) -> None:
         """Read every byte of a tensor once, to measure the memory bandwidth."""
         self.library.halve_read(
@@ -200,6 +303,16 @@ def _load(path: Path) -> ctypes.CDLL:
     library.halve_dense_linear.argtypes = (
         *(pointer, number, size, size, pointer, size, pointer, pointer, number),
     )
+    codes = ctypes.POINTER(Codes)
+    library.halve_quantized_linear.argtypes = (
+        *(codes, number, pointer, size, pointer, pointer, number, number),
+    )
+    library.halve_quantized_unpack.argtypes = (
+        *(codes, size, size, number, pointer, number),
+    )
+    library.halve_quantized_lookup.argtypes = (
+        *(codes, pointer, size, number, pointer, number),
+    )
     library.halve_read.argtypes = (pointer, size, number)
     library.halve_read.restype = ctypes.c_uint64
     return library
@@ -216,6 +329,10 @@ def _matrix(values: Tensor, mask: Tensor, offsets: Tensor, columns: int) -> _Mat
         mask.shape[0],
         columns,
     )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _check(status: int) -> None:

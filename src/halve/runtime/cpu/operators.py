@@ -5,32 +5,21 @@ they run the reference implementation: unpack, then multiply. They are registere
 `torch.library`, so that `torch.compile` sees one opaque node with a known shape.
 """
 
-import threading
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from halve.formats.bitmask import BitmaskMatrix
-from halve.numerics import matmul
 from halve.runtime.cpu.kernels import kernels, supports
+from halve.runtime.cpu.tiles import FUSED_ROWS, linear_by_tiles
 
-# Up to this many rows of input the kernel multiplies by the packed weights. Above, they
-# are unpacked tile by tile for torch's own product, which is then faster.
-FUSED_ROWS = 48
-# Approximate size of a tile of unpacked rows, small enough to stay in the cache.
-_TILE_BYTES = 2**21
-# The height of a tile is a multiple of this: others cost the product a tenth of its
-# speed.
-_TILE_ROWS = 256
-
-_library = torch.library.Library("halve", "DEF")
-_library.define(
+# Other modules define their operators in it, too.
+library = torch.library.Library("halve", "DEF")
+library.define(
     "packed_linear(Tensor x, Tensor values, Tensor mask, Tensor offsets, Tensor? bias, "
     "int columns) -> Tensor"
 )
-_library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def packed_linear_reference(
@@ -82,63 +71,11 @@ def _packed_linear_cpu(
         contiguous = rows.contiguous()
         y = kernel.packed_linear(contiguous, values, mask, offsets, bias, columns)
     else:
-        y = x.new_empty(rows.shape[0], mask.shape[0])
-        for part, weight in _tiles(values, mask, offsets, columns):
-            _multiply_into(
-                y[:, part], rows, weight, None if bias is None else bias[part]
-            )
+        y = linear_by_tiles(
+            *(rows, mask.shape[0], bias),
+            lambda part, out: kernel.unpack(values, mask, offsets, part, out),
+        )
     return y.view(*x.shape[:-1], mask.shape[0])
-
-
-def _tiles(
-    values: Tensor, mask: Tensor, offsets: Tensor, columns: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield tiles of a matrix: which rows, and those rows unpacked.
-
-    All tiles share one memory, so each overwrites the one before.
-    """
-    kernel = kernels()
-    assert kernel is not None
-    rows = mask.shape[0]
-    fit = _TILE_BYTES // (columns * values.element_size())
-    height = min(max(fit // _TILE_ROWS, 1) * _TILE_ROWS, rows)
-    tile = _scratch.tile(height, columns, values.dtype)
-    for start in range(0, rows, height):
-        part = slice(start, min(start + height, rows))
-        weight = tile[: part.stop - start]
-        kernel.unpack(values, mask, offsets, part, weight)
-        yield part, weight
-
-
-class _Scratch(threading.local):
-    """Reused memory for a tile, one for each thread.
-
-    New memory would cost a page fault every 4 KB.
-    """
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
-
-    def tile(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Return a [rows, columns] tensor with undefined contents."""
-        size = rows * columns * dtype.itemsize
-        if self.memory.numel() < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
-        return self.memory[:size].view(dtype).view(rows, columns)
-
-
-_scratch = _Scratch()
-
-
-def _multiply_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Write `x @ weight.T + bias` into y, a view of some columns of the result."""
-    if x.dtype == torch.float32:
-        # By oneDNN, which is twice as fast as torch's default on AMD.
-        y.copy_(matmul.linear(x, weight, bias))
-    elif bias is None:
-        torch.mm(x, weight.T, out=y)
-    else:
-        torch.addmm(bias, x, weight.T, out=y)
 
 
 def _dense_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,12 +125,12 @@ def _dense_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-_library.impl("packed_linear", packed_linear_reference, "CompositeExplicitAutograd")
-_library.impl("packed_linear", _packed_linear_cpu, "CPU")
-_library.impl("dense_linear", functional.linear, "CompositeExplicitAutograd")
-_library.impl("dense_linear", _dense_linear_cpu, "CPU")
-torch.library.register_fake("halve::packed_linear", _packed_linear_fake, lib=_library)
-torch.library.register_fake("halve::dense_linear", _dense_linear_fake, lib=_library)
+library.impl("packed_linear", packed_linear_reference, "CompositeExplicitAutograd")
+library.impl("packed_linear", _packed_linear_cpu, "CPU")
+library.impl("dense_linear", functional.linear, "CompositeExplicitAutograd")
+library.impl("dense_linear", _dense_linear_cpu, "CPU")
+torch.library.register_fake("halve::packed_linear", _packed_linear_fake, lib=library)
+torch.library.register_fake("halve::dense_linear", _dense_linear_fake, lib=library)
 
 packed_linear = torch.ops.halve.packed_linear.default
 dense_linear = torch.ops.halve.dense_linear.default

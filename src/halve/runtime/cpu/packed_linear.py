@@ -1,4 +1,4 @@
-"""The interface of linear layers whose weight stays packed."""
+"""The interfaces of linear layers and embeddings whose weight stays packed."""
 
 from abc import ABC, abstractmethod
 
@@ -35,10 +35,7 @@ class PackedLinear(nn.Module, ABC):
         self.out_features = rows
         self.transposed = packed.transposed
         self.bias = bias
-        parts = packed.parts
-        self.weight = nn.Parameter(parts.pop(""), requires_grad=False)
-        for suffix, part in parts.items():
-            self.register_buffer(f"weight{suffix}", part)
+        _register_parts(self, packed)
 
     @property
     @abstractmethod
@@ -71,6 +68,54 @@ class PackedLinear(nn.Module, ABC):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}"
         )
+
+
+class PackedEmbedding(nn.Module, ABC):
+    """A lookup of rows of a packed matrix; replaces nn.Embedding.
+
+    Its tensors are named as those of `PackedLinear`.
+
+    Attributes:
+        num_embeddings: Rows of the matrix.
+        embedding_dim: Columns.
+        weight: The part without a suffix.
+    """
+
+    weight: nn.Parameter
+    padding_idx: int | None = None
+
+    def __init__(self, packed: PackedMatrix) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = packed.shape
+        _register_parts(self, packed)
+
+    @property
+    @abstractmethod
+    def packed(self) -> PackedMatrix:
+        """The layer's tensors as a packed matrix."""
+
+    @abstractmethod
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of token ids [...], [..., embedding_dim]."""
+
+    def to_dense(self) -> nn.Module:
+        """Return the nn.Embedding that the layer replaced."""
+        with torch.device("meta"):
+            dense = nn.Embedding(self.num_embeddings, self.embedding_dim)
+        dense.weight = nn.Parameter(self.packed.unpack(), requires_grad=False)
+        return dense
+
+    def extra_repr(self) -> str:
+        """Show the shape, and how the matrix is stored."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed.label}"
+
+
+def _register_parts(module: nn.Module, packed: PackedMatrix) -> None:
+    """Register the parts of a matrix under the names that they have in a file."""
+    parts = packed.parts
+    module.weight = nn.Parameter(parts.pop(""), requires_grad=False)
+    for suffix, part in parts.items():
+        module.register_buffer(f"weight{suffix}", part)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,156 @@
+"""Linear layer and embedding of the quantized format."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halve.formats.quantized import QuantizedMatrix
+from halve.runtime.cpu.packed_linear import (
+    PackedEmbedding,
+    PackedLinear,
+    wants_gradient,
+)
+from halve.runtime.cpu.quantized_operators import (
+    ACTIVATIONS,
+    activation_mode,
+    quantized_linear,
+    quantized_lookup,
+)
+
+_SCALES = "weight_scales"
+
+
+class _QuantizedWeight(nn.Module):
+    """The parts of a quantized matrix as tensors of a module.
+
+    Attributes:
+        weight: Codes, uint8.
+        weight_scales: [rows, groups], float16; converting the module leaves them so.
+        weight_zeros: Codes of zero as bits, uint8, or None.
+        weight_mask: [rows, words], uint64, or None.
+        weight_offsets: [rows + 1], or None.
+        weight_layout: Seven numbers, int64.
+        layout: Columns, bits, group size, and whether the grid is midrise.
+        dtype: Dtype of the dense weight.
+    """
+
+    weight: nn.Parameter
+    weight_scales: Tensor
+    weight_zeros: Tensor | None
+    weight_mask: Tensor | None
+    weight_offsets: Tensor | None
+    layout: list[int]
+    dtype: torch.dtype
+
+    def adopt(self, packed: QuantizedMatrix) -> None:
+        """Take over what the parts do not show."""
+        self.layout = [
+            *(packed.columns, packed.bits, packed.group_size),
+            int(packed.midrise),
+        ]
+        self.dtype = packed.dtype
+        self.transposed = packed.transposed
+        for name in ("weight_zeros", "weight_mask", "weight_offsets"):
+            if name not in self._buffers:
+                self.register_buffer(name, None)
+
+    @property
+    def packed(self) -> QuantizedMatrix:
+        """The module's tensors as a packed matrix."""
+        columns, bits, group_size, midrise = self.layout
+        return QuantizedMatrix(
+            self.weight.data,
+            self.weight_scales,
+            *(bits, group_size, columns, self.dtype),
+            *(self.weight_zeros, self.weight_mask, self.weight_offsets),
+            midrise=bool(midrise),
+            transposed=self.transposed,
+        )
+
+    @property
+    def operands(self) -> list[Tensor | None]:
+        """The parts in the order of the operators."""
+        return [
+            *(self.weight, self.weight_scales, self.weight_zeros),
+            *(self.weight_mask, self.weight_offsets),
+        ]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: ANN401
+        """Move the module, and convert everything but the scales.
+
+        Rounding scales would change every weight, and gain nothing.
+        """
+        scales = self.weight_scales
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._buffers[_SCALES] = scales.to(self.weight_scales.device)
+        return self
+
+
+class QuantizedLinear(_QuantizedWeight, PackedLinear):
+    """A linear layer that multiplies by a matrix in quantized format.
+
+    Attributes:
+        activations: How the kernels hold activations, a key of `ACTIVATIONS`.
+    """
+
+    def __init__(
+        self, packed: QuantizedMatrix, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__(packed, bias)
+        self.adopt(packed)
+        self._mode = ACTIVATIONS["int16"]
+
+    @property
+    def activations(self) -> str:
+        """How the kernels hold activations: `int16` or `int8`."""
+        return next(name for name, mode in ACTIVATIONS.items() if mode == self._mode)
+
+    @activations.setter
+    def activations(self, name: str) -> None:
+        self._mode = activation_mode(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply [..., in_features] to [..., out_features], in the dtype of x."""
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        if wants_gradient(x, bias):
+            return _Differentiable.apply(x, bias, self)
+        return quantized_linear(x, self.operands, bias, self.layout, self._mode)
+
+    def extra_repr(self) -> str:
+        """Show shape, bits and group size."""
+        return f"{super().extra_repr()}, {self.packed.label}"
+
+
+class _Differentiable(torch.autograd.Function):
+    """The quantized product with gradients for its input and its bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:  # noqa: ANN401
+        ctx.layer = layer
+        return quantized_linear(x, layer.operands, bias, layer.layout, layer._mode)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # noqa: ANN401
+        (gradient,) = grad_outputs
+        # y = x W.T + b, so dL/dx = dL/dy W, and dL/db is dL/dy summed over all rows.
+        wanted = ctx.needs_input_grad
+        for_x = gradient @ ctx.layer.dense_weight().to(gradient.dtype)
+        for_bias = gradient.flatten(0, -2).sum(0) if wanted[1] else None
+        return for_x if wanted[0] else None, for_bias, None
+
+
+class QuantizedEmbedding(_QuantizedWeight, PackedEmbedding):
+    """An embedding that looks up rows of a matrix in quantized format."""
+
+    def __init__(self, packed: QuantizedMatrix) -> None:
+        super().__init__(packed)
+        self.adopt(packed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of token ids [...], [..., embedding_dim]."""
+        return quantized_lookup(input, self.operands, self.layout, self.dtype)
