@@ -14,6 +14,7 @@ struct Tier {
   const char* name;
   bool (*usable)();
   const Kernel* kernels[dtype_count];
+  const QuantizedKernel* quantized;
 };
 
 bool always() { return true; }
@@ -34,7 +35,8 @@ bool has_avx512f() {
 
 bool has_avx512bf16() {
   return has_avx512f() && __builtin_cpu_supports("avx512vbmi") &&
-         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
 #endif
@@ -44,18 +46,28 @@ const Tier tiers[] = {
 #if defined(__x86_64__)
     {"avx512bf16",
      has_avx512bf16,
-     {&avx512f_kernels[0], &avx512f_kernels[1], &avx512bf16_bf16_kernel}},
+     {&avx512f_kernels[0], &avx512f_kernels[1], &avx512bf16_bf16_kernel},
+     &reference_quantized_kernel},
     {"avx512f",
      has_avx512f,
-     {&avx512f_kernels[0], &avx512f_kernels[1], &avx512f_kernels[2]}},
-    {"avx2", has_avx2, {&avx2_kernels[0], &avx2_kernels[1], &avx2_kernels[2]}},
+     {&avx512f_kernels[0], &avx512f_kernels[1], &avx512f_kernels[2]},
+     // Without VNNI and VBMI, 512-bit registers have no byte products and shuffles.
+     &reference_quantized_kernel},
+    {"avx2",
+     has_avx2,
+     {&avx2_kernels[0], &avx2_kernels[1], &avx2_kernels[2]},
+     &reference_quantized_kernel},
 #elif defined(__aarch64__)
     // Every 64-bit ARM has NEON.
-    {"neon", always, {&neon_kernels[0], &neon_kernels[1], &neon_kernels[2]}},
+    {"neon",
+     always,
+     {&neon_kernels[0], &neon_kernels[1], &neon_kernels[2]},
+     &reference_quantized_kernel},
 #endif
     {"reference",
      always,
-     {&reference_kernels[0], &reference_kernels[1], &reference_kernels[2]}},
+     {&reference_kernels[0], &reference_kernels[1], &reference_kernels[2]},
+     &reference_quantized_kernel},
 };
 
 const Tier* best() {
@@ -90,6 +102,10 @@ const Tier* find(const char* name) {
 
 const Kernel& selected_kernel(int32_t dtype) {
   return *selected().load()->kernels[dtype];
+}
+
+const QuantizedKernel& selected_quantized_kernel() {
+  return *selected().load()->quantized;
 }
 
 }  // namespace halve

@@ -8,6 +8,7 @@
 namespace halve {
 
 const Kernel& selected_kernel(int32_t dtype);
+const QuantizedKernel& selected_quantized_kernel();
 
 }  // namespace halve
 

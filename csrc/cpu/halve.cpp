@@ -1,37 +1,18 @@
-// The entry points that do work: they check their arguments, allocate scratch memory,
-// split the rows among threads and call the selected kernel. The arithmetic is in the
-// kernels.
+// The entry points for packed and dense matrices (quantized.cpp has those for codes):
+// they check their arguments, allocate scratch memory, split the rows among threads and
+// call the selected kernel. The arithmetic is in the kernels.
 
 #include "halve.h"
 
 #include <cstring>
 
 #include "dispatch.h"
+#include "entry.h"
 #include "packed.h"
-#include "scratch.h"
 #include "threads.h"
 
 namespace halve {
 namespace {
-
-// Below this many products for each thread, starting it costs more than it saves.
-constexpr double products_per_thread = 64 * 1024;
-
-// Far more than any machine has, and far below what would overflow an int64_t.
-constexpr double max_bytes = 1e15;
-
-bool fits(double bytes) { return bytes < max_bytes; }
-
-bool is_dtype(int32_t dtype) { return dtype >= 0 && dtype < dtype_count; }
-
-int64_t size_of(int32_t dtype) { return dtype == HALVE_F32 ? 4 : 2; }
-
-bool is_shape(int64_t rows, int64_t columns) {
-  return rows >= 0 && columns >= 0 && fits(4.0 * rows) && fits(4.0 * columns) &&
-         fits(4.0 * rows * columns);
-}
-
-bool needs(const void* data, double bytes) { return data != nullptr || bytes == 0; }
 
 bool is_packed(const halve_packed* w) {
   return w != nullptr && is_dtype(w->dtype) && is_shape(w->rows, w->columns) &&
@@ -39,43 +20,6 @@ bool is_packed(const halve_packed* w) {
          (w->wide_offsets == 0 || w->wide_offsets == 1) && needs(w->values, w->kept) &&
          needs(w->mask, double(w->rows) * w->columns) && needs(w->offsets, w->rows);
 }
-
-bool are_operands(const Operands& o, int64_t rows, int64_t columns) {
-  return o.batch >= 0 && fits(4.0 * o.batch * rows) && fits(4.0 * o.batch * columns) &&
-         needs(o.x, double(o.batch) * columns) && needs(o.y, double(o.batch) * rows);
-}
-
-int useful_threads(int32_t threads, double products, int64_t rows, int64_t grain) {
-  const double worthwhile = products / products_per_thread;
-  const double grains = double(rows / grain + 1);
-  const double useful = worthwhile < grains ? worthwhile : grains;
-  return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
-}
-
-// Rounds a size up to whole cache lines, so that no two threads write to the same line.
-double whole_lines(double bytes) { return (int64_t(bytes) / 64 + 1) * 64.0; }
-
-// Scratch memory for one call: a shared part, then a workspace for each thread.
-class Memory {
- public:
-  Memory(double shared, double each, int threads) : each_(whole_lines(each)) {
-    const double front = whole_lines(shared), all = front + each_ * threads;
-    if (!fits(all)) return;
-    shared_ = static_cast<char*>(scratch(static_cast<size_t>(all)));
-    if (shared_) workspaces_ = shared_ + static_cast<int64_t>(front);
-  }
-
-  bool allocated() const { return shared_ != nullptr; }
-  void* shared() const { return shared_; }
-  void* workspace(int thread) const {
-    return workspaces_ + thread * static_cast<int64_t>(each_);
-  }
-
- private:
-  double each_;
-  char* shared_ = nullptr;
-  char* workspaces_ = nullptr;
-};
 
 // Computes a product with packed or dense weights. `run(kernel, operands, range,
 // workspace)` computes the outputs of a range of rows.
@@ -88,7 +32,6 @@ int32_t linear(int32_t dtype, int64_t rows, int64_t columns, double products,
   const int useful = useful_threads(threads, products, rows, grain);
   const double arranged = kernel.arranged_bytes(given.batch, columns);
   const double workspace = kernel.workspace_bytes(given.batch, columns);
-  if (!fits(arranged) || !fits(workspace)) return HALVE_NO_MEMORY;
   const Memory memory(arranged, workspace, useful);
   if (!memory.allocated()) return HALVE_NO_MEMORY;
   kernel.arrange(given.x, given.batch, columns, memory.shared());

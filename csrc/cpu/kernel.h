@@ -63,6 +63,36 @@ extern const Kernel neon_kernels[dtype_count];
 // There are none for the other dtypes, which gain nothing from this instruction set.
 extern const Kernel avx512bf16_bf16_kernel;
 
+// The numbers of a product with integer codes.
+struct Precision {
+  int32_t dtype;        // of x, bias and y
+  int32_t activations;  // HALVE_INT16 or HALVE_INT8
+};
+
+// The functions that one instruction set provides for matrices of integer codes. The
+// dtype is an argument, because the loops over codes do not depend on it. For
+// `arranged`, `workspace` and the sizes see Kernel.
+struct QuantizedKernel {
+  double (*arranged_bytes)(const halve_quantized&, Precision, int64_t batch);
+  double (*workspace_bytes)(const halve_quantized&, Precision, int64_t batch);
+
+  // Turns x into integers, in the order in which the kernel reads them.
+  void (*arrange)(const halve_quantized&, Precision, const void* x, int64_t batch,
+                  void* arranged);
+
+  void (*product)(const halve_quantized&, Precision, const Operands&, Range rows,
+                  void* workspace);
+
+  // As Kernel's, with the workspace of a batch of one.
+  void (*unpack)(const halve_quantized&, int32_t dtype, Range rows, void* out,
+                 void* workspace);
+};
+
+extern const QuantizedKernel reference_quantized_kernel;
+extern const QuantizedKernel avx2_quantized_kernel;
+extern const QuantizedKernel avx512bf16_quantized_kernel;
+extern const QuantizedKernel neon_quantized_kernel;
+
 }  // namespace halve
 
 #endif

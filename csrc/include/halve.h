@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Increased when a function or a struct below changes its meaning. */
-#define HALVE_ABI 1
+#define HALVE_ABI 2
 
 enum { HALVE_F32 = 0, HALVE_F16 = 1, HALVE_BF16 = 2 };
 
@@ -77,6 +77,61 @@ HALVE_API int32_t halve_unpack(const halve_packed* w, int64_t first, int64_t las
 HALVE_API int32_t halve_dense_linear(const void* weight, int32_t dtype, int64_t rows,
                                      int64_t columns, const void* x, int64_t batch,
                                      const void* bias, void* y, int32_t threads);
+
+/* A matrix W [rows, columns] of integer codes: W = (code - zero) * scale.
+
+   Columns are cut into groups of `group` that share a scale and a zero point. Codes are
+   unsigned numbers of `bits` bits; code i of a row lies at the bits [bits * i,
+   bits * (i + 1)) of the row's bytes, lowest bit first.
+
+   mask:    NULL: every weight has a code, and row r begins at the byte
+            r * ceil(columns * bits / 8). Otherwise as in halve_packed: only weights
+            whose bit is set have codes, the others are 0.
+   offsets: NULL without a mask; otherwise [rows + 1], the byte where each row begins.
+   scales:  float16 [rows, ceil(columns / group)].
+   zeros:   the code of 0 in each group, [rows, ceil(groups * bits / 8)] bytes, packed as
+            codes are; NULL: 2^(bits - 1), or 2^(bits - 1) - 1/2 where `midrise` is 1.
+
+   No alignment is required. Whatever mask, offsets, scales, zeros and codes contain, no
+   read leaves the arrays. */
+typedef struct {
+  const void* codes; /* may be NULL if code_bytes is 0 */
+  int64_t code_bytes;
+  const void* mask;
+  const void* offsets;
+  const void* scales;
+  const void* zeros;
+  int32_t wide_offsets; /* 0: uint32_t, 1: uint64_t */
+  int32_t bits;         /* 2, 3, 4 or 8 */
+  int32_t midrise;      /* 1: zero lies midway between two codes; without zeros, and
+                           of 2 to 4 bits */
+  int64_t group;        /* a multiple of 32, or at least `columns` */
+  int64_t rows, columns;
+} halve_quantized;
+
+/* How activations are multiplied with codes: as integers with one scale for each group
+   of columns. 16 bits lose less than bfloat16 activations do; 8 bits are faster and
+   lose more. */
+enum { HALVE_INT16 = 0, HALVE_INT8 = 1 };
+
+/* Computes y[batch, rows] = x[batch, columns] W^T + bias[rows], where x, y and bias have
+   the dtype `dtype` and are contiguous; bias may be NULL. If x has an infinity or a NaN,
+   the results of its vector are NaN. */
+HALVE_API int32_t halve_quantized_linear(const halve_quantized* w, int32_t dtype,
+                                         const void* x, int64_t batch, const void* bias,
+                                         void* y, int32_t activations, int32_t threads);
+
+/* Writes rows [first, last) of W as a dense matrix of `dtype`, each value rounded once
+   from float32. Weights without a code are 0, never -0; so are codes equal to zero. */
+HALVE_API int32_t halve_quantized_unpack(const halve_quantized* w, int64_t first,
+                                         int64_t last, int32_t dtype, void* out,
+                                         int32_t threads);
+
+/* Writes the rows whose indices are given, as halve_quantized_unpack does: the lookup of
+   an embedding. HALVE_BAD_ARGUMENT if an index is not in [0, rows). */
+HALVE_API int32_t halve_quantized_lookup(const halve_quantized* w,
+                                         const int64_t* indices, int64_t count,
+                                         int32_t dtype, void* out, int32_t threads);
 
 /* Reads `bytes` bytes with `threads` threads, to measure memory bandwidth. Returns a
    sum of what it read, so that the reads are not optimized away. */
