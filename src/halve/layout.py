@@ -3,8 +3,10 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from halve.checkpoint import Checkpoint, TensorInfo
 from halve.models import (
@@ -14,6 +16,9 @@ from halve.models import (
     match_names,
     prunable_matrices,
 )
+
+# Classes of embeddings and output heads that packed layers can replace.
+_HEADS = (nn.Embedding, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Layout:
         sources: File of the input -> digest, or size and modification time; a run
             cannot be resumed after it has changed.
         tensors: Name -> header, for every tensor of the checkpoint.
+        heads: Tensors of the output head and of an embedding in which rows are only
+            looked up, if a packed layer can take their place.
         unread: Tensors outside the blocks that take part in no computation while a
             model is pruned: an output head, and an embedding in which rows are only
             looked up.
@@ -75,6 +82,7 @@ class Layout:
     left_dense: tuple[str, ...]
     sources: dict[str, str]
     tensors: dict[str, TensorInfo]
+    heads: tuple[str, ...]
     unread: frozenset[str]
 
     @property
@@ -118,13 +126,15 @@ def make_layout(checkpoint: Checkpoint, meta_model: MetaModel) -> Layout:
     owners = _owners(meta_model, names)
     shards = dict(_shards(checkpoint, owners, len(meta_model.blocks)))
     blocks = tuple(_blocks(meta_model, names, list(shards)[-len(meta_model.blocks) :]))
+    unread = _unread(meta_model, names)
     return Layout(
         blocks=blocks,
         shards=shards,
         left_dense=_left_dense(checkpoint, owners, blocks),
         sources=_sources(checkpoint),
         tensors=checkpoint.tensors,
-        unread=_unread(meta_model, names),
+        heads=_heads(meta_model, names, unread),
+        unread=unread,
     )
 
 
@@ -135,6 +145,31 @@ def _unread(meta_model: MetaModel, names: dict[str, str]) -> frozenset[str]:
     # A tensor that is tied to any other parameter is used by it.
     used = {tensor for name, tensor in names.items() if name not in idle}
     return frozenset(names[name] for name in idle if name in names) - used
+
+
+def _heads(
+    meta_model: MetaModel, names: dict[str, str], unread: frozenset[str]
+) -> tuple[str, ...]:
+    """Return tensors of plain layers that do nothing but look up or score tokens."""
+    embedding = meta_model.lookup_embedding
+    head = meta_model.model.get_output_embeddings()
+    replaceable: list[Any] = [m for m in (embedding, head) if type(m) in _HEADS]
+    other = [head] if head is not None and head not in replaceable else []
+    # A head of another class would read the tensor that it shares with an embedding.
+    return tuple(
+        sorted(
+            _weights(meta_model, names, replaceable)
+            & unread - _weights(meta_model, names, other)
+        )
+    )
+
+
+def _weights(
+    meta_model: MetaModel, names: dict[str, str], modules: list[Any]
+) -> set[str]:
+    """Return the checkpoint's tensors that are weights of some modules."""
+    parameters = {n for module in modules for n in meta_model.parameter_names(module)}
+    return {names[n] for n in parameters if n in names and n.endswith(".weight")}
 
 
 def _owners(meta_model: MetaModel, names: dict[str, str]) -> dict[str, int]:

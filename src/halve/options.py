@@ -38,6 +38,7 @@ _LENGTH = "the model's maximum, or 2048 if that is less"
 # import torch; a test compares them.
 SOLVER_CHOICES = ("auto", "admm", "sparsegpt", "wanda", "magnitude")
 QUANTIZE_CHOICES = ("int8", "int4", "int3", "int2")
+HEAD_CHOICES = ("auto", "none", "int8", "int4")
 ALLOCATION_CHOICES = ("uniform", "error")
 
 # Solvers that correct their targets by default, because it lowers their error. The
@@ -45,6 +46,11 @@ ALLOCATION_CHOICES = ("uniform", "error")
 _SEQUENTIAL = ("auto", "admm")
 # One calibration window in this many is held out where something is selected.
 _HELD_OUT = 16
+# Blocks of fewer bits have an int4 head by default, others an int8 one: so it loses
+# less than they do (docs/log.md).
+_FINE_HEAD = 3.5
+# Packed codes come in groups of a multiple of this, which the kernels need.
+_GROUP_MULTIPLE = 32
 
 
 Device = Annotated[
@@ -204,6 +210,17 @@ class PruneOptions:
             flags=("--symmetric/--asymmetric",),
         ),
     ] = True
+    quantize_head: Annotated[
+        str,
+        Option(
+            "Grid of the embedding and the output head.",
+            FEW_BITS,
+            choices=HEAD_CHOICES,
+            details="They are rounded to nearest. auto leaves them unless the output "
+            "is quantized and packed, and then takes int4 below 3.5 bits a weight, "
+            "else int8. An embedding of a class of the model's stays as it is.",
+        ),
+    ] = "auto"
     target_bits: Annotated[
         float | None,
         Option(
@@ -243,6 +260,17 @@ class PruneOptions:
         return [(pattern, grid if pattern.sparsity else grid.without_zero())]
 
     @property
+    def head_grid(self) -> str | None:
+        """Name of the grid of embedding and head; None where they are left alone."""
+        if self.quantize_head != "auto":
+            return None if self.quantize_head == "none" else self.quantize_head
+        grid = self.pairs[0][1]
+        if grid is None or not self.packed:
+            return None
+        bits = grid.bits if self.target_bits is None else self.target_bits
+        return "int8" if bits > _FINE_HEAD else "int4"
+
+    @property
     def corrects(self) -> bool:
         """Whether matrices are pruned in order, with error-corrected targets."""
         if self.sequential is None:
@@ -280,9 +308,11 @@ class PruneOptions:
         self._check_target_bits()
         self._check_choice("solver", SOLVER_CHOICES)
         self._check_choice("allocation", ALLOCATION_CHOICES)
+        self._check_choice("quantize_head", HEAD_CHOICES)
         for name in ("samples", "block_size", "seq_len", "epochs"):
             self._check_positive(name)
         self._check_grid_options()
+        self._check_packed_groups()
         self._check_allocation()
         self._check_held_out()
         self._check_damping()
@@ -303,7 +333,8 @@ class PruneOptions:
         if value not in choices:
             raise HalveError(
                 f"There is no {name} {value!r}.",
-                f"Set {name} to one of {', '.join(choices)} (--{name}).",
+                f"Set {name} to one of {', '.join(choices)} "
+                f"(--{name.replace('_', '-')}).",
             )
 
     def _check_positive(self, name: str) -> None:
@@ -317,11 +348,21 @@ class PruneOptions:
     def _check_grid_options(self) -> None:
         chosen = (self.group_size, self.symmetric)
         default = (PruneOptions.group_size, PruneOptions.symmetric)
-        if self.pairs[0][1] is None and chosen != default:
+        unused = self.pairs[0][1] is None and self.head_grid is None
+        if unused and chosen != default:
             raise HalveError(
                 "group_size or symmetric was given, but nothing is quantized.",
                 "Set quantize or target_bits as well (--quantize int4, "
                 "--target-bits 3).",
+            )
+
+    def _check_packed_groups(self) -> None:
+        quantized = self.pairs[0][1] is not None or self.head_grid is not None
+        if self.packed and quantized and self.group_size % _GROUP_MULTIPLE:
+            raise HalveError(
+                f"Groups of {self.group_size} weights cannot be packed.",
+                f"Set group_size to a multiple of {_GROUP_MULTIPLE} (--group-size), or "
+                "packed to False (omit --pack).",
             )
 
     def _check_allocation(self) -> None:
@@ -549,6 +590,7 @@ class PruneKeywords(RunKeywords, total=False):
     quantize: str | None
     group_size: int
     symmetric: bool
+    quantize_head: str
     target_bits: float | None
     allocation: str
 

@@ -88,11 +88,13 @@ class _Record:
         shards: File name -> SHA-256.
         files: The same for all other files.
         matrices: Tensor name -> recorded properties.
+        heads: The same of embedding and head, where they were quantized.
     """
 
     shards: dict[str, str]
     files: dict[str, str]
     matrices: dict[str, _Expected]
+    heads: dict[str, _Expected]
 
     @classmethod
     def of(cls, record: PruneRecord | PackRecord) -> "_Record":
@@ -103,6 +105,7 @@ class _Record:
             dict(record.shards),
             dict(record.files),
             {matrix.tensor: _Expected.of(matrix) for matrix in record.all_matrices},
+            {matrix.tensor: _Expected.of(matrix) for matrix in record.heads},
         )
 
 
@@ -192,4 +195,13 @@ def _mismatches(
     for name in (name for name in matrices if name in record.matrices):
         weight = matrices[name].as_rows(checkpoint.read([name])[name])
         if (problem := record.matrices[name].mismatch(name, weight)) is not None:
+            yield Finding(name, problem)
+    yield from _head_mismatches(checkpoint, record)
+
+
+def _head_mismatches(checkpoint: Checkpoint, record: _Record) -> Iterator[Finding]:
+    for name, expected in record.heads.items():
+        if name not in checkpoint.tensors:
+            yield Finding(name, "it is in the record, but not in the model")
+        elif problem := expected.mismatch(name, checkpoint.read([name])[name]):
             yield Finding(name, problem)

@@ -119,7 +119,7 @@ def _rewrite(
             return read_record(out, PackRecord.from_json)
         grids = recorded_grids(provenance)
         shards = _Shards(source, layout, workspace, options, rewriting, grids)
-        matrices = shards.rewrite()
+        matrices, heads = shards.rewrite()
         try:
             rewriting.check(model, matrices)
         except HalveError:
@@ -133,6 +133,7 @@ def _rewrite(
             shards={file: workspace.committed[file].sha256 for file in layout.shards},
             source=provenance,
             files=workspace.add_side_files(source, shards.packed_config()),
+            heads=heads,
             seconds=time.monotonic() - started,
             finished=now(),
         )
@@ -145,6 +146,7 @@ class _Note:
     """What the ledger holds for a shard."""
 
     matrices: tuple[MatrixStorage, ...]
+    heads: tuple[MatrixStorage, ...]
 
 
 class _Shards:
@@ -165,21 +167,29 @@ class _Shards:
         self.options = options
         self.rewriting = rewriting
         self.grids = grids
+        self.heads = [name for name in layout.heads if name in grids]
         self.matrices: dict[str, Matrix] = {
             planned.tensor: planned.matrix
             for block in layout.blocks
             for planned in block.matrices
         }
 
-    def rewrite(self) -> tuple[MatrixStorage, ...]:
-        """Write every shard that is missing; return how each matrix is stored."""
-        stored: list[MatrixStorage] = []
+    def rewrite(self) -> tuple[tuple[MatrixStorage, ...], tuple[MatrixStorage, ...]]:
+        """Write every shard that is missing.
+
+        Returns:
+            How the matrices of the blocks are stored, and how embedding and head are.
+        """
+        matrices: list[MatrixStorage] = []
+        heads: list[MatrixStorage] = []
         for number, file in enumerate(self.layout.shards):
             self._report(number)
             done = self.workspace.committed.get(file)
             note = done.note if done else self._commit(file)
-            stored += parse_note(self.workspace.folder, _Note, note).matrices
-        return tuple(stored)
+            parsed = parse_note(self.workspace.folder, _Note, note)
+            matrices += parsed.matrices
+            heads += parsed.heads
+        return tuple(matrices), tuple(heads)
 
     def packed_config(self) -> dict[str, Any] | None:
         """Return the `quantization_config` for config.json; None for a dense output."""
@@ -206,30 +216,38 @@ class _Shards:
         )
 
     def _stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        matrix = self.matrices.get(name)
-        if matrix is None or not self.rewriting.packs:
+        known = name in self.matrices or name in self.heads
+        if not known or not self.rewriting.packs:
             return {name: tensor}
         scheme = self._scheme(name)
-        params = scheme and recover_quant_params(scheme, matrix.as_rows(tensor))
-        return store(name, tensor, matrix.transposed, params)
+        weight = self._as_rows(name, tensor)
+        params = scheme and recover_quant_params(scheme, weight)
+        matrix = self.matrices.get(name)
+        return store(name, tensor, matrix is not None and matrix.transposed, params)
+
+    def _as_rows(self, name: str, tensor: Tensor) -> Tensor:
+        matrix = self.matrices.get(name)
+        return tensor if matrix is None else matrix.as_rows(tensor)
 
     def _verify(self, dense: dict[str, Tensor], path: Path) -> dict[str, Any]:
         """Read a shard back and compare it bit for bit; return its note."""
         written = Checkpoint.of_files([path])
-        stored: list[dict[str, Any]] = []
+        matrices: list[dict[str, Any]] = []
+        heads: list[dict[str, Any]] = []
         for name, tensor in dense.items():
             if not _same_bits(written.read([name])[name], tensor):
                 raise OutputError(
                     f"{name} in {path} is not what was written.",
                     "Check the disk; if it is healthy, report a bug in Halve.",
                 )
-            if name in self.matrices:
-                stored.append(asdict(self._storage(written.tensors[name], tensor)))
-        return {"matrices": stored}
+            if name in self.matrices or name in self.heads:
+                record = asdict(self._storage(written.tensors[name], tensor))
+                (matrices if name in self.matrices else heads).append(record)
+        return {"matrices": matrices, "heads": heads}
 
     def _storage(self, info: TensorInfo, dense: Tensor) -> MatrixStorage:
-        rows, columns = self.matrices[info.name].shape
-        weight = self.matrices[info.name].as_rows(dense)
+        weight = self._as_rows(info.name, dense)
+        rows, columns = weight.shape
         return MatrixStorage(
             tensor=info.name,
             rows=rows,

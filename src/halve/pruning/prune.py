@@ -30,6 +30,7 @@ from halve.pruning.loop import prune_blocks
 from halve.pruning.memory.limit import plan_memory
 from halve.pruning.plan import Plan, make_plan
 from halve.pruning.progress import ProgressReporter
+from halve.pruning.quantize_head import head_records
 from halve.pruning.run import Run
 from halve.pruning.windows import calibration_windows
 from halve.records import (
@@ -107,6 +108,7 @@ def prune_model(
                 finished=now(),
                 allocation=allocation,
                 files=files,
+                heads=head_records(plan, output.workspace),
             )
             output.workspace.finish(record.to_json())
             return record

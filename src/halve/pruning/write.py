@@ -17,6 +17,7 @@ from halve.formats import store
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.pruning.plan import Plan
 from halve.pruning.prune_block import PrunedBlock
+from halve.pruning.quantize_head import quantize_heads
 from halve.pruning.select.selection import Selected
 from halve.records import BlockRecord, MatrixRecord
 from halve.runtime.blockwise_model import BlockwiseModel
@@ -25,7 +26,9 @@ from halve.runtime.blockwise_model import BlockwiseModel
 def write_outside_blocks(
     plan: Plan, model: BlockwiseModel, workspace: Workspace
 ) -> None:
-    """Commit the shards that hold no block, unchanged, unless committed already.
+    """Commit the shards that hold no block, unless committed already.
+
+    They are unchanged, except for an embedding and a head that are quantized.
 
     Raises:
         NumericalError: A tensor contains NaN or infinity.
@@ -36,7 +39,8 @@ def write_outside_blocks(
             tensors = model.checkpoint.read(names)
             for name, tensor in tensors.items():
                 model.check_finite(name, tensor)
-            workspace.commit(shard, tensors, lambda path: {})
+            heads = quantize_heads(plan, tensors)
+            workspace.commit(shard, tensors, lambda path, h=heads: {"heads": h})
 
 
 def write_block(

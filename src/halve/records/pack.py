@@ -57,6 +57,7 @@ class PackRecord:
         finished: When it did, ISO 8601, UTC.
         format: Version of the record's layout; see `RECORD_FORMAT`.
         files: Every other file except `halve.json` -> SHA-256.
+        heads: Embedding and output head, where the input's record names their grids.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class PackRecord:
     finished: str
     format: int = RECORD_FORMAT
     files: dict[str, str] = field(default_factory=dict)
+    heads: tuple[MatrixStorage, ...] = ()
 
     @property
     def all_matrices(self) -> tuple[MatrixStorage, ...]:

@@ -36,4 +36,5 @@ def recorded_grids(source: dict[str, Any] | None) -> dict[str, Any]:
         record = parse_record(json.dumps(source))
     except (ValueError, TypeError, LookupError, RecursionError):
         return {}
-    return {matrix.tensor: matrix.grid for matrix in record.all_matrices if matrix.grid}
+    quantized = (*record.all_matrices, *record.heads)
+    return {matrix.tensor: matrix.grid for matrix in quantized if matrix.grid}

@@ -157,6 +157,7 @@ class PruneRecord:
         allocation: How the sparsity was distributed; None where every matrix has the
             same.
         files: Every other file except `halve.json` -> SHA-256.
+        heads: Embedding and output head, where they were quantized.
     """
 
     versions: dict[str, str]
@@ -170,6 +171,7 @@ class PruneRecord:
     format: int = RECORD_FORMAT
     allocation: AllocationRecord | None = None
     files: dict[str, str] = field(default_factory=dict)
+    heads: tuple[MatrixRecord, ...] = ()
 
     @property
     def sparsity(self) -> float:

@@ -9,9 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from halve.checkpoint import Checkpoint, TensorInfo
 from halve.errors import CheckpointError
+from halve.formats import PackedMatrix
 from halve.models import key_renamer
-from halve.runtime.cpu.layers import LAYERS
-from halve.runtime.cpu.packed_linear import PackedLinear
+from halve.runtime.cpu.layers import EMBEDDINGS, LAYERS
+from halve.runtime.cpu.packed_linear import PackedEmbedding, PackedLinear
 
 
 def install_packed_layers(model: Any, paths: Iterable[str | Path]) -> None:  # noqa: ANN401
@@ -34,18 +35,58 @@ def install_packed_layers(model: Any, paths: Iterable[str | Path]) -> None:  # n
     for info in checkpoint.tensors.values():
         if info.format is not None:
             path, _, leaf = rename(info.name).rpartition(".")
-            layer = _linear(model, path if leaf == "weight" else "", info)
+            layer = _replaceable(model, path if leaf == "weight" else "", info)
             packed = checkpoint.describe_packed(info.name).to(layer.weight.dtype)
-            model.set_submodule(path, LAYERS[info.format](packed, layer.bias))
+            model.set_submodule(path, _packed_layer(info.format, packed, layer))
+            if isinstance(layer, nn.Embedding):
+                _install_tied_head(model, info.format, packed)
 
 
-def _linear(model: nn.Module, path: str, info: TensorInfo) -> Any:  # noqa: ANN401
-    """Return the linear layer that a packed tensor belongs to."""
-    layer = dict(model.named_modules()).get(path)
-    if not isinstance(layer, nn.Linear | Conv1D):
+def _packed_layer(
+    format: str, packed: PackedMatrix, layer: nn.Module
+) -> PackedLinear | PackedEmbedding:
+    if isinstance(layer, nn.Embedding):
+        return EMBEDDINGS[format](packed)
+    return LAYERS[format](packed, layer.bias)
+
+
+def _install_tied_head(model: Any, format: str, packed: PackedMatrix) -> None:  # noqa: ANN401
+    """Replace an output head that shares the matrix of the embedding.
+
+    Its buffers are in no file, so they are not persistent: transformers would fill them
+    with random numbers. `share_tied_heads` sets them when the embedding is loaded.
+    """
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    head = model.get_output_embeddings()
+    path = next(path for path, module in model.named_modules() if module is head)
+    tied = LAYERS[format](packed, head.bias)
+    for name in list(tied._buffers):
+        tied.register_buffer(name, None, persistent=False)
+    model.set_submodule(path, tied)
+
+
+def share_tied_heads(model: Any) -> None:  # noqa: ANN401
+    """Let a head that was tied to a packed embedding share its tensors.
+
+    To be called when they are loaded.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and isinstance(embedding, PackedEmbedding):
+        head.weight = embedding.weight
+        for name, buffer in embedding.named_buffers():
+            head.register_buffer(name, buffer, persistent=False)
+
+
+def _replaceable(model: nn.Module, path: str, info: TensorInfo) -> Any:  # noqa: ANN401
+    """Return the layer that a packed tensor belongs to."""
+    layer: Any = dict(model.named_modules()).get(path)
+    is_lookup = type(layer) is nn.Embedding and info.format in EMBEDDINGS
+    if not (isinstance(layer, nn.Linear | Conv1D) or is_lookup):
         raise CheckpointError(
-            f"{info.name} is packed, but {type(model).__name__} has no linear layer of "
-            "that name.",
+            f"{info.name} is packed, but {type(model).__name__} has no linear layer "
+            "or embedding of that name that could be packed.",
             "Use the config.json that belongs to this checkpoint.",
         )
     if tuple(layer.weight.shape) != info.shape:
@@ -58,9 +99,18 @@ def _linear(model: nn.Module, path: str, info: TensorInfo) -> Any:  # noqa: ANN4
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """Yield path and layer for every packed layer of a model."""
+    """Yield path and layer for every packed linear layer of a model."""
     for path, module in model.named_modules():
         if isinstance(module, PackedLinear):
+            yield path, module
+
+
+def packed_modules(
+    model: nn.Module,
+) -> Iterator[tuple[str, PackedLinear | PackedEmbedding]]:
+    """Yield path and module for every packed layer and embedding of a model."""
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
             yield path, module
 
 
@@ -70,13 +120,15 @@ def check_layers(model: nn.Module) -> None:
     Raises:
         CheckpointError: The parts of a packed matrix are inconsistent.
     """
-    for path, layer in packed_layers(model):
+    share_tied_heads(model)
+    for path, layer in packed_modules(model):
         layer.packed.check(f"{path}.weight")
         # transformers makes every parameter that it loads trainable.
         layer.weight.requires_grad_(False)
 
 
-def make_dense(model: nn.Module) -> None:
-    """Replace all packed layers by dense ones."""
-    for path, layer in list(packed_layers(model)):
+def make_dense(model: Any) -> None:  # noqa: ANN401
+    """Replace all packed layers by dense ones, tied as before."""
+    for path, layer in list(packed_modules(model)):
         model.set_submodule(path, layer.to_dense())
+    model.tie_weights()
