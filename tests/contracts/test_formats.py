@@ -14,13 +14,14 @@ from halve.formats import (
     FORMATS,
     Format,
     PackedMatrix,
-    bitmask,
+    mask,
     packed_size,
     split,
     store,
     would_shrink,
 )
 from halve.formats.bitmask import DTYPES, pack
+from halve.grids import QuantScheme, fit_quant_params
 from halve.runtime.cpu.layers import LAYERS
 from tests.twins import bitmask as twin
 
@@ -181,17 +182,17 @@ def test_bytes_are_those_of_the_tensors(dtype, pattern):
         total = sum(part.nbytes for part in split("w", packed).values())
         assert packed.nbytes == total
         kept = packed.values.numel()
-        assert BITMASK.nbytes(rows, columns, kept, dtype) == total
+        assert BITMASK.nbytes((rows, columns), kept, dtype) == total
 
 
 def test_bytes_of_more_than_2_32_values_have_wide_offsets():
     rows, columns = 2**17, 2**16
     bits = rows * columns // 8
     narrow, wide = 2**32 - 1, 2**32
-    assert BITMASK.nbytes(rows, columns, narrow, torch.bfloat16) == (
+    assert BITMASK.nbytes((rows, columns), narrow, torch.bfloat16) == (
         2 * narrow + bits + 4 * (rows + 1) + 24
     )
-    assert BITMASK.nbytes(rows, columns, wide, torch.bfloat16) == (
+    assert BITMASK.nbytes((rows, columns), wide, torch.bfloat16) == (
         2 * wide + bits + 8 * (rows + 1) + 24
     )
 
@@ -219,7 +220,7 @@ def test_the_sizes_in_the_document_are_true():
         dtype = {"16": torch.bfloat16, "32": torch.float32}[bits]
         for sparsity, percent in zip((0.5, 0.7, 0.9), percents, strict=True):
             kept = size - int(size * sparsity)
-            packed = BITMASK.nbytes(int(outputs), int(inputs), kept, dtype)
+            packed = BITMASK.nbytes((int(outputs), int(inputs)), kept, dtype)
             assert f"{100 * packed / (size * dtype.itemsize):.1f}" == percent
 
 
@@ -229,7 +230,7 @@ def test_store_packs_exactly_where_that_is_smaller(dtype, transposed):
     rows, columns, item = 64, 1024, dtype.itemsize
     size = rows * columns
     # Each zero saves the bytes of a weight. So many make up for mask and offsets.
-    zeros = (BITMASK.nbytes(rows, columns, size, dtype) - size * item) // item
+    zeros = (BITMASK.nbytes((rows, columns), size, dtype) - size * item) // item
     assert zeros / size == pytest.approx(1 / (8 * item), abs=0.003)
     for count in (0, zeros, zeros + 1, size):
         matrix = torch.ones(size, dtype=dtype)
@@ -237,7 +238,7 @@ def test_store_packs_exactly_where_that_is_smaller(dtype, transposed):
         matrix = _stored(matrix.view(rows, columns), transposed)
         stored = store("w", matrix, transposed)
         smaller = pack(matrix, transposed).nbytes < matrix.nbytes
-        assert would_shrink(rows, columns, size - count, dtype) == smaller
+        assert would_shrink((rows, columns), size - count, dtype) == smaller
         as_rows = matrix.T if transposed else matrix
         assert packed_size(as_rows) == pack(matrix, transposed).nbytes
         assert smaller == (count > zeros)
@@ -256,7 +257,7 @@ def test_other_dtypes_are_stored_dense(dtype):
     matrix = torch.zeros(64, 64, dtype=dtype)
     assert store("w", matrix) == {"w": matrix}
     assert packed_size(matrix) is None
-    assert not would_shrink(64, 64, 0, dtype)
+    assert not would_shrink((64, 64), 0, dtype)
 
 
 def test_every_format_has_a_name_and_a_layer_class():
@@ -265,9 +266,13 @@ def test_every_format_has_a_name_and_a_layer_class():
 
 
 def test_every_format_lists_its_parts_in_the_order_of_its_suffixes():
+    matrix = _matrix((3, 70), "half", torch.bfloat16).sign()
+    grid = fit_quant_params(QuantScheme(4), matrix.float())
     for known in FORMATS.values():
-        packed = known.pack(_matrix((3, 70), "half", torch.bfloat16))
-        assert tuple(packed.parts) == ("", *known.companions)
+        packed = known.pack(matrix, quant_params=grid)
+        headers = split("w", packed)
+        assert tuple(packed.parts) == known.suffixes("w", headers)
+        assert set(known.companions) <= set(packed.parts)
         assert set(known.layout) <= set(known.companions)
 
 
@@ -277,7 +282,7 @@ def test_chunks_change_nothing(dtype, monkeypatch):
         matrix = _matrix(shape, "half", dtype)
         whole = pack(matrix)
         with monkeypatch.context() as patch:
-            patch.setattr(bitmask, "_CHUNK", 64)
+            patch.setattr(mask, "_CHUNK", 64)
             chunked = pack(matrix)
             chunked.check("w")
             assert _same(chunked.unpack(), matrix)

@@ -279,27 +279,27 @@ def entry(**changes):
 
 
 CONFIGS = {
-    "version 2": (
-        entry(version=2, requires_halve="0.3"),
-        ("version 2", "reads version 1", "Halve 0.3 or newer"),
+    "version 3": (
+        entry(version=3, requires_halve="0.3"),
+        ("version 3", "reads versions up to 2", "Halve 0.3 or newer"),
     ),
-    "version 2, without a release": (
-        entry(version=2, requires_halve=None),
-        ("version 2", "a newer Halve"),
+    "version 3, without a release": (
+        entry(version=3, requires_halve=None),
+        ("version 3", "a newer Halve"),
     ),
-    "version 0": (entry(version=0), ("version 0", "reads version 1")),
+    "version 0": (entry(version=0), ("version 0", "reads versions up to 2")),
     "negative version": (entry(version=-1), ("version -1",)),
-    "huge version": (entry(version=10**30), ("version 1000", "reads version 1")),
-    "endless version": (entry(version=10**4000), ("version", "reads version 1")),
-    "no version": (entry(version=None), ("version None", "reads version 1")),
-    "version is text": (entry(version="1"), ("version 1", "reads version 1")),
+    "huge version": (entry(version=10**30), ("version 1000", "reads versions up to 2")),
+    "endless version": (entry(version=10**4000), ("version", "reads versions up to 2")),
+    "no version": (entry(version=None), ("version None", "reads versions up to 2")),
+    "version is text": (entry(version="1"), ("version 1", "reads versions up to 2")),
     "version is a list": (entry(version=[1]), ("version [1]",)),
     "a need with escapes": (
-        entry(version=2, requires_halve="\x1b[2J\n\n"),
+        entry(version=3, requires_halve="\x1b[2J\n\n"),
         ("Halve \\x1b[2J or newer",),
     ),
-    "an endless need": (entry(version=2, requires_halve="9" * 5000), ("Halve 999",)),
-    "a need that is a list": (entry(version=2, requires_halve=[[]]), ("Halve [[]]",)),
+    "an endless need": (entry(version=3, requires_halve="9" * 5000), ("Halve 999",)),
+    "a need that is a list": (entry(version=3, requires_halve=[[]]), ("Halve [[]]",)),
     "another method": (entry(quant_method="gptq"), ("quantized", "gptq")),
     "no method": (entry(quant_method=None), ("quantized", "method not given")),
     "method is a list": (entry(quant_method=["halve"]), ("quantized", "['halve']")),

@@ -425,7 +425,7 @@ def test_pack_names_what_stays_dense(run, made, tmp_path):
     assert errors == ""
     out, _ = run("inspect", tmp_path / "out")
     assert out.count(" dense (packing") == 1  # would not shrink it
-    assert out.count(" packed") == 13
+    assert out.count(" bitmask") == 13
 
 
 def test_inspect_prints_whole_names(run, made):
@@ -457,7 +457,7 @@ def test_inspect_distinguishes_packed_from_dense(run, made):
     matrices = json.loads(run("inspect", packed, "--json")[0])["matrices"]
     assert all(matrix["packed"] for matrix in matrices)
     assert all(matrix["bytes"] == matrix["packed_bytes"] for matrix in matrices)
-    assert run("inspect", packed)[0].count(" packed") == 14
+    assert run("inspect", packed)[0].count(" bitmask") == 14
     assert run("inspect", pruned)[0].count("dense (packed: ") == 14
 
 

@@ -20,6 +20,7 @@ import halve
 from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError, HalveError
 from halve.formats import FORMATS, Format, PackedMatrix, TensorHeader, registry
+from halve.grids import QuantParams, QuantScheme
 from halve.measure import bench_cases, measure_speed
 from halve.runtime.cpu.layers import LAYERS
 from halve.runtime.cpu.packed_linear import PackedLinear
@@ -43,6 +44,14 @@ class CoordinateMatrix(PackedMatrix):
     def shape(self) -> tuple[int, int]:
         rows, columns = self.size
         return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def label(self) -> str:
+        return "coordinates"
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -82,16 +91,24 @@ class Coordinates(Format):
     def recognizes(self, name: str, headers: Mapping[str, TensorHeader]) -> bool:
         return f"{name}_rows" in headers
 
-    def supports(self, dtype: torch.dtype) -> bool:
-        return dtype == torch.bfloat16
-
     def count_kept(self, weight: Tensor) -> int:
         return int((weight.view(torch.int16) != 0).sum())
 
-    def nbytes(self, rows: int, columns: int, kept: int, dtype: torch.dtype) -> int:
-        return kept * (dtype.itemsize + 4) + 24
+    def nbytes(
+        self,
+        shape: tuple[int, int],
+        kept: int,
+        dtype: torch.dtype,
+        scheme: QuantScheme | None = None,
+    ) -> int | None:
+        return kept * (dtype.itemsize + 4) + 24 if dtype == torch.bfloat16 else None
 
-    def pack(self, weight: Tensor, transposed: bool = False) -> CoordinateMatrix:
+    def pack(
+        self,
+        weight: Tensor,
+        transposed: bool = False,
+        quant_params: QuantParams | None = None,
+    ) -> CoordinateMatrix:
         weight = weight.T.contiguous() if transposed else weight
         rows, columns = (weight.view(torch.int16) != 0).nonzero(as_tuple=True)
         return CoordinateMatrix(
@@ -132,7 +149,7 @@ def toy(monkeypatch):
     """Register the toy format and let it be written."""
     monkeypatch.setitem(FORMATS, "coordinates", Coordinates())
     monkeypatch.setitem(LAYERS, "coordinates", CoordinateLinear)
-    monkeypatch.setattr(registry, "WRITTEN", "coordinates")
+    monkeypatch.setattr(registry, "WRITTEN", ("coordinates",))
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -253,7 +270,7 @@ def test_both_formats_are_read_side_by_side(pico, tmp_path, monkeypatch):
     dense = pico("llama", dtype=torch.bfloat16)
     halve.prune(dense, tmp_path / "pruned", sparsity=SPARSITY, solver="magnitude")
     halve.pack(tmp_path / "pruned", tmp_path / "coordinates")
-    monkeypatch.setattr(registry, "WRITTEN", "bitmask")
+    monkeypatch.setattr(registry, "WRITTEN", ("bitmask",))
     halve.pack(tmp_path / "pruned", tmp_path / "bitmask")
     index = json.loads(
         (tmp_path / "coordinates/model.safetensors.index.json").read_text()

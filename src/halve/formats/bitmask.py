@@ -117,7 +117,7 @@ class BitmaskMatrix(PackedMatrix):
         """
         self.check_shapes(name)
         sizes = bits_set(self.mask)
-        check_offsets(name, self.offsets, sizes, self.values.numel(), "values")
+        check_offsets(name, self.offsets, sizes, self.values.numel(), "value")
         check_padding(name, self.mask, self.columns)
 
     def check_shapes(self, name: str) -> None:

@@ -74,7 +74,7 @@ def check_padding(name: str, words: Tensor, columns: int) -> None:
 
 
 def check_offsets(
-    name: str, offsets: Tensor, sizes: Tensor, stored: int, items: str
+    name: str, offsets: Tensor, sizes: Tensor, stored: int, item: str
 ) -> None:
     """Raise CheckpointError if offsets are not those of rows of the given sizes.
 
@@ -83,13 +83,13 @@ def check_offsets(
         offsets: [rows + 1], uint32 or uint64.
         sizes: What each row takes by its mask, [rows], int64.
         stored: Number of stored items.
-        items: What they are, such as `values`, for the message.
+        item: What one is, `value` or `byte`, for the message.
     """
     wide = offsets.to(torch.int64)
     if int(wide[0]) != 0 or int(wide[-1]) != stored:
         raise CheckpointError(
-            f"The rows of {name} begin at {int(wide[0])} and end at {int(wide[-1])} of "
-            f"its {stored} {items}.",
+            f"The rows of {name} begin at {item} {int(wide[0])} and end at "
+            f"{int(wide[-1])}, but it has {stored} {item}s.",
             REMEDY,
         )
     # A negative difference, of offsets that fall, equals no size either.
@@ -97,7 +97,7 @@ def check_offsets(
     if bool((wrong := sizes != differences).any()):
         row = int(wrong.nonzero()[0])
         raise CheckpointError(
-            f"Row {row} of {name} has {int(differences[row])} {items} by its offsets "
+            f"Row {row} of {name} has {int(differences[row])} {item}s by its offsets "
             f"and {int(sizes[row])} by its mask.",
             REMEDY,
         )

@@ -145,7 +145,7 @@ class QuantizedMatrix(PackedMatrix):
         self.check_shapes(name)
         if self.mask is not None and self.offsets is not None:
             sizes = _bytes_of(bits_set(self.mask), self.bits)
-            check_offsets(name, self.offsets, sizes, self.codes.numel(), "bytes")
+            check_offsets(name, self.offsets, sizes, self.codes.numel(), "byte")
             check_padding(name, self.mask, self.columns)
         self._check_fill(name)
         reach = self.scales.double().abs() * 2**self.bits
@@ -171,7 +171,7 @@ class QuantizedMatrix(PackedMatrix):
             and self._are_codes()
         )
         if not consistent:
-            parts = {key: describe(part) for key, part in self.parts.items()}
+            parts = {key or "codes": describe(p) for key, p in self.parts.items()}
             raise CheckpointError(
                 f"{name} is packed with {self.rows} rows of {self.columns} columns in "
                 f"{self.bits} bits and groups of {self.group_size}, and with tensors "
