@@ -47,7 +47,7 @@ const Tier tiers[] = {
     {"avx512bf16",
      has_avx512bf16,
      {&avx512f_kernels[0], &avx512f_kernels[1], &avx512bf16_bf16_kernel},
-     &reference_quantized_kernel},
+     &avx512bf16_quantized_kernel},
     {"avx512f",
      has_avx512f,
      {&avx512f_kernels[0], &avx512f_kernels[1], &avx512f_kernels[2]},
