@@ -27,6 +27,13 @@ constexpr int64_t block_rows = 16;
 
 constexpr int64_t lanes = 16;
 
+struct Half {
+  static float to_float(uint16_t bits) { return _cvtsh_ss(bits); }
+  static uint16_t from_float(float value) {
+    return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+  }
+};
+
 inline bool uses_tile(Precision precision, int64_t batch) {
   return precision.dtype == HALVE_BF16 && batch >= tile_batch;
 }
@@ -50,8 +57,6 @@ inline int64_t step_vectors(const halve_quantized& w) {
   if (interleaves(w)) return 8 / w.bits;
   return unit_of(w) == widest_unit ? 2 : 1;
 }
-
-inline bool doubles_codes(const halve_quantized& w) { return w.midrise && w.mask; }
 
 // ---- The layout of x ----
 
@@ -184,12 +189,10 @@ inline __m512i put_digits(const int16_t* integers, int64_t vectors, bool high,
   return put(integers, high, interleaved, out, apart);
 }
 
-// What is subtracted from every code, or 1 where zeros differ, by which the sums of x
-// are then multiplied for each row. Zero between two dense codes is the code above,
-// less half a step: see half_sums.
+// The integer zero, or 1 where zeros differ: the sums of x are then multiplied by them
+// for each row.
 inline int32_t common_zero(const halve_quantized& w) {
-  if (w.zeros != nullptr) return 1;
-  return doubles_codes(w) ? 2 * middle_of(w) - 1 : middle_of(w);
+  return w.zeros != nullptr ? 1 : integer_zero(w, 0, 0);
 }
 
 // One vector of a chunk.
@@ -369,7 +372,6 @@ inline void open_units(const Context& c, const Chunk& x, int64_t row,
   const UnitReader reader(c.w, row);
   const int64_t used = c.layout.units - lanes;
   const __m512 step = _mm512_set1_ps(doubles_codes(c.w) ? 0.5f : 1.0f);
-  const bool half_steps = c.w.midrise && !doubles_codes(c.w);
   for (int64_t unit = 0; unit < used; unit += lanes) {
     const __m512 own = _mm512_mul_ps(reader.scales(unit), step);
     if (c.w.zeros) _mm512_storeu_si512(c.units.zeros + unit, reader.zeros(unit));
@@ -377,7 +379,7 @@ inline void open_units(const Context& c, const Chunk& x, int64_t row,
       const int64_t at = b * c.layout.units + unit;
       const __m512 both = _mm512_mul_ps(own, _mm512_loadu_ps(x.scales + at));
       _mm512_storeu_ps(c.units.scales + at, both);
-      if (half_steps) {
+      if (adds_half_steps(c.w)) {
         sums[b] = _mm512_fmadd_ps(both, _mm512_loadu_ps(x.half_sums + at), sums[b]);
       }
     }
@@ -574,30 +576,6 @@ inline void add_row(const Context& c, const Chunk& chunk, int64_t row,
   }
 }
 
-// ---- Results ----
-
-inline float number_at(const void* from, int32_t dtype, int64_t index) {
-  if (dtype == HALVE_F32) return float_from_bits(read<uint32_t>(from, index));
-  const uint16_t bits = read<uint16_t>(from, index);
-  return dtype == HALVE_F16 ? _cvtsh_ss(bits) : bfloat16_to_float(bits);
-}
-
-inline void put_number(void* to, int32_t dtype, int64_t index, float value) {
-  if (dtype == HALVE_F32) {
-    std::memcpy(static_cast<uint32_t*>(to) + index, &value, sizeof(value));
-    return;
-  }
-  const uint16_t bits = dtype == HALVE_F16 ? _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)
-                                           : bfloat16_from_float(value);
-  std::memcpy(static_cast<uint16_t*>(to) + index, &bits, sizeof(bits));
-}
-
-inline void put(const Operands& o, int32_t dtype, int64_t rows, int64_t b, int64_t row,
-                float sum) {
-  const float bias = o.bias ? number_at(o.bias, dtype, row) : 0.0f;
-  put_number(o.y, dtype, b * rows + row, sum + bias);
-}
-
 // ---- Rows ----
 
 template <class Source, int64_t digits, int64_t count>
@@ -609,7 +587,8 @@ void multiply_rows(const Context& c, const Chunk& x, const Operands& o, int32_t 
     open_units(c, x, row, sums);
     add_row<Source, digits>(c, x, row, sums);
     for (int64_t b = 0; b < count; ++b) {
-      put(o, dtype, c.w.rows, first_vector + b, row, _mm512_reduce_add_ps(sums[b]));
+      const float sum = _mm512_reduce_add_ps(sums[b]);
+      put_result<Half>(o, dtype, c.w.rows, first_vector + b, row, sum);
     }
   }
 }

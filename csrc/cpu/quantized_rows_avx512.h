@@ -14,10 +14,12 @@ namespace {
 
 constexpr int64_t half_word = 32;
 
-// Sixteen weights as float32: exact products. Adding 0 turns -0 into 0.
+// Sixteen weights as float32: exact products. The code of zero is 0, never -0.
 inline __m512 weights_of(__m512i codes, __m512 zero, __m512 scale) {
   const __m512 steps = _mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero);
-  return _mm512_add_ps(_mm512_mul_ps(steps, scale), _mm512_setzero_ps());
+  const __mmask16 not_zero =
+      _mm512_test_epi32_mask(_mm512_castps_si512(steps), _mm512_castps_si512(steps));
+  return _mm512_maskz_mul_ps(not_zero, steps, scale);
 }
 
 struct Float32Numbers {
