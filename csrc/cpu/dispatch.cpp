@@ -47,22 +47,22 @@ const Tier tiers[] = {
     {"avx512bf16",
      has_avx512bf16,
      {&avx512f_kernels[0], &avx512f_kernels[1], &avx512bf16_bf16_kernel},
-     &reference_quantized_kernel},
+     &avx512bf16_quantized_kernel},
     {"avx512f",
      has_avx512f,
      {&avx512f_kernels[0], &avx512f_kernels[1], &avx512f_kernels[2]},
      // Without VNNI and VBMI, 512-bit registers have no byte products and shuffles.
-     &reference_quantized_kernel},
+     &avx2_quantized_kernel},
     {"avx2",
      has_avx2,
      {&avx2_kernels[0], &avx2_kernels[1], &avx2_kernels[2]},
-     &reference_quantized_kernel},
+     &avx2_quantized_kernel},
 #elif defined(__aarch64__)
     // Every 64-bit ARM has NEON.
     {"neon",
      always,
      {&neon_kernels[0], &neon_kernels[1], &neon_kernels[2]},
-     &reference_quantized_kernel},
+     &neon_quantized_kernel},
 #endif
     {"reference",
      always,

@@ -1,5 +1,6 @@
 // Kernels for 64-bit ARM. They follow those for AVX2, with tbl as the shuffle and two
-// registers of four float32 for eight columns. UNTESTED: never run on an ARM machine.
+// registers of four float32 for eight columns. Run under emulation only (qemu), never
+// on an ARM machine.
 
 #include <arm_neon.h>
 

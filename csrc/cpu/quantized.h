@@ -13,6 +13,7 @@
 #ifndef HALVE_QUANTIZED_H
 #define HALVE_QUANTIZED_H
 
+#include "bfloat16.h"
 #include "kernel.h"
 #include "packed.h"
 
@@ -117,6 +118,53 @@ inline int32_t middle_of(const halve_quantized& w) { return 1 << (w.bits - 1); }
 inline float zero_at(const halve_quantized& w, int64_t row, int64_t group) {
   if (w.zeros != nullptr) return float(code_at(zeros_of(w, row), group, w.bits));
   return float(middle_of(w)) - (w.midrise ? 0.5f : 0.0f);
+}
+
+// What is subtracted from the codes of a group in sums of integers. Where zero lies
+// between two codes it is the code above: half a step for each activation is then added
+// as float32, which loses nothing to cancellation, because every weight is at least
+// half a step. With a mask that does not hold, since weights without a code are 0.
+// There, codes count double, and so does zero.
+inline bool doubles_codes(const halve_quantized& w) {
+  return w.midrise && w.mask != nullptr;
+}
+
+inline bool adds_half_steps(const halve_quantized& w) {
+  return w.midrise && w.mask == nullptr;
+}
+
+inline int32_t integer_zero(const halve_quantized& w, int64_t row, int64_t group) {
+  if (w.zeros != nullptr) return code_at(zeros_of(w, row), group, w.bits);
+  return doubles_codes(w) ? 2 * middle_of(w) - 1 : middle_of(w);
+}
+
+// ---- Numbers of a dtype ----
+// `Half` converts single float16 numbers.
+
+template <class Half>
+inline float number_at(const void* from, int32_t dtype, int64_t index) {
+  if (dtype == HALVE_F32) return read<float>(from, index);
+  const uint16_t bits = read<uint16_t>(from, index);
+  return dtype == HALVE_F16 ? Half::to_float(bits) : bfloat16_to_float(bits);
+}
+
+template <class Half>
+inline void put_number(void* to, int32_t dtype, int64_t index, float value) {
+  if (dtype == HALVE_F32) {
+    std::memcpy(static_cast<float*>(to) + index, &value, sizeof(value));
+    return;
+  }
+  const uint16_t bits =
+      dtype == HALVE_F16 ? Half::from_float(value) : bfloat16_from_float(value);
+  std::memcpy(static_cast<uint16_t*>(to) + index, &bits, sizeof(bits));
+}
+
+// Writes the result of one row for vector b.
+template <class Half>
+inline void put_result(const Operands& o, int32_t dtype, int64_t rows, int64_t b,
+                       int64_t row, float sum) {
+  const float bias = o.bias ? number_at<Half>(o.bias, dtype, row) : 0.0f;
+  put_number<Half>(o.y, dtype, b * rows + row, sum + bias);
 }
 
 // ---- Activations as integers ----

@@ -62,11 +62,11 @@ bool has_code(const halve_quantized& w, int64_t row, int64_t column) {
   return mask_of(w, row)[column / 8] >> (column % 8) & 1;
 }
 
-// The product is exact. Adding 0 turns -0 into 0.
+// The product is exact. The code of zero is 0, never -0, whatever the scale is.
 double weight_of(const halve_quantized& w, int64_t row, int64_t column, int32_t code) {
   const int64_t group = column / group_of(w);
-  const double scale = Float16::decode(scale_at(w, row, group));
-  return (code - zero_at(w, row, group)) * scale + 0.0;
+  const double steps = code - zero_at(w, row, group);
+  return steps == 0 ? 0 : steps * Float16::decode(scale_at(w, row, group));
 }
 
 // Calls `put(column, weight)` for every column of a row; a weight without a code is 0.

@@ -1,0 +1,88 @@
+// Reads codes of 2, 3, 4 or 8 bits, 64 at a time, as bytes: for CPUs with AVX-512 VBMI
+// and VBMI2. Three instructions serve 2, 3 and 4 bits: vpermb brings to each eight
+// bytes the bytes that hold their eight codes, vpmultishiftqb takes the codes out,
+// wherever in a byte the first one begins, and `and` clears what is beside them. Those
+// that belong to a mask are then spread by vpexpandb.
+
+#ifndef HALVE_CODES_AVX512_H
+#define HALVE_CODES_AVX512_H
+
+#include <immintrin.h>
+
+#include "in_register.h"
+#include "quantized.h"
+
+namespace {
+
+// The operands of vpermb and vpmultishiftqb for codes of one width.
+struct CodeTable {
+  alignas(64) uint8_t bytes[64];
+  // By the bit of a byte at which the first code begins.
+  alignas(64) uint8_t shifts[8][64];
+};
+
+// Eight codes of b bits take b bytes, and begin within a byte: with b <= 4 they lie in
+// the eight bytes from there, from which vpmultishiftqb selects any eight bits that
+// follow each other. `doubled` selects each code from one bit earlier: twice the code,
+// once the lowest bit is cleared. (For the first code that bit may be the last one of
+// the eight bytes, where the instruction wraps around.)
+constexpr CodeTable make_code_table(int bits, bool doubled) {
+  CodeTable table{};
+  for (int i = 0; i < 64; ++i) {
+    table.bytes[i] = static_cast<uint8_t>(i / 8 * bits + i % 8);
+    for (int first = 0; first < 8; ++first) {
+      const int bit = i % 8 * bits + first + (doubled ? 63 : 0);
+      table.shifts[first][i] = static_cast<uint8_t>(bit % 64);
+    }
+  }
+  return table;
+}
+
+constexpr CodeTable code_tables[2][3] = {
+    {make_code_table(2, false), make_code_table(3, false), make_code_table(4, false)},
+    {make_code_table(2, true), make_code_table(3, true), make_code_table(4, true)}};
+
+// Takes 64 codes out of a row. `doubled` doubles them, for zeros between two codes.
+class Decoder {
+ public:
+  Decoder(int32_t bits, bool doubled)
+      : table_(code_tables[doubled][bits < 8 ? bits - 2 : 0]),
+        bytes_(_mm512_load_si512(table_.bytes)),
+        keep_(in_register(_mm512_set1_epi8(((1 << bits) - 1) << doubled))) {}
+
+  // Codes of fewer than 8 bits, from a bit of the row on.
+  __m512i narrow(const uint8_t* row, uint64_t bit) const {
+    const __m512i near = _mm512_loadu_si512(row + bit / 8);
+    const __m512i eights = _mm512_permutexvar_epi8(bytes_, near);
+    const __m512i shifts = _mm512_load_si512(table_.shifts[bit % 8]);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, eights), keep_);
+  }
+
+ private:
+  const CodeTable& table_;
+  __m512i bytes_, keep_;
+};
+
+// Writes bytes where `coded` has ones, and leaves `others` elsewhere.
+inline __m512i spread(__m512i others, uint64_t coded, __m512i bytes) {
+  return _mm512_mask_expand_epi8(others, coded, in_register(bytes));
+}
+
+// A mask of the lanes that are below `count`, which may be negative.
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff
+                                : count > 0 ? (1 << count) - 1
+                                            : 0);
+}
+
+// Fetches into the L2 cache: into L1, dense codes of 8 bits came at half the speed.
+inline void prefetch_codes(const void* from, int64_t ahead) {
+  __builtin_prefetch(static_cast<const char*>(from) + ahead, 0, 2);
+}
+
+constexpr int64_t codes_ahead = 4096;
+constexpr int64_t code_mask_ahead = 1024;
+
+}  // namespace
+
+#endif
