@@ -178,7 +178,7 @@ def test_the_document_shows_these_bytes():
         DOCUMENT.read_text("utf-8").partition("An example of codes")[2].split()
     )
     for shown in (
-        "067b 18 6f",
+        "067b 186f",
         EXAMPLE["_scales"],
         "codes 6 0 4 5 7",
         "codes 0 3 4 7 6",
