@@ -10,7 +10,8 @@ import torch
 
 from halve.errors import CheckpointError
 from halve.formats import FORMATS, split, store
-from halve.formats.quantized import DTYPES, QuantizedMatrix, pack
+from halve.formats.quantized_matrix import DTYPES, QuantizedMatrix
+from halve.formats.quantized_packing import pack
 from halve.grids import (
     BITS,
     QuantParams,

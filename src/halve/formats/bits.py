@@ -7,6 +7,16 @@ from torch.nn.functional import pad
 _CODES = 8  # so many codes of b bits take b bytes, whatever b
 
 
+def byte_count(codes: int, bits: int) -> int:
+    """Return the bytes that so many codes take."""
+    return -(-codes * bits // 8)
+
+
+def byte_counts(codes: Tensor, bits: int) -> Tensor:
+    """Return the bytes that some numbers of codes take, int64."""
+    return (codes * bits + 7) // 8
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Return the bits of codes, row by row.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halve.formats.quantized import QuantizedMatrix
+from halve.formats.quantized_matrix import QuantizedMatrix
 from halve.runtime.cpu.packed_linear import (
     PackedEmbedding,
     PackedLinear,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.errors import HalveError
-from halve.formats.quantized import QuantizedMatrix
+from halve.formats.quantized_matrix import QuantizedMatrix
 from halve.runtime.cpu.kernels import Codes, kernels, supports
 from halve.runtime.cpu.operators import library
 from halve.runtime.cpu.tiles import FUSED_ROWS, linear_by_tiles
