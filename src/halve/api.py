@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, Unpack, cast
 
@@ -404,11 +405,26 @@ def _model(
     [(family, size)] = [
         (name, size) for name, size in sizes.items() if size is not None
     ]
-    pattern = parse_pattern(options.sparsity)
+    pattern = parse_pattern(options.sparsity, allow_dense=options.quantize is not None)
     with TemporaryDirectory(prefix="halve-bench-") as folder:
+        source = Path(folder) / "random"
+        source.mkdir()
         options.progress(f"generating a random {family} {size}")
-        write_random_model(Path(folder), family, size, pattern)
-        yield f"random {family} {size}, {options.sparsity} zeros", Path(folder)
+        write_random_model(source, family, size, pattern)
+        name = f"random {family} {size}, {options.sparsity} zeros"
+        if options.quantize is None:
+            yield name, source
+            return
+        options.progress("quantizing it")
+        quantized = PruneOptions(
+            sparsity=options.sparsity,
+            solver="magnitude",
+            quantize=options.quantize,
+            packed=True,
+        )
+        prune_model(source, Path(folder) / "quantized", quantized)
+        rmtree(source)
+        yield f"{name}, {options.quantize}", Path(folder) / "quantized"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import typer
 
 from halve.cli.options import Model, with_options
 from halve.option import Option
-from halve.options import Device, TrustRemoteCode
+from halve.options import Activations, Device, TrustRemoteCode
 
 EXAMPLES = """
 **Examples**
@@ -26,6 +26,7 @@ def command(
         Option("Maximum number of tokens to generate.", unit="tokens", minimum=1),
     ] = 64,
     device: Device = "auto",
+    activations: Activations = "int16",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text from a prompt with a model, dense or pruned."""
@@ -41,5 +42,6 @@ def command(
             max_new_tokens=max_new_tokens,
             device=device,
             trust_remote_code=trust_remote_code,
+            activations=activations,
         )
     )

@@ -222,7 +222,7 @@ def pack(weight: Tensor, transposed: bool = False) -> BitmaskMatrix:
         transposed: Whether that is [columns, rows], as in GPT-2's Conv1D.
 
     Cost:
-        Memory for the packed matrix, and a few bytes for each of 2^24 weights.
+        Memory for the packed matrix, and a few bytes for each of 2^20 weights.
     """
     weight = weight.T.contiguous() if transposed else weight
     rows, columns = weight.shape

@@ -18,7 +18,7 @@ WIDE = 2**32
 # matrices of known models have 2^16 columns.
 MAX_COLUMNS = 2**24
 # Weights processed at once. Bounds the memory of bits that are expanded to bytes.
-_CHUNK = 2**22
+_CHUNK = 2**20
 
 
 def words_of(columns: int) -> int:
@@ -27,7 +27,7 @@ def words_of(columns: int) -> int:
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices of rows of about 2^22 weights, and of at least one row."""
+    """Yield slices of rows of about 2^20 weights, and of at least one row."""
     size = max(_CHUNK // max(columns, 1), 1)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))

@@ -30,7 +30,7 @@ def pack(
         groups do not fit the format.
 
     Cost:
-        Memory for the packed matrix, and some 30 bytes for each of 2^22 weights.
+        Memory for the packed matrix, and some 30 bytes for each of 2^20 weights.
     """
     weight = weight.T.contiguous() if transposed else weight
     if not fits(quant_params.grid, weight.shape[1]):

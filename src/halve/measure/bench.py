@@ -12,6 +12,7 @@ from halve.measure.footprint import footprint
 from halve.measure.speed import (
     HALVE_DENSE,
     PACKED,
+    PACKED_INT8,
     TORCH,
     BenchCase,
     bench_cases,
@@ -73,6 +74,7 @@ def run_bench(models: BenchModels, options: BenchOptions) -> BenchRecord:
             TORCH: sum(info.stored_bytes for info in dense),
             HALVE_DENSE: sum(info.stored_bytes for info in dense),
             PACKED: sum(info.stored_bytes for info in packed),
+            PACKED_INT8: sum(info.stored_bytes for info in packed),
         },
         cpu=_cpu(),
         threads=torch.get_num_threads(),
@@ -85,6 +87,7 @@ def run_bench(models: BenchModels, options: BenchOptions) -> BenchRecord:
                 options.rounds,
                 options.progress,
                 options.trust_remote_code,
+                options.activations == "int8",
             )
         ),
         footprints=footprints,

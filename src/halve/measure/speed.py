@@ -18,10 +18,13 @@ from halve.records import SpeedRecord
 from halve.runtime.cpu.dense_linear import DenseLinear, plain_linear
 from halve.runtime.cpu.kernels import kernels
 from halve.runtime.cpu.packed_linear import PackedLinear
+from halve.runtime.cpu.quantized_linear import set_activations
 from halve.runtime.cpu.replace_modules import packed_layers
 from halve.runtime.generation import load
 
 TORCH, HALVE_DENSE, PACKED = "torch", "halve dense", "halve packed"
+# The same with 8-bit activations, which change the results.
+PACKED_INT8 = "halve packed, int8 activations"
 # Much larger than any cache.
 _READ_BYTES = 2**29
 _READ_TIMES = 7
@@ -73,13 +76,15 @@ class Backends:
         layers: Backend -> path of the module -> layer.
     """
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401
+    def __init__(self, model: Any, int8: bool = False) -> None:  # noqa: ANN401
         self.model = model
         self.layers: dict[str, dict[str, nn.Module]] = {
             TORCH: {},
             HALVE_DENSE: {},
             PACKED: {},
         }
+        if int8:
+            self.layers[PACKED_INT8] = self.layers[PACKED]
         for path, packed in list(packed_layers(model)):
             self._add(path, _dense(packed), packed)
         for path, module in list(model.named_modules()):
@@ -95,6 +100,7 @@ class Backends:
         """Put the layers of a backend into the model."""
         for path, layer in self.layers[backend].items():
             self.model.set_submodule(path, layer)
+        set_activations(self.model, "int8" if backend == PACKED_INT8 else "int16")
 
     def weight_bytes(self, backend: str) -> int:
         """Return the bytes of weights that are read to decode one token."""
@@ -119,6 +125,7 @@ def measure_speed(
     rounds: int,
     progress: Callable[[str], None] = lambda text: None,
     trust_remote_code: bool = False,
+    int8: bool = False,
 ) -> list[SpeedRecord]:
     """Time a packed model against the same model dense.
 
@@ -128,11 +135,12 @@ def measure_speed(
         rounds: Number of repetitions, after one that is not counted.
         progress: Called with a line of text before each round.
         trust_remote_code: Whether Python code that comes with the model may run.
+        int8: Whether to time packed codes with 8-bit activations as well.
 
     Returns:
         A record for each backend and case.
     """
-    backends = Backends(load(folder, "cpu", trust_remote_code))
+    backends = Backends(load(folder, "cpu", trust_remote_code), int8)
     times: dict[tuple[str, BenchCase], list[float]] = {}
     for number in range(rounds + 1):
         progress(f"round {number} of {rounds}" if number else "warming up")

@@ -70,7 +70,7 @@ class _Expected:
         """
         if tuple(weight.shape) != self.shape:
             return f"it is {list(weight.shape)}, not {list(self.shape)}"
-        sparsity = float((weight == 0).double().mean())
+        sparsity = (weight.numel() - int(weight.count_nonzero())) / weight.numel()
         if sparsity != self.sparsity:
             return f"{sparsity:.4%} of its weights are zero, not {self.sparsity:.4%}"
         if self.pattern is not None:

@@ -18,7 +18,7 @@ from halve.pruning.plan import Plan
 from halve.records import MatrixRecord
 
 # Weights rounded at once: bounds the float32 copies.
-_SLAB = 2**22
+_SLAB = 2**20
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ def quantize_heads(plan: Plan, tensors: dict[str, Tensor]) -> list[dict[str, Any
         scheme = _scheme(plan.options, weight.dtype)
         if scheme is None:
             continue
-        rounded, params = _round_to_nearest(scheme, weight)
-        del tensors[name]
-        packed = plan.options.packed
-        stored = store(name, rounded, quant_params=params) if packed else None
-        tensors |= stored or {name: rounded}
-        records.append(asdict(_head_record(name, rounded, scheme)))
+        params = _round_to_nearest(scheme, weight)
+        records.append(asdict(_head_record(name, weight, scheme)))
+        if plan.options.packed:
+            del tensors[name]
+            tensors |= store(name, weight, quant_params=params)
     return records
 
 
 def _head_record(name: str, weight: Tensor, scheme: QuantScheme) -> MatrixRecord:
     rows, columns = weight.shape
-    sparsity = float((weight == 0).double().mean())
+    zeros = weight.numel() - int(weight.count_nonzero())
+    sparsity = zeros / weight.numel()
     return MatrixRecord(
         tensor=name,
         rows=rows,
@@ -82,28 +82,20 @@ def _scheme(options: PruneOptions, dtype: torch.dtype) -> QuantScheme | None:
     return parse_scheme(name, options.group_size).exact_in(dtype)
 
 
-def _round_to_nearest(
-    scheme: QuantScheme, weight: Tensor
-) -> tuple[Tensor, QuantParams]:
-    """Round a matrix to a grid with the least rounding error.
+def _round_to_nearest(scheme: QuantScheme, weight: Tensor) -> QuantParams:
+    """Round a matrix, in place, to a grid with the least rounding error.
 
     Args:
         scheme: Bits and groups.
         weight: [rows, columns], of any dtype.
 
-    Returns:
-        The rounded matrix, of the same dtype, and its grid.
-
     Cost:
-        Some 20 bytes for each of 2^22 weights, beside the result.
+        Some 20 bytes for each of 2^20 weights.
     """
-    rounded = torch.empty_like(weight)
     parts: list[QuantParams] = []
-    height = max(_SLAB // weight.shape[1], 1)
-    for start in range(0, len(weight), height):
-        slab = weight[start : start + height].float()
-        parts.append(fit_quant_params(scheme, slab))
-        rounded[start : start + height] = parts[-1].fake_quantize(slab)
+    for rows in weight.split(max(_SLAB // weight.shape[1], 1)):
+        parts.append(fit_quant_params(scheme, rows.float()))
+        rows.copy_(parts[-1].fake_quantize(rows.float()))
     scale = torch.cat([part.scale for part in parts])
     zero = torch.cat([part.zero for part in parts])
-    return rounded, QuantParams(scheme, scale, zero)
+    return QuantParams(scheme, scale, zero)

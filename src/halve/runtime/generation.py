@@ -12,6 +12,7 @@ from halve.checkpoint import resolve_model
 from halve.errors import CheckpointError, HalveError
 from halve.models import longest_sequence
 from halve.runtime.blockwise_model import BlockwiseModel
+from halve.runtime.cpu.quantized_linear import set_activations
 from halve.untrusted import truncated
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -19,7 +20,10 @@ _MAX_TOKEN_ID = 2**31
 
 
 def load(
-    model: str | Path, device: str = "auto", trust_remote_code: bool = False
+    model: str | Path,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    activations: str = "int16",
 ) -> Any:  # noqa: ANN401  (one of transformers' model classes)
     """Return a transformers model in evaluation mode; a packed one stays packed.
 
@@ -27,6 +31,9 @@ def load(
         model: A folder, dense or packed, or a name on the Hub.
         device: `cpu`, `cuda` or `auto`.
         trust_remote_code: Whether Python code that comes with the model may run.
+        activations: How inputs are multiplied with packed codes: as integers of 16
+            bits, which lose less than bfloat16 inputs do, or of 8, which are faster
+            and change results by about 0.6 %. `int16` or `int8`.
 
     Raises:
         SourceError: The model does not exist, or the Hub cannot be reached.
@@ -51,6 +58,7 @@ def load(
             f"({type(error).__name__}: {truncated(' '.join(str(error).split()))}).",
             "Check its generation_config.json, or download the model again.",
         ) from error
+    set_activations(loaded, activations)
     return loaded.eval()
 
 
@@ -81,6 +89,7 @@ def generate(
     max_new_tokens: int = 64,
     device: str = "auto",
     trust_remote_code: bool = False,
+    activations: str = "int16",
 ) -> str:
     """Return a prompt with its greedy continuation.
 
@@ -90,12 +99,14 @@ def generate(
         max_new_tokens: Largest number of tokens to generate.
         device: `cpu`, `cuda` or `auto`.
         trust_remote_code: Whether Python code that comes with the model may run.
+        activations: As for `load`.
 
     Raises:
         HalveError: The prompt is empty, or longer than the model's context allows; and
             whatever `load` raises.
     """
-    loaded = _with_plain_decoding(load(model, device, trust_remote_code))
+    loaded = load(model, device, trust_remote_code, activations)
+    loaded = _with_plain_decoding(loaded)
     tokenizer = load_tokenizer(resolve_model(model), trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(loaded.device)
     _check_context(loaded, inputs["input_ids"].shape[1], max_new_tokens)

@@ -229,10 +229,12 @@ def _stage_nbytes(
 def _outside_nbytes(plan: Plan) -> int:
     """Return the bytes of the largest tensor outside the blocks.
 
-    It is in memory as it is stored and, if it is computed with, in float32 as well.
+    It is in memory as it is stored and, if it is computed with, in float32 as well; if
+    it is quantized, as codes, which take half of it at most.
     """
     layout = plan.layout
     block_shards = {block.shard for block in layout.blocks}
+    heads = layout.heads if plan.options.head_grid else ()
     outside = (
         name
         for shard, names in layout.shards.items()
@@ -243,6 +245,7 @@ def _outside_nbytes(plan: Plan) -> int:
         (
             layout.tensors[name].nbytes
             + (name not in layout.unread) * 4 * _elements(plan, [name])
+            + (name in heads) * layout.tensors[name].nbytes // 2
             for name in outside
         ),
         default=0,

@@ -144,6 +144,22 @@ class _Differentiable(torch.autograd.Function):
         return for_x if wanted[0] else None, for_bias, None
 
 
+def set_activations(model: nn.Module, name: str) -> None:
+    """Let all quantized layers of a model hold activations in one way.
+
+    Args:
+        model: Any model.
+        name: `int16` or `int8`.
+
+    Raises:
+        HalveError: There is no such way.
+    """
+    activation_mode(name)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.activations = name
+
+
 class QuantizedEmbedding(_QuantizedWeight, PackedEmbedding):
     """An embedding that looks up rows of a matrix in quantized format."""
 
