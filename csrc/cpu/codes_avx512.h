@@ -88,7 +88,7 @@ constexpr int64_t code_line = 64;
 // ---- Sources ----
 // A source yields a row's codes as bytes: for each step `vectors` times 64, weights
 // without a code as the code of zero. `ahead` is the distance at which codes are
-// prefetched.
+// prefetched; 0: they are not. position() is where its next codes are.
 
 // Dense codes of 2 and 4 bits need no shuffles: each byte of 64 holds 4 or 2 codes, and
 // x is arranged in the order in which shifting these bytes yields them.
@@ -105,9 +105,11 @@ class InterleavedCodes {
 
   void begin_step(__m512i) {
     step_ = _mm512_loadu_si512(codes_);
-    prefetch_codes(codes_, ahead_);
+    if (ahead_ != 0) prefetch_codes(codes_, ahead_);
     codes_ += sizeof(step_);
   }
+
+  const uint8_t* position() const { return codes_; }
 
   // A shift of 16 bits carries bits of one byte into the other; `and` clears them.
   __m512i next(int64_t i, const Decoder&) const {
@@ -135,9 +137,12 @@ class DenseCodes {
   }
 
   void begin_step(__m512i) {
+    if (ahead_ == 0) return;
     prefetch_codes(codes_, ahead_);
     if (bits * vectors > 8) prefetch_codes(codes_, ahead_ + code_line);
   }
+
+  const uint8_t* position() const { return codes_; }
 
   __m512i next(int64_t, const Decoder& decoder) {
     const uint8_t* codes = codes_;
@@ -167,10 +172,13 @@ class MaskedCodes {
 
   void begin_step(__m512i zeros) {
     zeros_ = zeros;
+    prefetch_codes(mask_, code_mask_ahead);
+    if (ahead_ == 0) return;
     prefetch_codes(codes_ + bit_ / 8, ahead_);
     if (bits * vectors > 8) prefetch_codes(codes_ + bit_ / 8, ahead_ + code_line);
-    prefetch_codes(mask_, code_mask_ahead);
   }
+
+  const uint8_t* position() const { return codes_ + bit_ / 8; }
 
   // A row of an odd number of words has none for the second half of its last step.
   __m512i next(int64_t, const Decoder& decoder) {

@@ -109,8 +109,8 @@ inline void read_units(const Context& c, int64_t row, const UnitScales& units) {
 
 // Multiplies a row's scales with those of one vector of x, and returns what its sum
 // begins with: see adds_half_steps.
-inline __m512 open_vector(const Context& c, const Chunk& x, int64_t b,
-                          const float* own, float* scales) {
+inline __m512 open_vector(const Context& c, const Chunk& x, int64_t b, const float* own,
+                          float* scales) {
   const int64_t first = b * c.layout.units;
   const bool half_steps = adds_half_steps(c.w);
   __m512 sum = _mm512_setzero_ps();
@@ -194,8 +194,8 @@ inline void add_step(const Context& c, const StepSums<digits, count>& products,
   HALVE_UNROLL
   for (int64_t b = 0; b < count; ++b) {
     const float* of_vector = units.scales + b * c.layout.units;
-    const __m512 scales = one_unit ? _mm512_set1_ps(of_vector[step])
-                                   : scale_lanes(c, of_vector, step);
+    const __m512 scales =
+        one_unit ? _mm512_set1_ps(of_vector[step]) : scale_lanes(c, of_vector, step);
     sums[b] = _mm512_fmadd_ps(products.total(b), scales, sums[b]);
   }
 }
@@ -260,25 +260,34 @@ void multiply_few(const Context& c, Range rows, const RowSpace& space) {
 
 // ---- Many vectors ----
 
+struct TileRow : RowSpace {
+  const uint8_t* upcoming;  // codes of the next tile, to be prefetched
+  int64_t next_tile;        // the bytes from a row's codes to theirs
+};
+
 struct TileSpace {
   uint8_t* codes;  // [block_vectors][tile_height][64]
   __m512* sums;    // [tile_vectors][tile_height]
-  RowSpace rows[tile_height];
+  TileRow rows[tile_height];
 };
 
 // Decodes the next steps of the rows of a tile.
 template <class Source>
-void fill_tile(const Context& c, Source (&sources)[tile_height], const TileSpace& space,
+void fill_tile(const Context& c, Source (&sources)[tile_height], TileSpace& space,
                Range steps) {
+  const Decoder decoder = c.decoder;
   for (int64_t r = 0; r < tile_height; ++r) {
     uint8_t* out = space.codes + r * word_columns;
+    Source source = sources[r];  // a copy stays in registers
     for (int64_t step = steps.first; step < steps.last; ++step) {
-      sources[r].begin_step(zero_lanes(c, space.rows[r].units, step));
+      source.begin_step(zero_lanes(c, space.rows[r].units, step));
       HALVE_UNROLL
       for (int64_t i = 0; i < Source::vectors; ++i, out += tile_height * word_columns) {
-        _mm512_store_si512(out, sources[r].next(i, c.decoder));
+        _mm512_store_si512(out, source.next(i, decoder));
       }
     }
+    space.rows[r].upcoming = source.position() + space.rows[r].next_tile;
+    sources[r] = source;
   }
 }
 
@@ -342,19 +351,35 @@ inline void for_each_chunk(const Context& c, Range vectors, Use use) {
   }
 }
 
+// Prefetches part `index` of `parts` of what two rows of the next tile need for a
+// block. Prefetching it all while a tile is filled would be to wait for it.
+inline void prefetch_pair(const Context& c, const TileSpace& space, int64_t first,
+                          int64_t index, int64_t parts) {
+  const int64_t lines = block_vectors * c.w.bits / 8;
+  for (int64_t i = lines * index / parts; i < lines * (index + 1) / parts; ++i) {
+    for (int64_t r = first; r < first + pair; ++r) {
+      prefetch_codes(space.rows[r].upcoming, i * code_line);
+    }
+  }
+}
+
 template <int64_t vectors, int64_t digits>
 void multiply_tile(const Context& c, Range batch, const TileSpace& space, Range steps) {
+  const int64_t chunks = ceil_divide(batch.last - batch.first, most_vectors);
   for_each_chunk(c, batch, [&](const Chunk& x, int64_t b, int64_t some) {
     with_count<most_vectors>(some, [&](auto count) {
       const auto multiply = c.step_units == 1
                                 ? multiply_pair<vectors, true, digits, count.value>
                                 : multiply_pair<vectors, false, digits, count.value>;
-      for (int64_t r = 0; r < tile_height; r += pair) multiply(c, x, space, r, b, steps);
+      for (int64_t r = 0; r < tile_height; r += pair) {
+        prefetch_pair(c, space, r, b / most_vectors, chunks);
+        multiply(c, x, space, r, b, steps);
+      }
     });
   });
 }
 
-// Prefetches a row's codes where the same row of the next tile lies, about.
+// The bytes from a row's codes to those of the same row of the next tile.
 inline int64_t next_tile(const Context& c, int64_t row) {
   const int64_t later = smaller(row + tile_height, c.w.rows - 1);
   return first_byte_of(c.w, later) - first_byte_of(c.w, row);
@@ -362,11 +387,12 @@ inline int64_t next_tile(const Context& c, int64_t row) {
 
 // A short last tile repeats its last row, so that there is no second loop for it.
 template <class Source>
-void open_tile(const Context& c, Range batch, Range rows, const TileSpace& space,
+void open_tile(const Context& c, Range batch, Range rows, TileSpace& space,
                Source (&sources)[tile_height]) {
   for (int64_t r = 0; r < tile_height; ++r) {
     const int64_t row = smaller(rows.first + r, rows.last - 1);
-    sources[r].open(c.w, row, space.rows[r].spare, next_tile(c, row));
+    sources[r].open(c.w, row, space.rows[r].spare, 0);
+    space.rows[r].next_tile = next_tile(c, row);
     read_units(c, row, space.rows[r].units);
   }
   for_each_chunk(c, batch, [&](const Chunk& x, int64_t first, int64_t count) {
@@ -387,12 +413,13 @@ inline void put_tile(const Context& c, Range batch, Range rows, const __m512* su
     for (int64_t r = 0; r < tile_height; r += 8) {
       _mm256_storeu_ps(totals + r, sum_eight(sums + r));
     }
-    for (int64_t r = rows.first; r < rows.last; ++r) put(c, b, r, totals[r - rows.first]);
+    for (int64_t r = rows.first; r < rows.last; ++r)
+      put(c, b, r, totals[r - rows.first]);
   }
 }
 
 template <class Source, int64_t digits>
-void multiply_many(const Context& c, Range batch, Range rows, const TileSpace& space) {
+void multiply_many(const Context& c, Range batch, Range rows, TileSpace& space) {
   constexpr int64_t block = block_vectors / Source::vectors;
   Source sources[tile_height];
   open_tile(c, batch, rows, space, sources);
@@ -437,7 +464,8 @@ void with_source(const halve_quantized& w, int64_t digits, Use use) {
 }
 
 // ---- Workspaces ----
-// Of a row: scales for `count` vectors and alone, zeros and a spare row; whole lines each.
+// Of a row: scales for `count` vectors and alone, zeros and a spare row; whole lines
+// each.
 
 int64_t row_bytes(const halve_quantized& w, const Layout& layout, int64_t count) {
   return (count + 2) * layout.units * int64_t{sizeof(float)} +
@@ -463,8 +491,8 @@ TileSpace tile_space(const Context& c, int64_t count, uint8_t* at) {
   space.codes = at;
   space.sums = reinterpret_cast<__m512*>(at + tile_code_bytes);
   at = reinterpret_cast<uint8_t*>(space.sums + count * tile_height);
-  for (RowSpace& row : space.rows) {
-    row = row_space(c, count, at);
+  for (TileRow& row : space.rows) {
+    row = {row_space(c, count, at), nullptr, 0};
     at += row_bytes(c.w, c.layout, count);
   }
   return space;
@@ -505,7 +533,7 @@ void product_of_few(const Context& c, Range rows, uint8_t* workspace) {
 void product_of_many(const Context& c, Range rows, uint8_t* workspace) {
   for (int64_t b = 0; b < c.o.batch; b += tile_vectors) {
     const Range batch = {b, smaller(b + tile_vectors, c.o.batch)};
-    const TileSpace space = tile_space(c, smaller(c.o.batch, tile_vectors), workspace);
+    TileSpace space = tile_space(c, smaller(c.o.batch, tile_vectors), workspace);
     with_source(c.w, c.layout.digits, [&](auto source, auto digits) {
       for (int64_t row = rows.first; row < rows.last; row += tile_height) {
         const Range tile = {row, smaller(row + tile_height, rows.last)};
