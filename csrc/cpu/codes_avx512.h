@@ -155,7 +155,9 @@ class DenseCodes {
   int64_t ahead_;
 };
 
-// Codes with a mask.
+// Codes with a mask. These loops are limited by the number of their instructions, so
+// codes of 8 bits move a pointer, where others count bits, and the hardware prefetches
+// the mask, which is read in order. It does not where the rows of a tile take turns.
 template <int bits, int64_t vectors_>
 class MaskedCodes {
  public:
@@ -172,10 +174,9 @@ class MaskedCodes {
 
   void begin_step(__m512i zeros) {
     zeros_ = zeros;
-    prefetch_codes(mask_, code_mask_ahead);
-    if (ahead_ == 0) return;
-    prefetch_codes(codes_ + bit_ / 8, ahead_);
-    if (bits * vectors > 8) prefetch_codes(codes_ + bit_ / 8, ahead_ + code_line);
+    if (ahead_ == 0) return prefetch_codes(mask_, code_mask_ahead);
+    prefetch_codes(position(), ahead_);
+    if (bits * vectors > 8) prefetch_codes(position(), ahead_ + code_line);
   }
 
   const uint8_t* position() const { return codes_ + bit_ / 8; }
@@ -184,10 +185,15 @@ class MaskedCodes {
   __m512i next(int64_t, const Decoder& decoder) {
     if (vectors > 1 && mask_ == mask_end_) return zeros_;
     const uint64_t coded = read<uint64_t>(mask_, 0);
-    const __m512i codes = bits == 8 ? _mm512_loadu_si512(codes_ + bit_ / 8)
-                                    : decoder.narrow(codes_, bit_);
+    const int64_t count = __builtin_popcountll(coded);
     mask_ += sizeof(coded);
-    bit_ += bits * __builtin_popcountll(coded);
+    if (bits == 8) {
+      const __m512i codes = _mm512_loadu_si512(codes_);
+      codes_ += count;
+      return spread(zeros_, coded, codes);
+    }
+    const __m512i codes = decoder.narrow(codes_, bit_);
+    bit_ += bits * count;
     return spread(zeros_, coded, codes);
   }
 
