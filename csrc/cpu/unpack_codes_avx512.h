@@ -1,10 +1,8 @@
-// Rows of codes as numbers of a dtype, for CPUs with AVX-512 VBMI, VBMI2 and BF16: for
-// unpacking, and for the register tile of generic.h, which multiplies many vectors.
+// Unpacks rows of codes, for CPUs with AVX-512 VBMI, VBMI2 and BF16.
 
-#ifndef HALVE_QUANTIZED_ROWS_AVX512_H
-#define HALVE_QUANTIZED_ROWS_AVX512_H
+#ifndef HALVE_UNPACK_CODES_AVX512_H
+#define HALVE_UNPACK_CODES_AVX512_H
 
-#include "bfloat16_lanes_avx512.h"
 #include "codes_avx512.h"
 
 namespace {
@@ -79,7 +77,7 @@ struct Bfloat16Numbers : SixteenNumbers<Bfloat16Numbers> {
   }
 };
 
-// ---- A row ----
+// ---- A word after the other ----
 
 // The weights that codes stand for in one group: a table of all of them for up to 4
 // bits, and scale and zero for 8 bits.
@@ -124,13 +122,13 @@ class RowNumbers {
     mask_ = w.mask ? mask_of(w, row) : nullptr;
   }
 
-  // Writes the next 64 columns, `apart` numbers from one half to the other.
-  void put_word(const Decoder& decoder, Stored* out, int64_t apart) {
+  // Writes the next 64 columns.
+  void put_word(const Decoder& decoder, Stored* out) {
     prefetch_codes(codes_ + bit_ / 8, codes_ahead);
     const uint64_t coded = mask_ ? read<uint64_t>(mask_, column_ / 64) : ~uint64_t{0};
     const __m512i codes = next_codes(decoder, coded);
     put_half(0, _mm512_castsi512_si256(codes), coded, out);
-    put_half(1, _mm512_extracti64x4_epi64(codes, 1), coded >> 32, out + apart);
+    put_half(1, _mm512_extracti64x4_epi64(codes, 1), coded >> 32, out + half_word);
     column_ += word_columns;
   }
 
@@ -172,18 +170,18 @@ class RowNumbers {
   GroupWeights<Numbers> weights_[2];
 };
 
-// ---- Unpacking ----
+// ---- Rows ----
 
 template <class Numbers>
 void unpack_row(const halve_quantized& w, const Decoder& decoder,
                 RowNumbers<Numbers>& row, typename Numbers::Stored* out) {
   const int64_t whole = w.columns / word_columns, rest = w.columns % word_columns;
   for (int64_t k = 0; k < whole; ++k, out += word_columns) {
-    row.put_word(decoder, out, half_word);
+    row.put_word(decoder, out);
   }
   if (rest == 0) return;
   typename Numbers::Stored last[word_columns];
-  row.put_word(decoder, last, half_word);
+  row.put_word(decoder, last);
   std::memcpy(out, last, rest * sizeof(*out));
 }
 
@@ -196,63 +194,6 @@ void unpack_rows(const halve_quantized& w, Range rows, void* out, void* workspac
     row.open(w, r, static_cast<uint8_t*>(workspace));
     unpack_row(w, decoder, row, dense);
   }
-}
-
-// ---- Many vectors ----
-
-// A source of rows for batch_product: bfloat16 weights.
-class TileRows {
- public:
-  TileRows(const halve_quantized& w, uint8_t* spare)
-      : w_(w), decoder_(w.bits, false), spare_(spare) {}
-
-  void open(int64_t slot, int64_t row) {
-    rows_[slot].open(w_, row, spare_ + slot * round_up(readable_bytes(w_), line));
-  }
-
-  void fill(int64_t slot, int64_t words, uint16_t* out) {
-    constexpr int64_t apart = tile_rows * half_word;
-    for (int64_t k = 0; k < words; ++k, out += 2 * apart) {
-      rows_[slot].put_word(decoder_, out, apart);
-    }
-  }
-
- private:
-  const halve_quantized& w_;
-  Decoder decoder_;
-  uint8_t* spare_;
-  RowNumbers<Bfloat16Numbers> rows_[tile_rows];
-};
-
-inline double tile_workspace_bytes(const halve_quantized& w, int64_t batch) {
-  return tile_bytes<Bfloat16Lanes>(batch) +
-         double(tile_rows) * round_up(readable_bytes(w), line);
-}
-
-// Makes NaNs of infinities: times a weight of 0 or not, they must give NaN.
-inline void spoil_infinities(uint16_t* x, int64_t count) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80), nan = _mm512_set1_epi16(0x7fc0);
-  for (int64_t i = 0; i < count; i += 32) {
-    const __m512i v = _mm512_load_si512(x + i);
-    const __mmask32 not_finite =
-        _mm512_cmpeq_epi16_mask(_mm512_and_si512(v, exponent), exponent);
-    _mm512_store_si512(x + i, _mm512_mask_mov_epi16(v, not_finite, nan));
-  }
-}
-
-inline void arrange_tile(const halve_quantized& w, const void* x, int64_t batch,
-                         void* arranged) {
-  arrange<Bfloat16Lanes>(x, batch, w.columns, arranged);
-  spoil_infinities(static_cast<uint16_t*>(arranged),
-                   words_of(w.columns) * word_columns * batch);
-}
-
-inline void tile_product(const halve_quantized& w, const Operands& o, Range rows,
-                         void* workspace) {
-  auto* spare = static_cast<uint8_t*>(workspace) +
-                static_cast<int64_t>(tile_bytes<Bfloat16Lanes>(o.batch));
-  TileRows source(w, spare);
-  batch_product<Bfloat16Lanes>(source, o, w.rows, w.columns, rows, workspace);
 }
 
 }  // namespace
