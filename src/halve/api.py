@@ -422,7 +422,7 @@ def _model(
             quantize=options.quantize,
             packed=True,
         )
-        prune_model(source, Path(folder) / "quantized", quantized)
+        prune_model(source, Path(folder) / "quantized", quantized, RunOptions())
         rmtree(source)
         yield f"{name}, {options.quantize}", Path(folder) / "quantized"
 

@@ -13,13 +13,17 @@ CMAKE = Path(sys.executable).with_name(
 )  # installed with the development dependencies
 
 
+PROGRAMS = ("test_kernels", "test_quantized")
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_kernels_run_clean_under_the_sanitizers(tmp_path):
     options = ["-DHALVE_SANITIZE=ON", "-DHALVE_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    build = ["--build", tmp_path, "--parallel", "2", "--target", "test_kernels"]
+    build = ["--build", tmp_path, "--parallel", "2", "--target", *PROGRAMS]
     for command in (["-S", ROOT, "-B", tmp_path, *options], build):
         subprocess.run([CMAKE, *command], check=True, capture_output=True)
-    done = subprocess.run(
-        [tmp_path / "test_kernels"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    for program in PROGRAMS:
+        done = subprocess.run(
+            [tmp_path / program], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

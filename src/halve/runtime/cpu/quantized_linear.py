@@ -19,8 +19,6 @@ from halve.runtime.cpu.quantized_operators import (
     quantized_lookup,
 )
 
-_SCALES = "weight_scales"
-
 
 class _QuantizedWeight(nn.Module):
     """The parts of a quantized matrix as tensors of a module.
@@ -53,7 +51,7 @@ class _QuantizedWeight(nn.Module):
         self.dtype = packed.dtype
         self.transposed = packed.transposed
         for name in ("weight_zeros", "weight_mask", "weight_offsets"):
-            if name not in self._buffers:
+            if not hasattr(self, name):
                 self.register_buffer(name, None)
 
     @property
@@ -85,7 +83,7 @@ class _QuantizedWeight(nn.Module):
         scales = self.weight_scales
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self._buffers[_SCALES] = scales.to(self.weight_scales.device)
+        self.weight_scales = scales.to(self.weight_scales.device)
         return self
 
 

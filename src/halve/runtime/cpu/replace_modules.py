@@ -61,7 +61,7 @@ def _install_tied_head(model: Any, format: str, packed: PackedMatrix) -> None:  
     head = model.get_output_embeddings()
     path = next(path for path, module in model.named_modules() if module is head)
     tied = LAYERS[format](packed, head.bias)
-    for name in list(tied._buffers):
+    for name, _ in list(tied.named_buffers()):
         tied.register_buffer(name, None, persistent=False)
     model.set_submodule(path, tied)
 
