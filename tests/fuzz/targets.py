@@ -24,8 +24,9 @@ from safetensors.torch import save
 
 from halve.calibration import load_corpus
 from halve.checkpoint import Checkpoint, open_workspace, parse_note, read_record
-from halve.formats import split
+from halve.formats import FORMATS, PackedMatrix, split
 from halve.formats.bitmask import pack
+from halve.grids import QuantScheme, fit_quant_params
 from halve.models import build_meta_model
 from halve.records import (
     BlockRecord,
@@ -100,8 +101,25 @@ def _tensors() -> dict[str, torch.Tensor]:
 def _packed_tensors() -> list[dict[str, torch.Tensor]]:
     weights = [torch.eye(3, 70), torch.eye(5, 4).half(), torch.ones(1, 64).bfloat16()]
     transposed = [False, True, False]
-    packed = [pack(w, t) for w, t in zip(weights, transposed, strict=True)]
-    return [{name: t.clone() for name, t in split("w", p).items()} for p in packed]
+    packed: list[PackedMatrix | None] = [
+        pack(w, t) for w, t in zip(weights, transposed, strict=True)
+    ]
+    for weight, scheme in _quantized_seeds():
+        params = fit_quant_params(scheme, weight)
+        rounded = params.fake_quantize_kept(weight)
+        packed.append(FORMATS["quantized"].pack(rounded, quant_params=params))
+    return [{name: t.clone() for name, t in split("w", p).items()} for p in packed if p]
+
+
+def _quantized_seeds() -> list[tuple[torch.Tensor, QuantScheme]]:
+    """Return matrices whose codes have zero points, a mask, or no level at zero."""
+    dense = torch.linspace(-1, 1, 3 * 70).view(3, 70)
+    sparse = dense.where(dense.abs() > 0.8, 0)
+    return [
+        (dense, QuantScheme(3, 32, symmetric=False)),
+        (sparse, QuantScheme(8)),
+        (dense, QuantScheme(2, midrise=True)),
+    ]
 
 
 def _index_seeds() -> list[bytes]:
@@ -244,7 +262,10 @@ _HEADER = (
     "U64",
     "I64",
 )
-_PACKED = (*_HEADER, '"w"', "w_mask", "w_offsets", "w_layout")
+_PACKED = (
+    *(*_HEADER, "U8", "F16", '"w"', "w_mask", "w_offsets", "w_layout"),
+    *("w_scales", "w_zeros"),
+)
 _CONFIG = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "null"),
     *("architectures", "model_type", "layer_types", "text_config", "rope_scaling"),
