@@ -446,7 +446,7 @@ def best(rows: list[dict]) -> list[dict]:
     """Return the rows with the lowest divergence of those with the same bits."""
     lowest: dict[tuple, dict] = {}
     for row in sorted(rows, key=lambda row: -row["kl"]):
-        lowest[row["family"], round(row["bits"], 3)] = row
+        lowest[row["family"], round(row["bits"], 2)] = row
     return list(lowest.values())
 
 

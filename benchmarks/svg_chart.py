@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-_WIDTH, _HEIGHT = 460, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 96, 40, 48
+_WIDTH, _HEIGHT = 560, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 110, 50, 48
 _COLORS = ("#c0392b", "#2c6fbb", "#3a8f4d", "#8e5ea2")
 _STYLE = "font-family: sans-serif; font-size: 11px; fill: #222"
 
