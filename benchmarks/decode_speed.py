@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 import halve
 
@@ -27,8 +28,8 @@ class Decoder:
         # Not forked: OpenMP's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        process = context.Process(target=_serve, args=(folder, other), daemon=True)
-        process.start()
+        self._process = context.Process(target=_serve, args=(folder, other))
+        self._process.start()
         other.close()
         self._pipe.recv()
 
@@ -42,9 +43,15 @@ class Decoder:
         self._pipe.send((tokens, threads))
         return tokens / self._pipe.recv()
 
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
 
 def _serve(folder: Path, pipe: Connection) -> None:
     """Load a model, then send the seconds of each request until there are no more."""
+    disable_progress_bar()
     model = halve.load(folder, "cpu")
     pipe.send(None)
     while True:

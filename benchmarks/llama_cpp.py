@@ -32,7 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -345,18 +345,20 @@ class Runner:
 
 def speed(task: argparse.Namespace, rival: LlamaCpp) -> Iterator[dict]:
     """Print and yield a row for each runner and number of threads."""
-    runners = [*halve_runners(task), *rival_runners(task, rival)]
-    for threads in task.threads:
-        yield from timed(runners, task.tokens, threads, task.rounds)
+    with ExitStack() as stack:
+        runners = [*halve_runners(task, stack), *rival_runners(task, rival)]
+        for threads in task.threads:
+            yield from timed(runners, task.tokens, threads, task.rounds)
 
 
-def halve_runners(task: argparse.Namespace) -> Iterator[Runner]:
+def halve_runners(task: argparse.Namespace, stack: ExitStack) -> Iterator[Runner]:
     """Yield a random Llama packed with half of its weights, and the given folders."""
     for folder in [random_packed(task), *task.packed]:
         matrices = halve.inspect(folder).matrices
         bits = 8 * sum(m.bytes for m in matrices)
         weights = sum(m.rows * m.columns for m in matrices)
-        yield Runner(HALVE, folder.name, bits / weights, Decoder(folder).decode)
+        decoder = stack.enter_context(closing(Decoder(folder)))
+        yield Runner(HALVE, folder.name, bits / weights, decoder.decode)
 
 
 def random_packed(task: argparse.Namespace) -> Path:
