@@ -40,8 +40,11 @@ bench: $(READY)
 bench-quality: $(READY)
 	$(BIN)/python benchmarks/quality.py
 
+# Builds llama.cpp, whose source and the model that both compress come from packages.
 bench-frontier: $(READY)
 	$(BIN)/python benchmarks/frontier.py
+	$(BIN)/pip install --quiet gguf
+	$(BIN)/python benchmarks/llama_cpp.py --svg build/llama-cpp-bench/frontier.svg
 
 bench-ranks: $(READY)
 	$(BIN)/python benchmarks/ranks.py

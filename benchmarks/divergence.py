@@ -1,0 +1,88 @@
+"""How far the predictions of compressed models diverge from those of the dense model.
+
+All models share the tokens, the code of transformers and float32 arithmetic, so they
+differ in nothing but their weights.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Results over all predicted tokens.
+
+    Attributes:
+        kl: Mean of KL(dense || model), in nats per token.
+        kl_error: Its standard error. Tokens of a segment are not independent, so it is
+            that of the mean over segments.
+        perplexity: exp of the mean loss.
+        agreement: Fraction of tokens of which both models predict the same first.
+    """
+
+    kl: float
+    kl_error: float
+    perplexity: float
+    agreement: float
+
+
+class Judge:
+    """Compares models with a dense one, whose hidden states it computes only once."""
+
+    def __init__(self, dense: Any, segments: Tensor) -> None:
+        """Run the dense model.
+
+        Args:
+            dense: A causal model of transformers, whose head is one linear layer.
+            segments: Token ids, [segments, length].
+        """
+        self._segments = segments
+        self._head = dense.get_output_embeddings()
+        # Hidden states before the head: a hundredth of the size of the logits.
+        self._hidden = [_hidden(dense, segment) for segment in segments]
+        self.dense = self.judge(dense)
+
+    @torch.inference_mode()
+    def judge(self, model: Any) -> Divergence:
+        """Compare a model with the dense one."""
+        head = model.get_output_embeddings()
+        rows = []
+        for segment, reference in zip(self._segments, self._hidden, strict=True):
+            log_p = self._head(reference).log_softmax(-1)
+            log_q = head(_hidden(model, segment)).log_softmax(-1)
+            rows.append(_compare(log_p, log_q, segment[1:]))
+        kl, loss, agreement = torch.tensor(rows, dtype=torch.float64).T
+        return Divergence(
+            kl=float(kl.mean()),
+            kl_error=float(kl.std()) / len(kl) ** 0.5,
+            perplexity=math.exp(loss.mean()),
+            agreement=float(agreement.mean()),
+        )
+
+
+@torch.inference_mode()
+def _hidden(model: Any, segment: Tensor) -> Tensor:
+    """Return the inputs of the head, [length - 1, width]: the last predicts nothing."""
+    return model.base_model(segment[None], use_cache=False)[0][0, :-1]
+
+
+def _compare(
+    log_p: Tensor, log_q: Tensor, targets: Tensor
+) -> tuple[float, float, float]:
+    """Return a segment's mean divergence, loss and agreement.
+
+    Args:
+        log_p: Log-probabilities of the dense model, [tokens, vocabulary].
+        log_q: The same of the other model.
+        targets: The tokens that follow, [tokens].
+    """
+    # KL(p || q) = sum over the vocabulary of p (log p - log q).
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().mean()
+    loss = functional.nll_loss(log_q, targets, reduction="none").double().mean()
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+    return float(kl), float(loss), float(agreement)
