@@ -221,6 +221,7 @@ def test_the_sizes_in_the_document_are_true():
         for sparsity, percent in zip((0.5, 0.7, 0.9), percents, strict=True):
             kept = size - int(size * sparsity)
             packed = BITMASK.nbytes((int(outputs), int(inputs)), kept, dtype)
+            assert packed is not None
             assert f"{100 * packed / (size * dtype.itemsize):.1f}" == percent
 
 
@@ -270,6 +271,7 @@ def test_every_format_lists_its_parts_in_the_order_of_its_suffixes():
     grid = fit_quant_params(QuantScheme(4), matrix.float())
     for known in FORMATS.values():
         packed = known.pack(matrix, quant_params=grid)
+        assert packed is not None
         headers = split("w", packed)
         assert tuple(packed.parts) == known.suffixes("w", headers)
         assert set(known.companions) <= set(packed.parts)

@@ -177,7 +177,11 @@ def test_embedding_and_tied_head_share_one_packed_matrix(made, pico):
 
 def test_embedding_and_untied_head_are_two_packed_matrices(pico, tmp_path):
     source = pico("llama", dtype=torch.bfloat16, tie_word_embeddings=False)
-    options = {"quantize": "int4", "sparsity": "0", "solver": "magnitude"}
+    options: dict[str, Any] = {
+        "quantize": "int4",
+        "sparsity": "0",
+        "solver": "magnitude",
+    }
     record = halve.prune(source, tmp_path / "out", **options, packed=True)
     names = {"model.embed_tokens.weight", "lm_head.weight"}
     assert {head.tensor for head in record.heads} == names
@@ -192,7 +196,11 @@ def test_embedding_and_untied_head_are_two_packed_matrices(pico, tmp_path):
 @pytest.mark.parametrize("choice", ["none", "int8", "int4"])
 def test_the_head_has_the_grid_that_was_asked_for(choice, pico, tmp_path):
     source = pico("opt", dtype=torch.bfloat16)
-    options = {"quantize": "int4", "sparsity": "0", "solver": "magnitude"}
+    options: dict[str, Any] = {
+        "quantize": "int4",
+        "sparsity": "0",
+        "solver": "magnitude",
+    }
     for packed in (False, True):
         out = tmp_path / f"{packed}"
         record = halve.prune(
@@ -213,7 +221,11 @@ def test_the_head_has_the_grid_that_was_asked_for(choice, pico, tmp_path):
 def test_an_embedding_of_a_class_of_the_models_stays_dense(pico, tmp_path):
     """Gemma's scales the rows that it looks up."""
     source = pico("gemma3", dtype=torch.bfloat16)
-    options = {"quantize": "int4", "sparsity": "0", "solver": "magnitude"}
+    options: dict[str, Any] = {
+        "quantize": "int4",
+        "sparsity": "0",
+        "solver": "magnitude",
+    }
     record = halve.prune(source, tmp_path / "out", **options, packed=True)
     assert record.heads == ()
     infos = Checkpoint.open(tmp_path / "out").tensors
@@ -222,7 +234,12 @@ def test_an_embedding_of_a_class_of_the_models_stays_dense(pico, tmp_path):
 
 @over_ways
 def test_perplexity_is_exactly_that_of_the_dense(way, made, text):
-    options = {"data": str(text), "seq_len": 32, "segments": 4, "device": "cpu"}
+    options: dict[str, Any] = {
+        "data": str(text),
+        "seq_len": 32,
+        "segments": 4,
+        "device": "cpu",
+    }
     packed, dense = (halve.perplexity(f, **options) for f in made("llama", way))
     assert packed.perplexity == dense.perplexity
 
@@ -248,8 +265,7 @@ def test_version_1_is_written_where_nothing_needs_version_2(pico, tmp_path):
 def test_groups_that_cannot_be_packed_are_refused(pico, tmp_path):
     with pytest.raises(HalveError, match=r"Groups of 48 .* multiple of 32"):
         halve.prune(
-            *(pico("llama"), tmp_path / "out"),
-            **{"quantize": "int4", "group_size": 48, "packed": True},
+            pico("llama"), tmp_path / "out", quantize="int4", group_size=48, packed=True
         )
 
 

@@ -6,7 +6,7 @@ kind of matrix in the section "What a reader checks".
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class Tensor(NamedTuple):
     data: np.ndarray
 
 
-def require(name: str, check: int, *conditions: bool) -> None:
+def require(name: str, check: int, *conditions: Any) -> None:
     """Reject the matrix unless all conditions of a numbered check hold."""
     if not all(conditions):
         raise ValueError(f"{name}: check {check} fails")
@@ -85,7 +85,7 @@ def read_mask(
 
 def read_bitmask(name: str, tensors: dict[str, Tensor]) -> np.ndarray:
     """Return the dense tensor of a matrix stored as a bitmask and values."""
-    parts = [tensors.get(name + part) for part in BITMASK_PARTS]
+    parts: list[Any] = [tensors.get(name + part) for part in BITMASK_PARTS]
     require(name, 1, None not in parts)
     values, mask, offsets, layout = parts
     require(name, 2, layout.kind == ("I64", 3))
@@ -119,7 +119,7 @@ def round_to_dtype(values: np.ndarray, dtype: int) -> np.ndarray:
 
 def read_codes(name: str, tensors: dict[str, Tensor]) -> np.ndarray:
     """Return the dense tensor of a matrix stored as codes."""
-    parts = [tensors.get(name + part) for part in CODES_PARTS]
+    parts: list[Any] = [tensors.get(name + part) for part in CODES_PARTS]
     packed, mask, offsets, scales, zeros, layout = parts
     require(name, 1, packed and scales, (mask is None) == (offsets is None))
     rows, columns, transposed, bits, group_size, dtype, zero = layout.data.tolist()
