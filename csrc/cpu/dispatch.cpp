@@ -15,6 +15,7 @@ struct Tier {
   bool (*usable)();
   const Kernel* kernels[dtype_count];
   const QuantizedKernel* quantized;
+  const StepKernel* step;
 };
 
 bool always() { return true; }
@@ -47,27 +48,32 @@ const Tier tiers[] = {
     {"avx512bf16",
      has_avx512bf16,
      {&avx512f_kernels[0], &avx512f_kernels[1], &avx512bf16_bf16_kernel},
-     &avx512bf16_quantized_kernel},
+     &avx512bf16_quantized_kernel,
+     avx512f_step},
     {"avx512f",
      has_avx512f,
      {&avx512f_kernels[0], &avx512f_kernels[1], &avx512f_kernels[2]},
      // Without VNNI and VBMI, 512-bit registers have no byte products and shuffles.
-     &avx2_quantized_kernel},
+     &avx2_quantized_kernel,
+     avx512f_step},
     {"avx2",
      has_avx2,
      {&avx2_kernels[0], &avx2_kernels[1], &avx2_kernels[2]},
-     &avx2_quantized_kernel},
+     &avx2_quantized_kernel,
+     avx2_step},
 #elif defined(__aarch64__)
     // Every 64-bit ARM has NEON.
     {"neon",
      always,
      {&neon_kernels[0], &neon_kernels[1], &neon_kernels[2]},
-     &neon_quantized_kernel},
+     &neon_quantized_kernel,
+     neon_step},
 #endif
     {"reference",
      always,
      {&reference_kernels[0], &reference_kernels[1], &reference_kernels[2]},
-     &reference_quantized_kernel},
+     &reference_quantized_kernel,
+     reference_step},
 };
 
 const Tier* best() {
@@ -106,6 +112,10 @@ const Kernel& selected_kernel(int32_t dtype) {
 
 const QuantizedKernel& selected_quantized_kernel() {
   return *selected().load()->quantized;
+}
+
+const StepKernel& selected_step_kernel(int32_t dtype) {
+  return selected().load()->step[dtype];
 }
 
 }  // namespace halve

@@ -9,6 +9,7 @@ namespace halve {
 
 const Kernel& selected_kernel(int32_t dtype);
 const QuantizedKernel& selected_quantized_kernel();
+const StepKernel& selected_step_kernel(int32_t dtype);
 
 }  // namespace halve
 

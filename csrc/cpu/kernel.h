@@ -93,6 +93,26 @@ extern const QuantizedKernel avx2_quantized_kernel;
 extern const QuantizedKernel avx512bf16_quantized_kernel;
 extern const QuantizedKernel neon_quantized_kernel;
 
+// What a decode step computes beside products, for one dtype; see the operations in
+// halve.h.
+struct StepKernel {
+  // Attention of the query heads [heads.first, heads.last) of all sequences, counted
+  // through. The workspace has room for a query and all scores.
+  void (*attend)(const halve_attention&, void* out, Range heads, void* workspace);
+
+  void (*norm)(const halve_operation&);
+  // `table` holds the cosines, then the sines, of the position.
+  void (*rotate)(const halve_operation&, const void* table);
+  void (*gate)(const halve_operation&);
+  void (*add)(const halve_operation&);
+};
+
+// Indexed by dtype.
+extern const StepKernel reference_step[dtype_count];
+extern const StepKernel avx2_step[dtype_count];
+extern const StepKernel avx512f_step[dtype_count];
+extern const StepKernel neon_step[dtype_count];
+
 }  // namespace halve
 
 #endif

@@ -7,6 +7,7 @@
 #include "bfloat16.h"
 #include "generic.h"
 #include "shuffle_table.h"
+#include "step.h"
 #include "sum_eight.h"
 
 namespace {
@@ -94,6 +95,7 @@ struct Lanes : Dtype {
   static constexpr int64_t batch_tile = 2;
 
   static Sum zero() { return _mm256_setzero_ps(); }
+  static Vector broadcast(float value) { return _mm256_set1_ps(value); }
   static Vector load(const Element* from) { return _mm256_load_ps(from); }
   static void store(Element* to, Vector v) { _mm256_store_ps(to, v); }
   static Sum dot(Sum sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
@@ -117,3 +119,6 @@ struct Lanes : Dtype {
 
 const halve::Kernel halve::avx2_kernels[dtype_count] = {
     kernel_of<Lanes<Float32>>, kernel_of<Lanes<Float16>>, kernel_of<Lanes<Bfloat16>>};
+
+const halve::StepKernel halve::avx2_step[dtype_count] = {
+    step_of<Lanes<Float32>>, step_of<Lanes<Float16>>, step_of<Lanes<Bfloat16>>};

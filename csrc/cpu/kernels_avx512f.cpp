@@ -6,6 +6,7 @@
 #include "bfloat16.h"
 #include "generic.h"
 #include "in_register.h"
+#include "step.h"
 #include "sum_eight.h"
 
 namespace {
@@ -62,6 +63,7 @@ struct Lanes : Dtype {
   static constexpr int64_t batch_tile = 6;
 
   static Sum zero() { return _mm512_setzero_ps(); }
+  static Vector broadcast(float value) { return _mm512_set1_ps(value); }
   static Vector load(const Element* from) { return _mm512_load_ps(from); }
   static void store(Element* to, Vector v) { _mm512_store_ps(to, v); }
   static Sum dot(Sum sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
@@ -91,3 +93,6 @@ struct Lanes : Dtype {
 
 const halve::Kernel halve::avx512f_kernels[dtype_count] = {
     kernel_of<Lanes<Float32>>, kernel_of<Lanes<Float16>>, kernel_of<Lanes<Bfloat16>>};
+
+const halve::StepKernel halve::avx512f_step[dtype_count] = {
+    step_of<Lanes<Float32>>, step_of<Lanes<Float16>>, step_of<Lanes<Bfloat16>>};

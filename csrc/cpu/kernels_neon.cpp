@@ -7,6 +7,7 @@
 #include "bfloat16.h"
 #include "generic.h"
 #include "shuffle_table.h"
+#include "step.h"
 
 namespace {
 
@@ -121,6 +122,9 @@ struct Lanes : Dtype {
   static constexpr int64_t batch_tile = 2;
 
   static Sum zero() { return {{vdupq_n_f32(0), vdupq_n_f32(0)}}; }
+  static Vector broadcast(float value) {
+    return {{vdupq_n_f32(value), vdupq_n_f32(value)}};
+  }
   static Vector load(const Element* from) {
     return {{vld1q_f32(from), vld1q_f32(from + 4)}};
   }
@@ -145,3 +149,6 @@ struct Lanes : Dtype {
 
 const halve::Kernel halve::neon_kernels[dtype_count] = {
     kernel_of<Lanes<Float32>>, kernel_of<Lanes<Float16>>, kernel_of<Lanes<Bfloat16>>};
+
+const halve::StepKernel halve::neon_step[dtype_count] = {
+    step_of<Lanes<Float32>>, step_of<Lanes<Float16>>, step_of<Lanes<Bfloat16>>};

@@ -133,6 +133,73 @@ HALVE_API int32_t halve_quantized_lookup(const halve_quantized* w,
                                          const int64_t* indices, int64_t count,
                                          int32_t dtype, void* out, int32_t threads);
 
+/* Computes what the attention of one new token reads from a cache of keys and values:
+   out[s, h] = softmax(scale query[s, h] K^T) V, for the keys and values of sequence s
+   and of head h / (heads / key_heads). There is no mask: all `length` positions count.
+
+   query, out: [batch, heads, width], contiguous, of `dtype`, as are keys and values.
+   keys, values: [batch, key_heads, length, width], rows of `width` contiguous numbers.
+   key_strides, value_strides: distances between sequences, heads and positions, in
+   numbers.
+
+   Scores and sums are accumulated in float32 or double, and rounded once. */
+typedef struct {
+  const void* query;
+  const void* keys;
+  const void* values;
+  int32_t dtype;
+  float scale;
+  int64_t batch, heads, key_heads, length, width;
+  int64_t key_strides[3], value_strides[3];
+} halve_attention;
+
+HALVE_API int32_t halve_attend(const halve_attention* a, void* out, int32_t threads);
+
+/* The operations of a decode step. x, other and y are contiguous arrays of `dtype`;
+   x and y are [rows, columns] unless something else is said, and may be the same.
+
+   HALVE_PACKED:     y [rows, size] = x W^T + bias; other: a halve_packed
+   HALVE_DENSE:      the same; other: W [size, columns]
+   HALVE_QUANTIZED:  the same; other: a halve_quantized; option: the activations
+   HALVE_NORM:       y = other * (x / sqrt(mean(x^2) + epsilon)), row by row;
+                     other: [columns]
+   HALVE_ROTATE:     y = x * cos + (-x2, x1) * sin, where x1 and x2 are the halves of a
+                     row; other: [positions, 2, columns], the cosines, then the sines
+   HALVE_STORE:      copies row r to row `position` of the array at y + r * size numbers
+   HALVE_ATTEND:     as halve_attend into y, for `position` + 1 positions; other: a
+                     halve_attention
+   HALVE_GATE:       y = silu(x) * other
+   HALVE_ADD:        y = x + other */
+enum {
+  HALVE_PACKED = 0,
+  HALVE_DENSE = 1,
+  HALVE_QUANTIZED = 2,
+  HALVE_NORM = 3,
+  HALVE_ROTATE = 4,
+  HALVE_STORE = 5,
+  HALVE_ATTEND = 6,
+  HALVE_GATE = 7,
+  HALVE_ADD = 8
+};
+
+typedef struct {
+  int32_t kind;
+  int32_t dtype;
+  int64_t rows, columns, size;
+  const void* x;
+  const void* other;
+  const void* bias; /* may be NULL */
+  void* y;
+  float epsilon;
+  int32_t option;
+} halve_operation;
+
+/* Runs operations one after another: a decode step of a model without the costs of
+   calling each from another language. `position` is the number of tokens before the
+   new one. Returns the status of the first operation that fails. */
+HALVE_API int32_t halve_run(const halve_operation* operations, int64_t count,
+                            int64_t position, int32_t threads);
+
 /* Reads `bytes` bytes with `threads` threads, to measure memory bandwidth. Returns a
    sum of what it read, so that the reads are not optimized away. */
 HALVE_API uint64_t halve_read(const void* memory, int64_t bytes, int32_t threads);

@@ -11,6 +11,7 @@ __all__ = [
     "Store",
     "buffer_slots",
     "change_class",
+    "has_hooks",
     "join_store",
     "onednn_linear",
     "parameter_slots",
@@ -85,6 +86,17 @@ def change_class(module: nn.Module, subclass: type[nn.Module]) -> None:
     parent by `set_submodule`.
     """
     module.__class__ = subclass
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything beside `forward` is called when a module is.
+
+    Private: `Module._forward_hooks` and `Module._forward_pre_hooks`; accelerate's hooks
+    replace `forward` in the instance. When it breaks: return True, and models decode
+    as transformers has them decode.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def join_store() -> tuple[Store, int, int]:

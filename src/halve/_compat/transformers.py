@@ -91,6 +91,34 @@ def computes_all_scores(config: Any) -> bool:  # noqa: ANN401
     return getattr(config, "_attn_implementation", "eager") == "eager"
 
 
+def attention_name(config: Any) -> str:  # noqa: ANN401
+    """Return the name of the attention function that a model uses.
+
+    Private: `PreTrainedConfig._attn_implementation`, as in `computes_all_scores`. When
+    it breaks: return "", and models decode as transformers has them decode.
+    """
+    return getattr(config, "_attn_implementation", None) or ""
+
+
+def can_choose_attention(model: Any) -> bool:  # noqa: ANN401
+    """Whether `set_attn_implementation` has an effect on a model.
+
+    Private: `PreTrainedModel._can_set_attn_implementation`, which the public method
+    asks before it warns and does nothing. When it breaks: return False, and models
+    decode as transformers has them decode.
+    """
+    return model._can_set_attn_implementation()
+
+
+def has_default_cache(model: Any) -> bool:  # noqa: ANN401
+    """Whether `generate` makes a `DynamicCache` for a model.
+
+    Private: `GenerationMixin._supports_default_dynamic_cache`. When it breaks: return
+    False, and models decode as transformers has them decode.
+    """
+    return model._supports_default_dynamic_cache()
+
+
 def causal_classes() -> set[str]:
     """Return the names of all causal language models and of their base models.
 

@@ -48,7 +48,9 @@ def command(
 ) -> None:
     """Time a model dense in torch, dense in Halve's kernel, and packed.
 
-    The rounds of the three are interleaved. The table has means and standard
+    The rounds of the three are interleaved. All decode with the same cache and the same
+    attention. Halve's two also run Llama and its like in one call a token; torch's
+    products are called by transformers. The table has means and standard
     deviations; the ratio is that of the medians. It also shows the bytes of weights
     that a token reads, the fraction of the memory bandwidth that this takes, and the
     peak memory of loading and running each.

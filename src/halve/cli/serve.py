@@ -47,6 +47,10 @@ def command(
     folder = resolve_model(model)
     # Otherwise the server would fail only at the first request, and without a message.
     opened = check_whole(folder, device, trust_remote_code)
+    # Only now: this import fails before transformers has imported its quantizers.
+    from halve.integrations.transformers.quantizer import HalveQuantizer
+
+    HalveQuantizer.prepares_decoding = True
     # The server lists the contents of the Hub's cache, and fails if there is none.
     with suppress(OSError):
         Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)

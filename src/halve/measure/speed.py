@@ -8,6 +8,7 @@ of a machine changes from minute to minute.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.records import SpeedRecord
+from halve.runtime import decode
 from halve.runtime.cpu.dense_linear import DenseLinear, plain_linear
 from halve.runtime.cpu.kernels import kernels
 from halve.runtime.cpu.packed_linear import PackedLinear
@@ -140,15 +142,17 @@ def measure_speed(
     Returns:
         A record for each backend and case.
     """
-    backends = Backends(load(folder, "cpu", trust_remote_code), int8)
-    times: dict[tuple[str, BenchCase], list[float]] = {}
+    model = load(folder, "cpu", trust_remote_code)
+    decode.prepare(model)
+    backends = Backends(model, int8)
+    times: dict[tuple[str, BenchCase, str], list[float]] = {}
     for number in range(rounds + 1):
         progress(f"round {number} of {rounds}" if number else "warming up")
         for backend, case in _pairs(backends, cases):
             backends.install(backend)
-            seconds = _time(backends.model, case)
+            seconds, decoding = _time(backends.model, case)
             if number:
-                times.setdefault((backend, case), []).append(seconds)
+                times.setdefault((backend, case, decoding), []).append(seconds)
     return [
         SpeedRecord(
             backend=backend,
@@ -157,8 +161,9 @@ def measure_speed(
             tokens=case.tokens,
             seconds=tuple(seconds),
             weight_bytes=backends.weight_bytes(backend),
+            decoding=decoding,
         )
-        for (backend, case), seconds in times.items()
+        for (backend, case, decoding), seconds in times.items()
     ]
 
 
@@ -169,15 +174,21 @@ def _pairs(
 
 
 @torch.inference_mode()
-def _time(model: Any, case: BenchCase) -> float:  # noqa: ANN401
-    """Return the seconds that a case takes, without tokenization and sampling."""
+def _time(model: Any, case: BenchCase) -> tuple[float, str]:  # noqa: ANN401
+    """Return the seconds that a case takes, and what decoded.
+
+    Tokenization and sampling are not included.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (case.batch, case.prompt), generator=generator)
+    cache = decode.new_cache(model)
+    read = partial(model, prompt, past_key_values=cache, use_cache=True)
     if not case.generated:
-        return _seconds(lambda: model(prompt, use_cache=True, logits_to_keep=1))
-    state = model(prompt, use_cache=True)
-    return _seconds(lambda: _decode(model, state, case.generated))
+        return _seconds(lambda: read(logits_to_keep=1)), "transformers"
+    state = read()
+    seconds = _seconds(lambda: _decode(model, state, case.generated))
+    return seconds, "halve" if decode.by_step(cache) else "transformers"
 
 
 def _decode(model: Any, state: Any, count: int) -> None:  # noqa: ANN401

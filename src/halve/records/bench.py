@@ -31,6 +31,8 @@ class SpeedRecord:
         tokens: Number of tokens processed or generated in each round.
         seconds: Duration of each round.
         weight_bytes: Bytes of weights that one decode step reads.
+        decoding: What runs a model's blocks: `transformers`, whose code calls the
+            products, or `halve`, a decode step in one call of the kernels.
     """
 
     backend: str
@@ -39,6 +41,7 @@ class SpeedRecord:
     tokens: int
     seconds: tuple[float, ...]
     weight_bytes: int
+    decoding: str = "transformers"
 
     @property
     def rates(self) -> list[float]:

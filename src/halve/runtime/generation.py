@@ -11,6 +11,7 @@ from halve.calibration import load_tokenizer
 from halve.checkpoint import resolve_model
 from halve.errors import CheckpointError, HalveError
 from halve.models import longest_sequence
+from halve.runtime import decode
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.cpu.quantized_linear import set_activations
 from halve.untrusted import truncated
@@ -110,6 +111,7 @@ def generate(
     tokenizer = load_tokenizer(resolve_model(model), trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(loaded.device)
     _check_context(loaded, inputs["input_ids"].shape[1], max_new_tokens)
+    decode.prepare(loaded)
     ids = loaded.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

@@ -35,6 +35,9 @@ class HalveQuantizer(HfQuantizer):
 
     # Models are packed by `halve pack`, not while they are loaded.
     requires_calibration = True
+    # Whether models are prepared for `generate` by Halve's kernels, which changes their
+    # class: only where nobody else gets hold of them, as in `halve serve`.
+    prepares_decoding = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Raise UnsupportedModelError on a version that this Halve cannot read."""
@@ -65,12 +68,15 @@ class HalveQuantizer(HfQuantizer):
         from halve.runtime.cpu.kernels import kernels
         from halve.runtime.cpu.replace_modules import check_layers, packed_layers
         from halve.runtime.cuda.fallback import unpack_on_cuda
+        from halve.runtime.decode import prepare
 
         check_layers(model)
         unpack_on_cuda(model)
         if any(True for _ in packed_layers(model)):
             kernels()  # warns now, rather than in the first product, if there are none
             use_dense_kernel(model)
+            if self.prepares_decoding:
+                prepare(model)
         else:
             self.remove_quantization_config(model)
         return model
