@@ -399,6 +399,11 @@ def _model(
             "--random-opt).",
         )
     if model is not None:
+        if options.quantize is not None:
+            raise HalveError(
+                f"{model} is timed as it is, and cannot be quantized for that.",
+                "Omit quantize (--quantize), or time a random model.",
+            )
         yield str(model), resolve_model(model)
         return
     sizes = {"llama": options.random_llama, "opt": options.random_opt}

@@ -153,15 +153,11 @@ def _heads(
     """Return tensors of plain layers that do nothing but look up or score tokens."""
     embedding = meta_model.lookup_embedding
     head = meta_model.model.get_output_embeddings()
-    replaceable: list[Any] = [m for m in (embedding, head) if type(m) in _HEADS]
-    other = [head] if head is not None and head not in replaceable else []
+    modules: list[Any] = [m for m in (embedding, head) if m is not None]
+    found = _weights(meta_model, names, [m for m in modules if type(m) in _HEADS])
     # A head of another class would read the tensor that it shares with an embedding.
-    return tuple(
-        sorted(
-            _weights(meta_model, names, replaceable)
-            & unread - _weights(meta_model, names, other)
-        )
-    )
+    read = _weights(meta_model, names, [m for m in modules if type(m) not in _HEADS])
+    return tuple(sorted(found & unread - read))
 
 
 def _weights(

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from halve.checkpoint import disk
+from halve.checkpoint.checkpoint import Checkpoint
 from halve.checkpoint.files import (
     make_folders,
     read_back_errors,
@@ -85,6 +86,13 @@ class Workspace:
         self._ledger.add_shard(shard)
         self.committed[file] = shard
         return note
+
+    @property
+    def formats(self) -> set[str]:
+        """Names of the packed formats in the committed shards."""
+        return Checkpoint.of_files(
+            [self.folder / file for file in self.committed]
+        ).formats
 
     def decide(self, name: str, decision: dict[str, Any]) -> None:
         """Record a decision; it replaces an earlier one of the same name."""

@@ -58,10 +58,13 @@ def bits_set(words: Tensor) -> Tensor:
     The usual population count, octet by octet: sums of two bits in fields of two, then
     of four in fields of four, then of all eight.
     """
-    octets = words.view(torch.uint8)
-    pairs = octets - (octets >> 1 & 0x55)
-    fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
-    return (fours + (fours >> 4) & 0x0F).sum(dim=1, dtype=torch.int64)
+    counts = torch.empty(len(words), dtype=torch.int64, device=words.device)
+    for rows in row_chunks(len(words), WORD * words.shape[1]):
+        octets = words[rows].view(torch.uint8)
+        pairs = octets - (octets >> 1 & 0x55)
+        fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+        counts[rows] = (fours + (fours >> 4) & 0x0F).sum(dim=1, dtype=torch.int64)
+    return counts
 
 
 def check_padding(name: str, words: Tensor, columns: int) -> None:

@@ -105,13 +105,8 @@ class QuantizedMatrix(PackedMatrix):
         """Suffix -> tensor: codes, mask, offsets, scales, zeros, layout."""
         optional = {MASK: self.mask, OFFSETS: self.offsets, ZEROS: self.zeros}
         present = {name: part for name, part in optional.items() if part is not None}
-        zero = (
-            MIDRISE
-            if self.midrise
-            else SYMMETRIC
-            if (self.zeros is None)
-            else ASYMMETRIC
-        )
+        zero = SYMMETRIC if self.zeros is None else ASYMMETRIC
+        zero = MIDRISE if self.midrise else zero
         layout = torch.tensor(
             [
                 *(self.rows, self.columns, int(self.transposed)),
@@ -134,11 +129,21 @@ class QuantizedMatrix(PackedMatrix):
             One pass over mask and scales, and over the last byte of each row of codes.
         """
         self.check_shapes(name)
-        if self.mask is not None and self.offsets is not None:
-            sizes = byte_counts(bits_set(self.mask), self.bits)
+        if self.mask is None or self.offsets is None:
+            last = self.codes[:, -1]
+            codes = torch.full(last.shape, self.columns, device=last.device)
+        else:
+            codes = bits_set(self.mask)
+            sizes = byte_counts(codes, self.bits)
             check_offsets(name, self.offsets, sizes, self.codes.numel(), "byte")
             check_padding(name, self.mask, self.columns)
-        self._check_fill(name)
+            ends = self.offsets.long()[1:][codes > 0]
+            codes, last = codes[codes > 0], self.codes[ends - 1]
+        self._check_fill(name, last, codes)
+        if self.zeros is not None:
+            last = self.zeros[:, -1]
+            groups = torch.full(last.shape, self.groups, device=last.device)
+            self._check_fill(name, last, groups)
         reach = self.scales.double().abs() * 2**self.bits
         finite = reach <= torch.finfo(self.dtype).max  # false for NaN as well
         if not bool((finite & (self.scales != 0)).all()):
@@ -189,19 +194,15 @@ class QuantizedMatrix(PackedMatrix):
             and self.codes.dim() == 1
         )
 
-    def _check_fill(self, name: str) -> None:
-        """Check that the bits after a row's last code, or zero point, are 0."""
-        if self.mask is not None and self.offsets is not None:
-            used = bits_set(self.mask) * self.bits
-            ends = self.offsets.long()[1:][used > 0] - 1
-            used, last = used[used > 0] % 8, self.codes[ends]
-        else:
-            last = self.codes[:, -1]
-            used = torch.full_like(last, self.columns * self.bits % 8).long()
-        if self.zeros is not None:
-            fill = torch.full_like(self.zeros[:, -1], self.groups * self.bits % 8)
-            last = torch.cat([last, self.zeros[:, -1]])
-            used = torch.cat([used, fill.long()])
+    def _check_fill(self, name: str, last: Tensor, codes: Tensor) -> None:
+        """Check that the bits after the last code of each row are 0.
+
+        Args:
+            name: Name of the parameter, for the message.
+            last: Last byte of each row, uint8.
+            codes: Number of codes in each of these rows, int64.
+        """
+        used = codes * self.bits % 8
         if bool(((last.long() >> used != 0) & (used != 0)).any()):
             raise CheckpointError(
                 f"The bits after the last code of a row of {name} are not 0.", REMEDY
@@ -224,7 +225,7 @@ class QuantizedMatrix(PackedMatrix):
         return dense.T.contiguous() if self.transposed else dense
 
     def _zero(self, rows: slice) -> Tensor:
-        """Return the code of zero, [rows, groups], float32; or [rows, 1]."""
+        """Return the code of zero, [rows, groups], float32."""
         middle = 2 ** (self.bits - 1)
         if self.zeros is not None:
             return unpack_codes(self.zeros[rows], self.bits)[:, : self.groups].float()

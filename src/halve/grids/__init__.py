@@ -16,7 +16,7 @@ from halve.grids.check import grid_shortfall
 from halve.grids.fit import fit_quant_params
 from halve.grids.params import QuantParams
 from halve.grids.recover import recover_quant_params
-from halve.grids.scheme import BITS, QuantScheme, parse_scheme
+from halve.grids.scheme import BITS, QuantScheme, parse_scheme, recorded_scheme
 
 __all__ = [
     "BITS",
@@ -25,6 +25,7 @@ __all__ = [
     "fit_quant_params",
     "grid_shortfall",
     "parse_scheme",
+    "recorded_scheme",
     "recover_quant_params",
     "schemes_for_bits",
 ]

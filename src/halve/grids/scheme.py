@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -27,8 +28,8 @@ class QuantScheme:
             midway between two codes.
         precision: Significant bits of a scale, 11 at most: those of a float16.
         midrise: Whether 0 is midway between the codes -1 and 0, so that kept weights
-            take values of (code + 1/2) * scale and never 0. All codes are then used on
-            both sides alike, which in 2 bits lowers the rounding error by a third.
+            take values of (code + 1/2) * scale and never 0. Both sides then have
+            equally many values, which helps where there are few.
 
     Raises:
         QuantizationError: Other bits, a group size that is not positive, or a midrise
@@ -135,6 +136,18 @@ def parse_scheme(
             f"{text!r} is not a grid.", f"Choose one of {_names()}."
         )
     return QuantScheme(int(match[1]), group_size, symmetric)
+
+
+def recorded_scheme(fields: dict[str, Any] | None) -> QuantScheme | None:
+    """Return the grid that a record names; None if it names none that exists.
+
+    Args:
+        fields: The fields of a `QuantScheme`, untrusted, or None.
+    """
+    try:
+        return QuantScheme(**fields) if fields else None
+    except (TypeError, QuantizationError):
+        return None
 
 
 def _names() -> str:

@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from halve.checkpoint import Checkpoint, TensorInfo, resolve_model, source_record
-from halve.errors import HalveError, QuantizationError
+from halve.errors import HalveError
 from halve.formats import packed_size
-from halve.grids import QuantScheme
+from halve.grids import QuantScheme, recorded_scheme
 from halve.models import StoredTensor, build_meta_model, match_names, prunable_matrices
 from halve.models.matrices import Matrix
 from halve.patterns import describe
@@ -27,7 +27,7 @@ def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspect
         tensor = checkpoint.read([name])[name]
         zeros += int((tensor == 0).sum())
         if name in matrices:
-            scheme = _scheme(grids.get(name))
+            scheme = recorded_scheme(grids.get(name))
             inspected.append(_matrix(info, matrices[name], tensor, scheme))
     order = list(matrices)
     infos = checkpoint.tensors.values()
@@ -62,13 +62,6 @@ def _recorded_grids(folder: Path) -> dict[str, Any]:
         return recorded_grids(source_record(folder))
     except HalveError:
         return {}
-
-
-def _scheme(recorded: dict[str, Any] | None) -> QuantScheme | None:
-    try:
-        return QuantScheme(**recorded) if recorded else None
-    except (TypeError, QuantizationError):
-        return None
 
 
 def _matrix(

@@ -86,6 +86,7 @@ class Backends:
             PACKED: {},
         }
         if int8:
+            set_activations(model, "int8")  # raises if it has no packed codes
             self.layers[PACKED_INT8] = self.layers[PACKED]
         for path, packed in list(packed_layers(model)):
             self._add(path, _dense(packed), packed)

@@ -22,9 +22,9 @@ from halve.checkpoint import (
     resolve_model,
     source_record,
 )
-from halve.errors import HalveError, OutputError, QuantizationError
+from halve.errors import HalveError, OutputError
 from halve.formats import VERSION, quantization_config, store
-from halve.grids import QuantScheme, grid_shortfall, recover_quant_params
+from halve.grids import grid_shortfall, recorded_scheme, recover_quant_params
 from halve.layout import Layout, make_layout
 from halve.models import Matrix, build_meta_model
 from halve.options import PackOptions
@@ -125,6 +125,7 @@ def _rewrite(
         except HalveError:
             workspace.discard()
             raise
+        packed = quantization_config(workspace.formats) if rewriting.packs else None
         record = PackRecord(
             kind=rewriting.kind,
             versions=versions(),
@@ -132,7 +133,7 @@ def _rewrite(
             matrices=matrices,
             shards={file: workspace.committed[file].sha256 for file in layout.shards},
             source=provenance,
-            files=workspace.add_side_files(source, shards.packed_config()),
+            files=workspace.add_side_files(source, packed),
             heads=heads,
             seconds=time.monotonic() - started,
             finished=now(),
@@ -191,13 +192,6 @@ class _Shards:
             heads += parsed.heads
         return tuple(matrices), tuple(heads)
 
-    def packed_config(self) -> dict[str, Any] | None:
-        """Return the `quantization_config` for config.json; None for a dense output."""
-        if not self.rewriting.packs:
-            return None
-        files = [self.workspace.folder / file for file in self.layout.shards]
-        return quantization_config(Checkpoint.of_files(files).formats)
-
     def _report(self, number: int) -> None:
         shards = len(self.layout.shards)
         self.options.progress(Progress(number, shards, self.rewriting.phase))
@@ -219,7 +213,7 @@ class _Shards:
         known = name in self.matrices or name in self.heads
         if not known or not self.rewriting.packs:
             return {name: tensor}
-        scheme = self._scheme(name)
+        scheme = recorded_scheme(self.grids.get(name))
         weight = self._as_rows(name, tensor)
         params = scheme and recover_quant_params(scheme, weight)
         matrix = self.matrices.get(name)
@@ -263,16 +257,9 @@ class _Shards:
 
     def _grid(self, name: str, weight: Tensor) -> dict[str, Any] | None:
         """Return the grid that the input records, if the matrix lies on it."""
-        scheme = self._scheme(name)
+        scheme = recorded_scheme(self.grids.get(name))
         lies = scheme is not None and grid_shortfall(scheme, weight) is None
         return asdict(scheme) if scheme is not None and lies else None
-
-    def _scheme(self, name: str) -> QuantScheme | None:
-        """Return the grid that the input records, None if it records none."""
-        try:
-            return QuantScheme(**self.grids[name])
-        except (LookupError, TypeError, QuantizationError):
-            return None
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

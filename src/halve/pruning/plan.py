@@ -80,6 +80,7 @@ def make_plan(
     _check_pattern(layout.blocks, options)
     if options.packed:
         _check_packing(layout, options)
+    _check_head(layout, options)
     return Plan(
         model=model,
         options=_with_length(options, meta_model),
@@ -110,6 +111,17 @@ def _check_pattern(blocks: tuple[PlannedBlock, ...], options: PruneOptions) -> N
         for block in blocks:
             for planned in block.matrices:
                 pattern.check_fits(planned.tensor, planned.matrix.shape[1])
+
+
+def _check_head(layout: Layout, options: PruneOptions) -> None:
+    """Raise HalveError if a head is to be quantized and there is none that can be."""
+    if options.quantize_head in {"auto", "none"} or layout.heads:
+        return
+    raise HalveError(
+        "The embedding and the output head are of classes of the model's, which cannot "
+        "be quantized.",
+        "Set quantize_head to none (--quantize-head none).",
+    )
 
 
 def _check_packing(layout: Layout, options: PruneOptions) -> None:

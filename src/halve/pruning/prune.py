@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from halve.checkpoint import (
-    Checkpoint,
     Workspace,
     check_space,
     is_finished,
@@ -95,9 +94,9 @@ def prune_model(
 
         def finish() -> PruneRecord:
             assert output.workspace is not None, "rank 0 has the workspace"
-            files = output.workspace.add_side_files(
-                source, _packed_config(output.workspace, options)
-            )
+            formats = output.workspace.formats
+            packed = quantization_config(formats) if options.packed else None
+            files = output.workspace.add_side_files(source, packed)
             record = PruneRecord(
                 versions=versions(),
                 identity=identity,
@@ -114,16 +113,6 @@ def prune_model(
             return record
 
         return ranks.broadcast_object(finish)
-
-
-def _packed_config(
-    workspace: Workspace, options: PruneOptions
-) -> dict[str, Any] | None:
-    """Return the `quantization_config` for config.json; None for a dense output."""
-    if not options.packed:
-        return None
-    files = [workspace.folder / file for file in workspace.committed]
-    return quantization_config(Checkpoint.of_files(files).formats)
 
 
 def _publish(workspace: Workspace | None, out: Path) -> PruneRecord:

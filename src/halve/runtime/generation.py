@@ -14,6 +14,7 @@ from halve.models import longest_sequence
 from halve.runtime import decode
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.cpu.quantized_linear import set_activations
+from halve.runtime.cpu.quantized_operators import activation_mode
 from halve.untrusted import truncated
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -40,7 +41,9 @@ def load(
         SourceError: The model does not exist, or the Hub cannot be reached.
         UnsupportedModelError: It is not a causal language model.
         CheckpointError: Its files are damaged or contradict its config.
+        HalveError: `activations` is neither, or int8 for a model without packed codes.
     """
+    activation_mode(activations)  # an invalid name is reported first
     opened = check_whole(resolve_model(model), device, trust_remote_code)
     folder = opened.checkpoint.folder
     try:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from halve.runtime.cpu.kernels import Kernels, kernels, supports
+from halve.runtime.cpu.kernels import DTYPES, Kernels, kernels, supports
 
 # Name of the attention function, as in `attn_implementation`.
 ATTENTION = "halve"
 # The function that it replaces, and calls for everything but one new token.
 PLAIN = "sdpa"
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Arguments with which some families ask `sdpa` for more than softmax(q K^T) V.
 _EXTRAS = ("softcap", "position_bias", "s_aux", "cache", "output_attentions")
 _Strides = ctypes.c_int64 * 3
@@ -79,7 +78,7 @@ def attention_arguments(
     """Return the arguments of the library, which point to the tensors of `attend`."""
     return _Attention(
         *(query.data_ptr(), keys.data_ptr(), values.data_ptr()),
-        *(_DTYPES[query.dtype], scale),
+        *(DTYPES[query.dtype], scale),
         *(query.shape[0], query.shape[1], *keys.shape[1:]),
         keys.stride()[:3],
         values.stride()[:3],

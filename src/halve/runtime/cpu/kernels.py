@@ -23,7 +23,7 @@ VARIABLE = "HALVE_KERNEL"
 TORCH = "torch"
 _ABI = 2
 _NAMES = ("libhalve_kernels.so", "libhalve_kernels.dylib")
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STATUS = {
     1: "inconsistent arguments",
     2: "out of memory",
@@ -149,7 +149,7 @@ class Kernels:
     ) -> Tensor:
         """Return `x @ W.T + bias`, [batch, rows], for a packed W."""
         y = x.new_empty(x.shape[0], mask.shape[0])
-        matrix = _matrix(values, mask, offsets, columns)
+        matrix = bitmask_of(values, mask, offsets, columns)
         _check(
             self.library.halve_packed_linear(
                 ctypes.byref(matrix),
@@ -168,7 +168,7 @@ class Kernels:
         _check(
             self.library.halve_dense_linear(
                 weight.data_ptr(),
-                _DTYPES[weight.dtype],
+                DTYPES[weight.dtype],
                 *weight.shape,
                 x.data_ptr(),
                 x.shape[0],
@@ -183,7 +183,7 @@ class Kernels:
         self, values: Tensor, mask: Tensor, offsets: Tensor, rows: slice, out: Tensor
     ) -> None:
         """Unpack some rows of a packed matrix into `out`, [rows, columns]."""
-        matrix = _matrix(values, mask, offsets, out.shape[1])
+        matrix = bitmask_of(values, mask, offsets, out.shape[1])
         _check(
             self.library.halve_unpack(
                 ctypes.byref(matrix),
@@ -202,7 +202,7 @@ class Kernels:
         _check(
             self.library.halve_quantized_linear(
                 ctypes.byref(matrix),
-                _DTYPES[x.dtype],
+                DTYPES[x.dtype],
                 x.data_ptr(),
                 x.shape[0],
                 _pointer(bias),
@@ -218,7 +218,7 @@ class Kernels:
         _check(
             self.library.halve_quantized_unpack(
                 ctypes.byref(matrix),
-                *(rows.start, rows.stop, _DTYPES[out.dtype], out.data_ptr()),
+                *(rows.start, rows.stop, DTYPES[out.dtype], out.data_ptr()),
                 torch.get_num_threads(),
             )
         )
@@ -231,7 +231,7 @@ class Kernels:
         _check(
             self.library.halve_quantized_lookup(
                 ctypes.byref(matrix),
-                *(indices.data_ptr(), indices.numel(), _DTYPES[dtype], out.data_ptr()),
+                *(indices.data_ptr(), indices.numel(), DTYPES[dtype], out.data_ptr()),
                 torch.get_num_threads(),
             )
         )
@@ -246,7 +246,7 @@ class Kernels:
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether the kernels take weights of a dtype."""
-    return dtype in _DTYPES
+    return dtype in DTYPES
 
 
 @cache
@@ -318,14 +318,17 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _matrix(values: Tensor, mask: Tensor, offsets: Tensor, columns: int) -> _Matrix:
+def bitmask_of(
+    values: Tensor, mask: Tensor, offsets: Tensor, columns: int
+) -> ctypes.Structure:
+    """Return a bitmask matrix as the library takes it; the tensors must stay alive."""
     return _Matrix(
         values.data_ptr(),
         values.numel(),
         mask.data_ptr(),
         offsets.data_ptr(),
         offsets.dtype == torch.uint64,
-        _DTYPES[values.dtype],
+        DTYPES[values.dtype],
         mask.shape[0],
         columns,
     )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halve.errors import HalveError
 from halve.formats.quantized_matrix import QuantizedMatrix
 from halve.runtime.cpu.packed_linear import (
     PackedEmbedding,
@@ -14,6 +15,7 @@ from halve.runtime.cpu.packed_linear import (
 )
 from halve.runtime.cpu.quantized_operators import (
     ACTIVATIONS,
+    DEFAULT,
     activation_mode,
     quantized_linear,
     quantized_lookup,
@@ -99,7 +101,7 @@ class QuantizedLinear(_QuantizedWeight, PackedLinear):
     ) -> None:
         super().__init__(packed, bias)
         self.adopt(packed)
-        self._mode = ACTIVATIONS["int16"]
+        self._mode = DEFAULT
 
     @property
     def activations(self) -> str:
@@ -150,12 +152,17 @@ def set_activations(model: nn.Module, name: str) -> None:
         name: `int16` or `int8`.
 
     Raises:
-        HalveError: There is no such way.
+        HalveError: There is no such way, or the model has no packed codes, with which
+            8-bit activations would change nothing.
     """
-    activation_mode(name)
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.activations = name
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    if activation_mode(name) != DEFAULT and not layers:
+        raise HalveError(
+            f"Activations of {name} are for packed codes, and the model has none.",
+            "Quantize and pack it (--quantize int4 --pack), or omit activations.",
+        )
+    for layer in layers:
+        layer.activations = name
 
 
 class QuantizedEmbedding(_QuantizedWeight, PackedEmbedding):

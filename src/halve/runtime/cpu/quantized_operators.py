@@ -18,8 +18,9 @@ from halve.runtime.cpu.operators import library
 from halve.runtime.cpu.tiles import FUSED_ROWS, linear_by_tiles
 
 # How the kernels hold activations: 16 bits lose less than bfloat16 activations do; 8
-# bits are faster, and lose more (docs/format.md, "Products").
+# bits are faster, and lose more (docs/architecture.md).
 ACTIVATIONS = {"int16": 0, "int8": 1}
+DEFAULT = ACTIVATIONS["int16"]
 
 # Parts: codes, scales, codes of zero, mask and offsets, as in a `QuantizedMatrix`; what
 # it lacks is None. Layout: columns, bits, group size, and whether it is midrise.
@@ -63,7 +64,7 @@ def quantized_linear_reference(
     parts: Parts,
     bias: Tensor | None,
     layout: list[int],
-    activations: int = 0,
+    activations: int = DEFAULT,
 ) -> Tensor:
     """Return `x @ W.T + bias`, by unpacking W in the dtype of x and multiplying.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from halve.runtime.cpu.attention import attention_arguments
 from halve.runtime.cpu.bitmask_linear import BitmaskLinear
 from halve.runtime.cpu.dense_linear import DenseLinear
-from halve.runtime.cpu.kernels import _DTYPES, Codes, Kernels, _matrix
+from halve.runtime.cpu.kernels import DTYPES, Codes, Kernels, bitmask_of
 from halve.runtime.cpu.quantized_linear import QuantizedLinear
 from halve.runtime.cpu.quantized_operators import ACTIVATIONS
 
@@ -181,7 +181,7 @@ class Step:
     ) -> _Operation:
         rows, columns = x.flatten(0, -2).shape
         return _Operation(
-            *(kind, _DTYPES[self.dtype], rows, columns, size),
+            *(kind, DTYPES[self.dtype], rows, columns, size),
             *(x.data_ptr(), other, bias, y.data_ptr(), epsilon, option),
         )
 
@@ -200,7 +200,7 @@ def _address(structure: ctypes.Structure) -> int:
 
 
 def _bitmask(layer: BitmaskLinear, dtype: torch.dtype) -> tuple[int, Any, int]:
-    matrix = _matrix(
+    matrix = bitmask_of(
         layer.weight, layer.weight_mask, layer.weight_offsets, layer.in_features
     )
     return _PACKED, matrix if layer.weight.dtype == dtype else None, 0

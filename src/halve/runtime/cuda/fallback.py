@@ -7,6 +7,7 @@ but not in GPU memory; a packed model is never slower than the dense one.
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from halve.errors import HalveWarning
 from halve.patterns import NM
-from halve.runtime.cpu.replace_modules import packed_layers
+from halve.runtime.cpu.replace_modules import packed_modules
 
 _TWO_OF_FOUR = NM(2, 4)
 # Rows of input that are timed, a decoded token and a prompt. 2:4 is used only if it is
@@ -25,13 +26,13 @@ _REPEATS = 20
 _Kind = tuple[tuple[int, ...], torch.dtype]
 
 
-def unpack_on_cuda(model: nn.Module) -> None:
+def unpack_on_cuda(model: Any) -> None:  # noqa: ANN401
     """Replace packed layers on a GPU by dense or semi-structured ones.
 
     Warns once, with the number of each.
     """
     layers = [
-        (path, layer) for path, layer in packed_layers(model) if layer.weight.is_cuda
+        (path, layer) for path, layer in packed_modules(model) if layer.weight.is_cuda
     ]
     faster: dict[_Kind, bool] = {}
     for path, packed in layers:
@@ -40,6 +41,7 @@ def unpack_on_cuda(model: nn.Module) -> None:
             _use_semi_structured(dense, faster)
         model.set_submodule(path, dense)
     if layers:
+        model.tie_weights()
         shapes = sum(faster.values())
         warnings.warn(
             f"{len(layers)} packed matrices were unpacked: Halve has no GPU kernels; "
