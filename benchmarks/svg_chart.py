@@ -107,18 +107,25 @@ def _panel(panel: Panel, index: int) -> list[str]:
         lines += [_text(left - 6, y.position(tick) + 4, f"{tick:g}", "end")]
     for number, (name, series) in enumerate(panel.series.items()):
         color = _COLORS[number % len(_COLORS)]
-        lines += _series(series, x, y, color)
+        # Labels of one series are beside its dots, those of the next above them, so that
+        # neighbors of two series do not cover each other.
+        lines += _series(series, x, y, color, above=number % 2 == 1)
         lines += [_dot(left + 4 + 90 * number, top - 9, color)]
         lines += [_text(left + 12 + 90 * number, top - 5, name, "start")]
     return lines
 
 
-def _series(series: list[Point], x: _Axis, y: _Axis, color: str) -> list[str]:
+def _series(
+    series: list[Point], x: _Axis, y: _Axis, color: str, above: bool
+) -> list[str]:
     """Return dots with their labels."""
     lines: list[str] = []
     for point in series:
         at = (x.position(point.x), y.position(point.y))
-        lines += [_dot(*at, color), _text(at[0] + 7, at[1] + 4, point.label, "start")]
+        label = _text(
+            at[0] + 7, at[1] - 6 if above else at[1] + 4, point.label, "start"
+        )
+        lines += [_dot(*at, color), label]
     return lines
 
 
