@@ -68,6 +68,8 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "auto": {"solver": "auto"},
     "refined": {"solver": "auto", "refine": True},
 }
+# The default model was quantized to 4 bits before; only fewer are worth drawing.
+MAX_DRAWN_BITS = 4
 # Options that --quick sets, to see in minutes whether everything works.
 QUICK: dict[str, Any] = {
     "samples": 8,
@@ -435,21 +437,32 @@ def panels(results: Results) -> list[Panel]:
     plots = []
     if rows := results.rows("quality"):
         title = "KL divergence from the dense model, nats per token"
-        plots.append(Panel(title, bits, series(best(rows), "kl"), log=True))
+        plots.append(Panel(title, bits, series(front(rows), "kl"), log=True))
     rows = results.rows("speed")
     for threads in sorted({row["threads"] for row in rows}):
         chosen = [row for row in rows if row["threads"] == threads]
-        title = f"Tokens per second, {threads} threads"
+        title = f"Tokens per second, {threads} thread{'s' * (threads > 1)}"
         plots.append(Panel(title, bits, series(chosen, "tokens_per_second")))
     return plots
 
 
-def best(rows: list[dict]) -> list[dict]:
-    """Return the rows with the lowest divergence of those with the same bits."""
-    lowest: dict[tuple, dict] = {}
-    for row in sorted(rows, key=lambda row: -row["kl"]):
-        lowest[row["family"], round(row["bits"], 2)] = row
-    return list(lowest.values())
+def front(rows: list[dict]) -> list[dict]:
+    """Return the rows of few bits that no other of their family beats.
+
+    One row beats another if it diverges less and takes no more bits. They are rounded,
+    because weights that became zero can save a thousandth of a bit.
+    """
+    few = [row for row in rows if row["bits"] < MAX_DRAWN_BITS]
+    return [
+        row
+        for row in few
+        if not any(
+            other["family"] == row["family"]
+            and round(other["bits"], 2) <= round(row["bits"], 2)
+            and other["kl"] < row["kl"]
+            for other in few
+        )
+    ]
 
 
 def series(rows: list[dict], value: str) -> dict[str, list[Point]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT = 560, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 110, 50, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 110, 66, 48
 _COLORS = ("#c0392b", "#2c6fbb", "#3a8f4d", "#8e5ea2")
 _STYLE = "font-family: sans-serif; font-size: 11px; fill: #222"
 
@@ -97,7 +97,7 @@ def _panel(panel: Panel, index: int) -> list[str]:
     top, bottom = _TOP, _HEIGHT - _BOTTOM
     x = _Axis([p.x for p in points], left, right, False)
     y = _Axis([p.y for p in points], bottom, top, panel.log)
-    lines = [_text(left, top - 20, panel.title, "start", bold=True)]
+    lines = [_text(left, top - 46, panel.title, "start", bold=True)]
     lines += [_text((left + right) / 2, bottom + 36, panel.x_name, "middle")]
     for tick in x.ticks:
         lines += [_line(x.position(tick), bottom, x.position(tick), top)]
@@ -107,18 +107,25 @@ def _panel(panel: Panel, index: int) -> list[str]:
         lines += [_text(left - 6, y.position(tick) + 4, f"{tick:g}", "end")]
     for number, (name, series) in enumerate(panel.series.items()):
         color = _COLORS[number % len(_COLORS)]
-        lines += _series(series, x, y, color)
-        lines += [_dot(left + 4 + 90 * number, top - 9, color)]
-        lines += [_text(left + 12 + 90 * number, top - 5, name, "start")]
+        # Labels are beside the dots of one series and above those of the next, so that
+        # neighbors of two series do not cover each other.
+        lines += _series(series, x, y, color, above=number % 2 == 1)
+        lines += [_dot(left + 4 + 90 * number, top - 28, color)]
+        lines += [_text(left + 12 + 90 * number, top - 24, name, "start")]
     return lines
 
 
-def _series(series: list[Point], x: _Axis, y: _Axis, color: str) -> list[str]:
+def _series(
+    series: list[Point], x: _Axis, y: _Axis, color: str, above: bool
+) -> list[str]:
     """Return dots with their labels."""
     lines: list[str] = []
     for point in series:
         at = (x.position(point.x), y.position(point.y))
-        lines += [_dot(*at, color), _text(at[0] + 7, at[1] + 4, point.label, "start")]
+        label = _text(
+            at[0] + 7, at[1] - 6 if above else at[1] + 4, point.label, "start"
+        )
+        lines += [_dot(*at, color), label]
     return lines
 
 
