@@ -23,6 +23,9 @@ GRIDS = tuple(
     for bits in BITS
     for size in (16, 48, 1000)
     for symmetric in (True, False)
+) + tuple(
+    QuantScheme(bits, size, midrise=True)
+    for bits, size in ((2, 16), (3, 48), (4, 1000))
 )
 
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 2}

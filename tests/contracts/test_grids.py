@@ -141,10 +141,24 @@ def test_a_column_is_rounded_as_the_matrix_is(grid):
 
 @over_grids
 def test_zero_is_on_every_grid_and_has_no_sign(grid):
+    """Except midrise ones, where it stands for a weight without a code."""
     quant_params = fit_quant_params(grid, weights())
-    rounded = quant_params.fake_quantize(torch.full((12, 160), -0.0))
+    zeros = torch.full((12, 160), -0.0)
+    rounded = quant_params.fake_quantize_kept(zeros)
     assert not rounded.numpy().tobytes().strip(b"\0")
-    assert not grid.symmetric or bool((quant_params.zero == 0).all())
+    zero = -0.5 if grid.midrise else 0
+    assert not grid.symmetric or bool((quant_params.zero == zero).all())
+    levels = quant_params.fake_quantize(torch.cat([zeros, weights()], dim=1)[:, :160])
+    assert bool((levels == 0).any()) != grid.midrise
+
+
+@over_grids
+def test_weights_that_are_not_zero_are_rounded_alike_whether_zeros_are_kept(grid):
+    weight = weights()
+    weight[:, ::3] = 0
+    quant_params = fit_quant_params(grid, weight)
+    kept = quant_params.fake_quantize_kept(weight)
+    assert torch.equal(kept, quant_params.fake_quantize(weight).where(weight != 0, 0))
 
 
 @over_grids
@@ -154,7 +168,8 @@ def test_scales_fit_into_sixteen_bits_and_zero_points_into_a_code(grid):
         assert torch.equal(quant_params.scale.half().float(), quant_params.scale)
         assert bool((quant_params.scale != 0).all())
         assert bool(quant_params.scale.isfinite().all())
-        assert torch.equal(quant_params.zero.round(), quant_params.zero)
+        codes = quant_params.zero + 0.5 * grid.midrise
+        assert torch.equal(codes.round(), codes)
         assert (
             grid.lowest
             <= quant_params.zero.min()
@@ -169,7 +184,7 @@ def test_a_group_of_zeros_has_scale_one_and_stays_zero(grid):
     weight[3], weight[:, :48] = 0, 0
     quant_params = fit_quant_params(grid, weight, torch.rand(160))
     assert bool((quant_params.scale[3] == 1).all())
-    assert torch.equal(quant_params.fake_quantize(weight)[3], torch.zeros(160))
+    assert torch.equal(quant_params.fake_quantize_kept(weight)[3], torch.zeros(160))
 
 
 def plain_levels(grid: QuantScheme, weight: torch.Tensor) -> QuantParams:
@@ -179,7 +194,10 @@ def plain_levels(grid: QuantScheme, weight: torch.Tensor) -> QuantParams:
     for i, row in enumerate(weight):
         for j, group in enumerate(row.split(grid.group_size)):
             low, high = min(float(group.min()), 0.0), max(float(group.max()), 0.0)
-            if grid.symmetric:
+            if grid.midrise:
+                scale[i, j] = max(-low, high) / (grid.highest + 0.5)
+                zero[i, j] = -0.5
+            elif grid.symmetric:
                 scale[i, j] = max(-low, high) / grid.highest
             else:
                 scale[i, j] = (high - low) / (2**grid.bits - 1)
@@ -255,3 +273,28 @@ def test_one_code_too_many_does_not_lie_on_a_grid(bits, symmetric):
     assert grid_shortfall(grid, torch.zeros_like(codes)) is None
     codes[0, 0] -= 1
     assert grid_shortfall(grid, codes) is not None
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_what_lies_on_a_midrise_grid(bits):
+    """Odd multiples of half a scale and zeros, but no even one, and not one more."""
+    grid = QuantScheme(bits, midrise=True)
+    codes = torch.arange(grid.lowest, grid.highest + 1.0)[None] + 0.5
+    codes = torch.cat([codes, torch.zeros(1, 1)], dim=1)
+    assert grid_shortfall(grid, codes * 0.375) is None
+    for wrong in (grid.lowest - 0.5, 1.0):
+        changed = codes.clone()
+        changed[0, 0] = wrong
+        assert grid_shortfall(grid, changed * 0.375) is not None
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 2, "symmetric": False}])
+def test_midrise_grids_have_few_bits_and_no_zero_points(options):
+    with pytest.raises(QuantizationError, match="midrise"):
+        QuantScheme(**options, midrise=True)
+
+
+def test_a_midrise_grid_without_a_mask_takes_its_bits_alone():
+    grid = QuantScheme(2, 128, midrise=True)
+    assert grid.bits_per_weight(0) == 2.125
+    assert grid.bits_per_weight(0.25) == 1 + 1.5 + 0.125

@@ -1,5 +1,6 @@
 """What rounding promises, beside what every solver does."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -80,7 +81,7 @@ def factor_of(problem: Problem) -> torch.Tensor:
 def test_every_weight_lies_on_the_grid_and_the_pattern_holds(way, grid, text):
     solution = solve(correlated(), ways(grid)[way], text)
     quant_params, weight = levels_of(solution), solution.weight
-    again = quant_params.dequantize(quant_params.quantize(weight))
+    again = quant_params.fake_quantize_kept(weight)
     assert again.numpy().tobytes() == weight.numpy().tobytes()
     assert parse_pattern(text, allow_dense=True).shortfall(weight) is None
 
@@ -281,7 +282,7 @@ def test_the_polish_equals_its_plain_twin(grid, text):
         hessian_of(problem),
         plain == 0,
     )
-    start = quant_params.fake_quantize(plain)
+    start = quant_params.fake_quantize_kept(plain)
     ours = coordinate_descent(
         hessian, problem.weight, start, pruned, quant_params, sweeps=2
     )
@@ -289,3 +290,16 @@ def test_the_polish_equals_its_plain_twin(grid, text):
         problem.weight, start, pruned, hessian, quant_params, sweeps=2
     )
     assert (ours.double() == theirs).double().mean() >= 0.99
+
+
+@pytest.mark.parametrize(("zeros", "stay"), [(3, False), (2000, True)])
+def test_a_few_zeros_by_chance_do_not_force_a_mask_on_a_midrise_grid(zeros, stay):
+    problem = correlated(64, 48)
+    weight = problem.weight.clone()
+    weight.view(-1)[torch.randperm(weight.numel())[:zeros]] = 0
+    sparse = replace(problem, weight=weight)
+    grid = QuantScheme(2, midrise=True)
+    for solver in (RoundToNearest(grid), Quantized(Magnitude(), grid)):
+        found = solve(sparse, solver, "0%").weight
+        assert int((found == 0).sum()) == (zeros if stay else 0)
+        assert not stay or bool((found[weight == 0] == 0).all())

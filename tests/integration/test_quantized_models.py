@@ -6,17 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import halve
 from halve.checkpoint import Checkpoint
 from halve.errors import HalveError
+from halve.measure.random_models import _SIZES
 from halve.runtime.cpu.packed_linear import PackedEmbedding, PackedLinear
-from halve.runtime.cpu.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from halve.runtime.cpu.quantized_linear import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    set_activations,
+)
 from tests.integration.test_resume import digests
+from tests.integration.test_sparse_models import FAMILIES, load, some_ids
 from tests.twins.format_reader import read_checkpoint
 
-FAMILIES = ("opt", "gpt2", "bloom", "llama", "gpt_neox", "phi3", "falcon", "gemma2")
 # Name -> options of the run: dense codes, a mask over codes, zero points, midrise.
 WAYS: dict[str, dict[str, Any]] = {
     "int8": {"quantize": "int8", "sparsity": "0"},
@@ -50,15 +54,6 @@ def made(pico, tmp_path_factory):
         return folders[key]
 
     return folders_of
-
-
-def load(folder, **options) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-def some_ids(length=12, batch=2):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, 4096, (batch, length), generator=generator)
 
 
 def tensors(folder):
@@ -219,7 +214,7 @@ def test_the_head_has_the_grid_that_was_asked_for(choice, pico, tmp_path):
 
 
 def test_an_embedding_of_a_class_of_the_models_stays_dense(pico, tmp_path):
-    """Gemma's scales the rows that it looks up."""
+    """Gemma's scales the rows that it looks up. To ask for its grid is an error."""
     source = pico("gemma3", dtype=torch.bfloat16)
     options: dict[str, Any] = {
         "quantize": "int4",
@@ -230,6 +225,9 @@ def test_an_embedding_of_a_class_of_the_models_stays_dense(pico, tmp_path):
     assert record.heads == ()
     infos = Checkpoint.open(tmp_path / "out").tensors
     assert infos["model.embed_tokens.weight"].label == "dense"
+    with pytest.raises(HalveError, match=r"cannot be quantized.*quantize-head none"):
+        halve.prune(source, tmp_path / "none", **options, quantize_head="int8")
+    assert not (tmp_path / "none").exists()
 
 
 @over_ways
@@ -289,3 +287,44 @@ def test_gradients_pass_to_inputs_and_biases(made):
         gradients.append((own.grad, layer.bias.grad))
     for found, expected in zip(*gradients, strict=True):
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_activations_of_8_bits_are_used_where_asked_for_and_lose_more(made):
+    packed, dense = made("llama")
+    ids = some_ids(12, 1)
+    expected = load(dense, dtype=torch.float32)(ids).logits
+    model = load(packed, dtype=torch.float32)
+    losses = []
+    for name in ("int16", "int8"):
+        set_activations(model, name)
+        losses.append(float((model(ids).logits - expected).norm() / expected.norm()))
+    assert losses[0] < 1e-3
+    assert 5 * losses[0] < losses[1] < 0.1
+    for name in ("int16", "int8"):
+        loaded = halve.load(packed, "cpu", activations=name)
+        layers = [m for m in loaded.modules() if isinstance(m, QuantizedLinear)]
+        assert {layer.activations for layer in layers} == {name}
+
+
+def test_activations_that_would_change_nothing_are_refused(made):
+    packed, dense = made("llama")
+    with pytest.raises(HalveError, match="'int4' is no type of activations"):
+        halve.load(packed, "cpu", activations="int4")
+    with pytest.raises(HalveError, match="has none"):
+        halve.load(dense, "cpu", activations="int8")
+    with pytest.raises(HalveError, match="cannot be quantized for that"):
+        halve.bench(packed, quantize="int4")
+    with pytest.raises(HalveError, match="'int4' for activations"):
+        halve.bench(packed, activations="int4")
+
+
+def test_bench_quantizes_a_random_model_and_times_both_activations(monkeypatch):
+    monkeypatch.setitem(_SIZES["llama"], "110m", (64, 128, 2, 4))
+    options: dict[str, Any] = {"sparsity": "0", "quantize": "int3", "prompt": 0}
+    options |= {"generated": 2, "batches": (1,), "rounds": 1, "activations": "int8"}
+    record = halve.bench(random_llama="110m", **options)
+    packed, int8 = "halve packed", "halve packed, int8 activations"
+    assert [r.backend for r in record.results] == ["torch", "halve dense", packed, int8]
+    assert record.sizes[packed] == record.sizes[int8] < record.sizes["torch"] / 3
+    assert "int3" in record.model

@@ -13,7 +13,7 @@ CMAKE = Path(sys.executable).with_name(
 )  # installed with the development dependencies
 
 
-PROGRAMS = ("test_kernels", "test_quantized")
+PROGRAMS = ("test_kernels", "test_quantized", "test_step")
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
