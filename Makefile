@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test lower-bounds check bench bench-quality bench-frontier bench-ranks bench-scale \
-  bench-all fuzz format clean
+  bench-all gpu fuzz format clean
 
 demo: $(READY)
 	$(BIN)/halve demo
@@ -51,6 +51,10 @@ bench-ranks: $(READY)
 
 bench-scale: $(READY)
 	$(BIN)/python benchmarks/scale.py --config opt-175b --blocks 1 --samples 2 --limit 22
+
+# Needs one NVIDIA GPU and a CUDA build of torch; eight minutes.
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py gpu.json
 
 bench-all: bench bench-quality bench-frontier bench-ranks bench-scale
 

@@ -1,0 +1,351 @@
+// y = x W^T for up to 8 * N_TILES rows x and a matrix W in bitmask format, by tensor cores.
+//
+// A warp owns COLUMNS neighbouring columns, whose inputs it keeps in registers, and takes
+// tile after tile of ROWS rows. The values of a tile are copied to shared memory while the
+// tile before is multiplied. There every lane finds the values of its fragment of the mma
+// instruction by counting bits of the mask: of the four lanes of a quad and the two rows
+// g and g + 8, lane t needs the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16.
+//
+// Compiled by NVRTC with -DN_TILES=1 or 2 and, for float16, -DHALF=1.
+
+#ifndef EMULATED
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+#endif
+
+#ifndef N_TILES
+#define N_TILES 1
+#endif
+#ifndef HALF
+#define HALF 0
+#endif
+#ifndef MAX_WARPS
+#define MAX_WARPS 16
+#endif
+
+constexpr int ROWS = 16, WORDS = 4, COLUMNS = 64 * WORDS, STAGES = 2;
+constexpr int SAMPLES = 8 * N_TILES;  // rows of x
+constexpr uint32_t ALL = 0xffffffffu;
+
+#ifndef EMULATED
+#define DEVICE __device__ __forceinline__
+
+DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(ALL, v, lane); }
+DEVICE uint32_t shuffle_up(uint32_t v, int by) { return __shfl_up_sync(ALL, v, by); }
+DEVICE int lane_id() { return threadIdx.x & 31; }
+DEVICE int warp_id() { return threadIdx.x >> 5; }
+DEVICE int thread_id() { return threadIdx.x; }
+DEVICE int threads() { return blockDim.x; }
+DEVICE int block_x() { return blockIdx.x; }
+DEVICE int block_y() { return blockIdx.y; }
+DEVICE int blocks_x() { return gridDim.x; }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE int popcount(uint32_t v) { return __popc(v); }
+// Unlike __byte_perm it needs no mask for the selector, whose bits above 16 are ignored.
+DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t found;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(selector));
+  return found;
+}
+DEVICE uint32_t shift_wrap(uint32_t low, uint32_t high, uint32_t by) {
+  return __funnelshift_r(low, high, by);
+}
+extern __shared__ uint4 shared_memory_[];
+DEVICE uint8_t *shared_memory() { return (uint8_t *)shared_memory_; }
+DEVICE void copy_async(void *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   (uint32_t)__cvta_generic_to_shared(to)),
+               "l"(from));
+}
+DEVICE void commit() { asm volatile("cp.async.commit_group;"); }
+template <int PENDING> DEVICE void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if HALF
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DEVICE float widen(uint16_t v) {
+#if HALF
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+  return f;
+#else
+  return __uint_as_float((uint32_t)v << 16);
+#endif
+}
+DEVICE uint16_t narrow(float f) {
+  uint16_t v;
+#if HALF
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
+#endif
+  return v;
+}
+DEVICE uint64_t load(const uint64_t *p) { return __ldg(p); }
+DEVICE uint32_t load(const uint32_t *p) { return __ldg(p); }
+DEVICE uint16_t load(const uint16_t *p) { return __ldg(p); }
+#endif
+
+DEVICE uint32_t load_shared(uint32_t offset) {
+  return *(const uint32_t *)(shared_memory() + offset);
+}
+
+// A packed matrix.
+struct Matrix {
+  const uint16_t *values;   // [kept + slack]
+  const uint64_t *mask;     // [rows, words]
+  const uint16_t *starts;   // [rows, words]: values of the row before each word
+  const uint64_t *offsets;  // [rows + 1]
+  int rows, words;
+};
+
+// What a lane knows of a row of a tile before its values are there.
+struct Row {
+  uint64_t word;         // word t
+  uint32_t start;        // values of the row before it
+  uint32_t offset, end;  // values of the matrix before the row, and up to the tile's end
+};
+
+// What it needs to decode the row: word t, and the offset of its first value.
+struct Place {
+  uint64_t word;
+  uint32_t at;
+};
+
+DEVICE Row read_row(const Matrix &w, int row, int first, int t) {
+  Row found = {0, 0, 0, 0};
+  if (row >= w.rows) return found;
+  const long long at = (long long)row * w.words;
+  if (first + t < w.words) {
+    found.word = load(w.mask + at + first + t);
+    found.start = load(w.starts + at + first + t);
+  }
+  found.offset = (uint32_t)load(w.offsets + row);
+  found.end = first + WORDS < w.words ? found.offset + load(w.starts + at + first + WORDS)
+                                      : (uint32_t)load(w.offsets + row + 1);
+  return found;
+}
+
+// Start to copy the values of a row to shared memory; returns where they will be.
+DEVICE Place fetch(const Matrix &w, const Row &row, uint32_t to, int lane) {
+  const int t = lane & 3;
+  const uint32_t start = shuffle(row.start, lane & ~3);  // of the tile
+  const uint32_t begin = row.offset + start, skew = 2 * begin & 15;
+  const uint32_t pieces = (skew + 2 * (row.end - begin) + 15) >> 4;  // of 16 bytes
+  const uint8_t *from = (const uint8_t *)w.values + (2ull * begin - skew);
+#pragma unroll
+  for (uint32_t k = 0; k < 5; ++k)
+    if (t + 4 * k < pieces) copy_async(shared_memory() + to + 16 * (t + 4 * k), from + 16 * (t + 4 * k));
+  for (uint32_t i = t + 20; i < pieces; i += 4) copy_async(shared_memory() + to + 16 * i, from + 16 * i);
+  return {row.word, to + skew + 2 * (row.start - start)};
+}
+
+// Table by 4 bits of the mask: selectors of `permute` for columns 0, 1 and, in the upper
+// half, 2, 3. The operands are the next 4 values; the last is 0 if fewer are taken.
+DEVICE uint32_t selectors(uint32_t bits) {
+  uint32_t found = 0, next = 0;
+  for (int column = 0; column < 4; ++column) {
+    const uint32_t value = bits >> column & 1 ? next++ : 3;
+    found |= (2 * value | (2 * value + 1) << 4) << 8 * column;
+  }
+  return found;
+}
+
+// The weights of 4 columns, with their zeros, 16 bits each.
+struct Four {
+  uint32_t low, high;
+};
+
+// Args: offset of the values of the half word `mask`; `below`: bits before the columns;
+// `bits`: the mask of the columns themselves; `table`: offset of the selectors.
+DEVICE Four decode(uint32_t at, uint32_t mask, uint32_t below, uint32_t bits,
+                   uint32_t table) {
+  const uint32_t place = at + 2 * popcount(mask & below), aligned = place & ~3u;
+  const uint32_t count = popcount(bits), size = 2 * count + (place & 2);
+  // Up to three words of 32 bits hold the values.
+  const uint32_t a = load_shared(aligned);
+  uint32_t b = 0, c = 0;
+  if (size > 4) b = load_shared(aligned + 4);
+  if (size > 8) c = load_shared(aligned + 8);
+  const uint32_t low = shift_wrap(a, b, 8 * place);
+  uint32_t high = shift_wrap(b, c, 8 * place);
+  if (count < 4) high &= 0xffff;
+  const uint32_t selector = load_shared(table + 4 * bits);
+  return {permute(low, high, selector), permute(low, high, selector >> 16)};
+}
+
+typedef uint32_t Inputs[WORDS][4][N_TILES][2];  // of each word, step of 16 columns, tile
+
+DEVICE void multiply(const Place &place_a, const Place &place_b, const Inputs &x,
+                     float (&sums)[N_TILES][4], uint32_t table, int lane) {
+  const int t = lane & 3, quad = lane & ~3;
+#pragma unroll
+  for (int word = 0; word < WORDS; ++word) {
+    const int from = quad | word;
+    uint32_t at_a = shuffle(place_a.at, from), at_b = shuffle(place_b.at, from);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t a = shuffle((uint32_t)(place_a.word >> 32 * half), from);
+      const uint32_t b = shuffle((uint32_t)(place_b.word >> 32 * half), from);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const int bit = 16 * step + 4 * t;
+        const uint32_t below = (1u << bit) - 1;
+        const Four four_a = decode(at_a, a, below, a >> bit & 15, table);
+        const Four four_b = decode(at_b, b, below, b >> bit & 15, table);
+        const uint32_t weights[4] = {four_a.low, four_b.low, four_a.high, four_b.high};
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+          const uint32_t *inputs = x[word][2 * half + step][n];
+          mma(sums[n], weights, inputs[0], inputs[1]);
+        }
+      }
+      at_a += 2 * popcount(a);
+      at_b += 2 * popcount(b);
+    }
+  }
+}
+
+DEVICE void read_inputs(Inputs &x, const uint16_t *from, int samples, int columns,
+                        int chunk, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int word = 0; word < WORDS; ++word)
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+#pragma unroll
+      for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          const int sample = 8 * n + g;
+          const int column = chunk * COLUMNS + 64 * word + 16 * step + 4 * t + 2 * pair;
+          // The number of columns is even, so that both are there, or neither.
+          const bool there = sample < samples && column < columns;
+          x[word][step][n][pair] =
+              there ? load((const uint32_t *)(from + (long long)sample * columns + column))
+                    : 0;
+        }
+}
+
+// Add the sums of all warps, which have different columns, by the warp `adding`; y, or a
+// part of it, is written.
+DEVICE void store(const float (&sums)[N_TILES][4], float *shared, const uint16_t *bias,
+                  uint16_t *y, float *parts, const Matrix &w, int samples, int tile,
+                  int adding) {
+  const int lane = lane_id(), g = lane >> 2, t = lane & 3, warps = threads() >> 5;
+  constexpr int SIZE = ROWS * SAMPLES;  // [ROWS, SAMPLES] of each warp
+  float *own = shared + warp_id() * SIZE;
+#pragma unroll
+  for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      own[(g + 8 * (i >> 1)) * SAMPLES + 8 * n + 2 * t + (i & 1)] = sums[n][i];
+  sync_block();
+  if (warp_id() != adding) return;
+  float total[SIZE / 32] = {};
+#pragma unroll 4
+  for (int warp = 0; warp < warps; ++warp)
+#pragma unroll
+    for (int i = 0; i < SIZE / 32; ++i) total[i] += shared[warp * SIZE + 32 * i + lane];
+#pragma unroll
+  for (int i = 0; i < SIZE / 32; ++i) {
+    const int row = tile * ROWS + (32 * i + lane) / SAMPLES, sample = lane % SAMPLES;
+    if (row >= w.rows || sample >= samples) continue;
+    const long long place = (long long)sample * w.rows + row;
+    if (parts)
+      parts[(long long)block_y() * samples * w.rows + place] = total[i];
+    else
+      y[place] = narrow(bias ? total[i] + widen(bias[row]) : total[i]);
+  }
+}
+
+// Arguments: `pitch`: bytes of shared memory for the values of a row of a tile, an odd
+// multiple of 16, so that neighbouring rows are in different banks.
+extern "C"
+#ifndef EMULATED
+    __global__ void __launch_bounds__(32 * MAX_WARPS)
+#else
+    void
+#endif
+        halve_few(const uint16_t *values, const uint64_t *mask, const uint16_t *starts,
+                  const uint64_t *offsets, int rows, int words, int pitch,
+                  const uint16_t *x, const uint16_t *bias, uint16_t *y, float *parts,
+                  int samples, int columns) {
+  const Matrix w = {values, mask, starts, offsets, rows, words};
+  const int lane = lane_id(), warps = threads() >> 5, g = lane >> 2, t = lane & 3;
+  const int chunk = block_y() * warps + warp_id(), first = chunk * WORDS;
+  const int tiles = (rows + ROWS - 1) / ROWS, next = blocks_x();
+  const bool works = first < words;  // else it waits for the sums only
+  const uint32_t table = 0, stage_size = ROWS * pitch;
+  float *buffers = (float *)(shared_memory() + 64);
+  const int buffer_size = warps * ROWS * SAMPLES;
+  const uint32_t stages = table + 64 + STAGES * 4 * buffer_size +
+                          (STAGES * warp_id() * ROWS + g) * pitch;
+  if (thread_id() < 16) ((uint32_t *)shared_memory())[thread_id()] = selectors(thread_id());
+  Inputs inputs;
+  read_inputs(inputs, x, samples, columns, chunk, lane);
+  int tile = block_x();
+  Row row_a = {0, 0, 0, 0}, row_b = {0, 0, 0, 0};
+  Place a = {0, 0}, b = {0, 0};
+  if (works && tile < tiles) {
+    a = fetch(w, read_row(w, tile * ROWS + g, first, t), stages, lane);
+    b = fetch(w, read_row(w, tile * ROWS + g + 8, first, t), stages + 8 * pitch, lane);
+  }
+  commit();
+  sync_block();
+  if (works && tile + next < tiles) {
+    row_a = read_row(w, (tile + next) * ROWS + g, first, t);
+    row_b = read_row(w, (tile + next) * ROWS + g + 8, first, t);
+  }
+  int adding = 0;
+  for (int turn = 0; tile < tiles; tile += next, turn ^= 1) {
+    Place next_a = {0, 0}, next_b = {0, 0};
+    if (works && tile + next < tiles) {
+      const uint32_t stage = stages + (turn ^ 1) * stage_size;
+      next_a = fetch(w, row_a, stage, lane);
+      next_b = fetch(w, row_b, stage + 8 * pitch, lane);
+    }
+    commit();
+    if (works && tile + 2 * next < tiles) {
+      row_a = read_row(w, (tile + 2 * next) * ROWS + g, first, t);
+      row_b = read_row(w, (tile + 2 * next) * ROWS + g + 8, first, t);
+    }
+    wait<1>();
+    sync_warp();
+    float sums[N_TILES][4] = {};
+    if (works) multiply(a, b, inputs, sums, table, lane);
+    // Two buffers in turn, so that one barrier is enough.
+    store(sums, buffers + turn * buffer_size, bias, y, parts, w, samples, tile, adding);
+    adding = adding + 1 < warps ? adding + 1 : 0;
+    a = next_a;
+    b = next_b;
+  }
+}
+
+// y = the sum of all parts, [splits, samples, rows], and the bias.
+extern "C"
+#ifndef EMULATED
+    __global__ void
+#else
+    void
+#endif
+        halve_few_sum(const float *parts, const uint16_t *bias, uint16_t *y, int splits,
+                      int samples, int rows) {
+  const int i = block_x() * threads() + thread_id(), all = samples * rows;
+  if (i >= all) return;
+  float sum = bias ? widen(bias[i % rows]) : 0.0f;
+  for (int split = 0; split < splits; ++split) sum += parts[(long long)split * all + i];
+  y[i] = narrow(sum);
+}
