@@ -66,18 +66,20 @@ class HalveQuantizer(HfQuantizer):
     ) -> Any:  # noqa: ANN401
         from halve.runtime.cpu.dense_linear import use_dense_kernel
         from halve.runtime.cpu.kernels import kernels
-        from halve.runtime.cpu.replace_modules import check_layers, packed_layers
-        from halve.runtime.cuda.fallback import unpack_on_cuda
+        from halve.runtime.cpu.replace_modules import (
+            check_layers,
+            packed_layers,
+            use_device_kernels,
+        )
         from halve.runtime.decode import prepare
 
         check_layers(model)
-        unpack_on_cuda(model)
-        if any(True for _ in packed_layers(model)):
+        if use_device_kernels(model):
             kernels()  # warns now, rather than in the first product, if there are none
             use_dense_kernel(model)
             if self.prepares_decoding:
                 prepare(model)
-        else:
+        if not any(True for _ in packed_layers(model)):
             self.remove_quantization_config(model)
         return model
 

@@ -1,28 +1,53 @@
 """The linear layer of the bitmask format."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from halve._compat.torch import parameter_slots, tensor_version
 from halve.formats.bitmask import BitmaskMatrix
-from halve.runtime.cpu.operators import packed_linear
+from halve.runtime.cpu.operators import (
+    packed_linear,
+    packed_linear_indexed,
+    unpack_indexed,
+)
 from halve.runtime.cpu.packed_linear import PackedLinear, wants_gradient
+from halve.runtime.cuda.side_index import has_slack, with_slack, word_starts
+from halve.runtime.cuda.support import runs_kernels
+
+# Values, mask, offsets, and starts or None.
+Parts = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class BitmaskLinear(PackedLinear):
     """A linear layer that multiplies by a matrix in bitmask format.
 
+    On a GPU whose kernels run it has a side index as well, which is made where the
+    layer arrives there and is in no file.
+
     Attributes:
-        weight: The stored values, [kept].
+        weight: The stored values, [kept]; on a GPU followed in their storage by a few
+            numbers that kernels may read.
         weight_mask: [out_features, words], uint64.
         weight_offsets: [out_features + 1], uint32 or uint64.
         weight_layout: [rows, columns, transposed], int64.
+        weight_starts: Stored values of a row before each mask word, [out_features,
+            words]; None where no kernels run that need it. A buffer that is not
+            persistent.
     """
 
     weight_mask: Tensor
     weight_offsets: Tensor
     weight_layout: Tensor
+    weight_starts: Tensor | None
+
+    def __init__(self, packed: BitmaskMatrix, bias: nn.Parameter | None = None) -> None:
+        super().__init__(packed, bias)
+        self.register_buffer("weight_starts", None, persistent=False)
+        # The mask that `weight_starts` belongs to, as `_identity` returns it.
+        self._indexed_mask: tuple[int, int] | None = None
 
     @property
     def packed(self) -> BitmaskMatrix:
@@ -41,42 +66,98 @@ class BitmaskLinear(PackedLinear):
             # Autocast would convert the weight. Packed values cannot be converted in
             # each product, so the input is converted instead.
             x = x.to(self.weight.dtype)
-        multiply = _Differentiable.apply if wants_gradient(x, self.bias) else _multiply
-        return multiply(
-            x,
-            self.weight,
-            self.weight_mask,
-            self.weight_offsets,
-            self.bias,
-            self.in_features,
-        )
+        if not torch.compiler.is_compiling():
+            self.prepare_device()
+        if wants_gradient(x, self.bias):
+            return _Differentiable.apply(x, self.bias, self.in_features, *self._parts)
+        return _multiply(x, self._parts, self.bias, self.in_features)
+
+    def prepare_device(self) -> None:
+        """Make what the kernels of the weight's device need, if it is missing or old.
+
+        Called wherever the layer may have arrived on another device, and before each
+        product: accelerate replaces tensors of a layer one by one.
+        """
+        if not runs_kernels(self.weight.device, self.weight.dtype):
+            if self._indexed_mask is not None:
+                self.weight_starts = self._indexed_mask = None
+            return
+        if not has_slack(self.weight):
+            # Not an inference tensor, which could not be saved for a gradient later.
+            with torch.inference_mode(False):
+                values = with_slack(self.weight.detach())
+                slots = parameter_slots(self)
+                slots["weight"] = nn.Parameter(values, requires_grad=False)
+        mask = _identity(self.weight_mask)
+        if mask != self._indexed_mask:
+            with torch.inference_mode(False):
+                self.weight_starts = word_starts(self.weight_mask)
+            self._indexed_mask = mask
+
+    def dense_weight(self) -> Tensor:
+        """Return W, dense, [out_features, in_features]."""
+        self.prepare_device()
+        return _unpack(self._parts, self.in_features)
+
+    @property
+    def _parts(self) -> Parts:
+        """Values, mask, offsets and starts, in the order of the operators."""
+        return self.weight, self.weight_mask, self.weight_offsets, self.weight_starts
 
     def extra_repr(self) -> str:
         """Show shape and fraction of zeros."""
         kept = self.weight.numel() / (self.in_features * self.out_features)
         return f"{super().extra_repr()}, sparsity={1 - kept:.4f}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: ANN401
+        """Move or convert the layer; what belongs to its old device is dropped."""
+        self.weight_starts = self._indexed_mask = None
+        super()._apply(fn, recurse)
+        self.prepare_device()
+        return self
 
-def _multiply(*operands: Any) -> Tensor:  # noqa: ANN401
-    return packed_linear(*operands)
+
+def _identity(mask: Tensor) -> tuple[int, int]:
+    """Return what changes if a mask is replaced, moved or written to."""
+    version = 0 if mask.is_inference() else tensor_version(mask)
+    return mask.data_ptr(), version
+
+
+def _multiply(x: Tensor, parts: Parts, bias: Tensor | None, columns: int) -> Tensor:
+    values, mask, offsets, starts = parts
+    if starts is None:
+        return packed_linear(x, values, mask, offsets, bias, columns)
+    return packed_linear_indexed(x, parts, bias, columns)
+
+
+def _unpack(parts: Parts, columns: int) -> Tensor:
+    """Return W, dense, [rows, columns]."""
+    values, mask, offsets, starts = parts
+    if starts is None:
+        return BitmaskMatrix(values, mask, offsets, columns).unpack()
+    return unpack_indexed(parts, columns)
 
 
 class _Differentiable(torch.autograd.Function):
     """The packed product with gradients for its input and its bias."""
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:  # noqa: ANN401
-        _, values, mask, offsets, _, columns = operands
-        ctx.save_for_backward(values, mask, offsets)
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        bias: Tensor | None,
+        columns: int,
+        *parts: Any,  # noqa: ANN401
+    ) -> Tensor:
+        ctx.save_for_backward(*parts)
         ctx.columns = columns
-        return packed_linear(*operands)
+        return _multiply(x, parts, bias, columns)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # noqa: ANN401
         (gradient,) = grad_outputs
-        values, mask, offsets = ctx.saved_tensors
         # y = x W.T + b, so dL/dx = dL/dy W, and dL/db is dL/dy summed over all rows.
-        weight = BitmaskMatrix(values, mask, offsets, ctx.columns).unpack()
-        for_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        for_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
-        return for_x, None, None, None, for_bias, None
+        wanted, weight = ctx.needs_input_grad, _unpack(ctx.saved_tensors, ctx.columns)
+        for_x = gradient @ weight if wanted[0] else None
+        for_bias = gradient.flatten(0, -2).sum(0) if wanted[1] else None
+        return for_x, for_bias, None, *[None] * len(ctx.saved_tensors)

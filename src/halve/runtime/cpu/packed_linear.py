@@ -1,4 +1,8 @@
-"""The interfaces of linear layers and embeddings whose weight stays packed."""
+"""The interfaces of linear layers and embeddings whose weight stays packed.
+
+The layers are the same on every device: operators choose the kernels. What only one
+device needs is made by `prepare_device`.
+"""
 
 from abc import ABC, abstractmethod
 
@@ -7,9 +11,41 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from halve.formats import PackedMatrix
+from halve.runtime.cuda.support import runs_kernels
 
 
-class PackedLinear(nn.Module, ABC):
+class _PackedModule(nn.Module, ABC):
+    """What packed layers and embeddings have in common.
+
+    Attributes:
+        weight: The part without a suffix.
+    """
+
+    weight: nn.Parameter
+
+    @property
+    @abstractmethod
+    def packed(self) -> PackedMatrix:
+        """The module's tensors as a packed matrix."""
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the module should stay packed: not on a GPU without kernels.
+
+        Its results would be right there, but each product would unpack the matrix.
+        """
+        device = self.weight.device
+        return device.type != "cuda" or runs_kernels(device, self.packed.dtype)
+
+    def prepare_device(self) -> None:
+        """Make what the kernels of the weight's device need, if it is missing.
+
+        To be called where tensors may have arrived on another device, unless by
+        `Module.to`, which does so itself.
+        """
+
+
+class PackedLinear(_PackedModule):
     """`y = x W.T + bias` for a packed W; replaces nn.Linear and Conv1D.
 
     The parts of the matrix have the same names as in a file, so a state dict is loaded
@@ -25,7 +61,6 @@ class PackedLinear(nn.Module, ABC):
         bias: [out_features], or None.
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, packed: PackedMatrix, bias: nn.Parameter | None = None) -> None:
@@ -36,11 +71,6 @@ class PackedLinear(nn.Module, ABC):
         self.transposed = packed.transposed
         self.bias = bias
         _register_parts(self, packed)
-
-    @property
-    @abstractmethod
-    def packed(self) -> PackedMatrix:
-        """The layer's tensors as a packed matrix."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +100,7 @@ class PackedLinear(nn.Module, ABC):
         )
 
 
-class PackedEmbedding(nn.Module, ABC):
+class PackedEmbedding(_PackedModule):
     """A lookup of rows of a packed matrix; replaces nn.Embedding.
 
     Its tensors are named as those of `PackedLinear`.
@@ -81,18 +111,12 @@ class PackedEmbedding(nn.Module, ABC):
         weight: The part without a suffix.
     """
 
-    weight: nn.Parameter
     padding_idx: int | None = None
 
     def __init__(self, packed: PackedMatrix) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = packed.shape
         _register_parts(self, packed)
-
-    @property
-    @abstractmethod
-    def packed(self) -> PackedMatrix:
-        """The layer's tensors as a packed matrix."""
 
     @abstractmethod
     def forward(self, input: Tensor) -> Tensor:

@@ -129,6 +129,32 @@ def check_layers(model: nn.Module) -> None:
 
 def make_dense(model: Any) -> None:  # noqa: ANN401
     """Replace all packed layers by dense ones, tied as before."""
-    for path, layer in list(packed_modules(model)):
+    _unpack(model, list(packed_modules(model)))
+
+
+def use_device_kernels(model: Any) -> bool:  # noqa: ANN401
+    """Prepare packed layers for the kernels of their devices; unpack the others.
+
+    The layers on a GPU whose kernels cannot run become dense, with a HalveWarning.
+
+    Args:
+        model: A transformers model whose weights have been checked.
+
+    Returns:
+        Whether packed layers are left on the CPU, which has kernels of its own.
+    """
+    layers = list(packed_modules(model))
+    for _, layer in layers:
+        layer.prepare_device()
+    _unpack(model, [(path, layer) for path, layer in layers if not layer.is_supported])
+    return any(layer.weight.device.type == "cpu" for _, layer in packed_modules(model))
+
+
+def _unpack(
+    model: Any,  # noqa: ANN401
+    layers: list[tuple[str, PackedLinear | PackedEmbedding]],
+) -> None:
+    for path, layer in layers:
         model.set_submodule(path, layer.to_dense())
-    model.tie_weights()
+    if layers:
+        model.tie_weights()
