@@ -164,6 +164,10 @@ def sample_windows(
     Each begins with a random token, and the rest is sampled from the model's full
     distribution at temperature 1.
 
+    The text is sampled on the CPU, whatever device prunes: a GPU has another generator
+    and rounds otherwise, and would sample another text from the same seed. No other
+    generator of the process is seeded or advanced.
+
     Cost:
         Memory for the whole model.
 
@@ -176,7 +180,8 @@ def sample_windows(
     first = torch.randint(vocabulary, (samples, 1), generator=generator)
     parts = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Unlike `torch.manual_seed`, which seeds the generators of all GPUs as well.
+        torch.default_generator.manual_seed(seed)
         for batch in first.split(32):
             parts.append(_continue(model, batch, length))
     return torch.cat(parts)
