@@ -122,7 +122,7 @@ def generate(
 
 def _continue(model: Any, inputs: Any, max_new_tokens: int) -> Tensor:  # noqa: ANN401
     """Return a prompt and its greedy continuation, [1, length]."""
-    if cuda_decode.is_prepared(model):
+    if cuda_decode.has_greedy_loop(model):
         end = model.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [] if end is None else [end]
         ids = inputs["input_ids"]

@@ -115,6 +115,15 @@ def is_prepared(model: Any) -> bool:  # noqa: ANN401
     return hasattr(type(model), "halve_graphs")
 
 
+def has_greedy_loop(model: Any) -> bool:  # noqa: ANN401
+    """Whether a `GreedyDecoder` can continue texts with a model.
+
+    It makes the attention mask itself, in the form in which torch's attention takes it.
+    Other attention functions take others, or derive more than a mask from it.
+    """
+    return is_prepared(model) and attention_name(model.config) == "sdpa"
+
+
 def by_graph(model: Any, past: Any) -> bool:  # noqa: ANN401
     """Whether tokens were decoded by a graph with this cache."""
     graph = type(model).halve_graphs.get(past) if is_prepared(model) else None
@@ -398,7 +407,7 @@ class GreedyDecoder:
     """Continues sequences of one length greedily, without waiting for the GPU.
 
     Args:
-        model: A model that is prepared.
+        model: A model for which `has_greedy_loop` holds.
         prompt: Token ids, [batch, length], on the model's device, without padding.
         capacity: Tokens of prompt and continuation together, at most.
     """
@@ -423,7 +432,7 @@ class GreedyDecoder:
         batch, length = prompt.shape
         if "position_ids" in inspect.signature(self._model.forward).parameters:
             inputs["position_ids"] = torch.full_like(prompt[:, :1], length)
-        if attention_name(self._model.config) == "sdpa" and _only_grows(self.past):
+        if _only_grows(self.past):
             mask = prompt.new_zeros(batch, 1, 1, capacity, dtype=torch.bool)
             mask[..., :length] = True
             inputs["attention_mask"] = mask
@@ -458,7 +467,7 @@ def continue_greedily(
     """Continue a text greedily, up to a token that ends it.
 
     Args:
-        model: A model that is prepared.
+        model: A model for which `has_greedy_loop` holds.
         prompt: Token ids, [1, length], on the model's device.
         count: Largest number of tokens to generate, at least 1.
         ends: Tokens that end a text.
