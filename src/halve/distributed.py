@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from halve._compat.torch import Store, join_store
+from halve.devices import auto_device
 from halve.errors import DistributedError, HalveError, ReportedError
 
 T = TypeVar("T")
@@ -82,15 +83,20 @@ class Ranks:
     def device(self, name: str) -> str:
         """Return the device of this process, for a device that the user named.
 
-        On a machine with GPUs, `auto` and `cuda` become the GPU of its local index.
+        `cuda` becomes the GPU of its local index, and `auto` what `halve.devices` says.
+        A GPU becomes the current one of the process: tensors that arrive from others
+        are placed there.
 
         Raises:
             DistributedError: There are fewer GPUs than processes on this machine, or
                 the name selects one GPU for all of them.
         """
+        if self.size == 1:
+            return name
+        if name == "auto":
+            name = auto_device()
         kind, _, index = name.partition(":")
-        uses_gpu = kind in ("auto", "cuda") and torch.cuda.is_available()
-        if self.size == 1 or not uses_gpu:
+        if kind != "cuda" or not torch.cuda.is_available():
             return name
         gpus = 1 if index else torch.cuda.device_count()
         if self.local_size > gpus:
@@ -99,7 +105,9 @@ class Ranks:
                 f"means {gpus} here.",
                 "Start one process for each GPU, with --device cuda, or use the CPU.",
             )
-        return f"cuda:{self.local}"
+        chosen = name if index else f"cuda:{self.local}"
+        torch.cuda.set_device(chosen)
+        return chosen
 
     def my_indices(self, count: int, together: int = 1) -> list[int]:
         """Return the indices, of 0 to `count` - 1, that belong to this process.

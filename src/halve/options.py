@@ -55,7 +55,7 @@ _GROUP_MULTIPLE = 32
 
 
 Device = Annotated[
-    str, Option("Where to compute: cpu, cuda, or auto (cuda if available).", RESOURCES)
+    str, Option("Where to compute: cpu, cuda, or auto (for now the CPU).", RESOURCES)
 ]
 ActivationMemory = Annotated[
     int | None,

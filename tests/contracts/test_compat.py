@@ -33,6 +33,7 @@ from halve._compat.torch import (
     tensor_version,
 )
 from halve._compat.transformers import (
+    can_compile,
     can_serve,
     causal_classes,
     computes_all_scores,
@@ -189,6 +190,10 @@ class TestTransformers:
     def test_patterns_of_ignored_tensors_are_a_collection(self):
         patterns = ignored_tensors(tiny("llama", num_key_value_heads=2))
         assert all(isinstance(pattern, str) for pattern in patterns)
+
+    def test_classes_that_support_a_static_cache_are_known(self):
+        assert can_compile(tiny("llama", num_key_value_heads=2))
+        assert not can_compile(tiny("mpt"))
 
     @pytest.mark.parametrize("kind", ["eager", "sdpa"])
     def test_the_implementation_of_attention_is_known(self, kind):

@@ -119,6 +119,16 @@ def has_default_cache(model: Any) -> bool:  # noqa: ANN401
     return model._supports_default_dynamic_cache()
 
 
+def can_compile(model: Any) -> bool:  # noqa: ANN401
+    """Whether a model's forward pass of one token is the same kernels every time.
+
+    Private: `PreTrainedModel._can_compile_fullgraph`, by which model classes tell that
+    they support a static cache. When it breaks: return False, and tokens are decoded on
+    GPUs without CUDA graphs.
+    """
+    return getattr(model, "_can_compile_fullgraph", False)
+
+
 def causal_classes() -> set[str]:
     """Return the names of all causal language models and of their base models.
 

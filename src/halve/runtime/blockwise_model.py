@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from halve._compat.torch import buffer_slots, parameter_slots
 from halve.checkpoint import Checkpoint
+from halve.devices import auto_device
 from halve.errors import (
     HalveError,
     NumericalError,
@@ -55,13 +56,13 @@ def loaded_dtype(stored: torch.dtype, widen: bool) -> torch.dtype:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return a device by name; `auto` is CUDA if it is available, and else the CPU.
+    """Return a device by name; see `halve.devices` for `auto`.
 
     Raises:
         HalveError: The device is unknown or cannot be used on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(auto_device())
     if name.partition(":")[0] not in _DEVICES:
         raise HalveError(
             f"{name!r} is not a device that Halve supports.",

@@ -1,4 +1,6 @@
-"""What makes a generated token cheaper on the CPU, beside the products with weights.
+"""What makes a generated token cheaper, beside the products with weights.
+
+On a GPU that is a CUDA graph (`halve.runtime.cuda.decode`). The rest is for the CPU.
 
 For every family whose attention transformers lets others provide: attention of one
 token by Halve's kernel, and a cache that is not copied. For Llama and its like also the
@@ -26,6 +28,8 @@ from halve._compat.transformers import (
 from halve.runtime.cpu.attention import ATTENTION, PLAIN
 from halve.runtime.cpu.kernels import kernels
 from halve.runtime.cpu.step import UnsupportedLayerError
+from halve.runtime.cuda import decode as cuda_decode
+from halve.runtime.default_cache import makes_default_cache
 from halve.runtime.growing_cache import GrowingCache
 from halve.runtime.llama_step import LlamaStep
 
@@ -35,7 +39,7 @@ _HARMLESS = ("use_cache", "return_dict", "logits_to_keep", "past_key_values")
 
 
 def prepare(model: Any) -> str | None:  # noqa: ANN401
-    """Let a model decode by Halve's kernels, as far as they support it.
+    """Let a model decode by Halve's kernels or by CUDA graphs, as far as possible.
 
     Args:
         model: A transformers model, in evaluation mode. Its attention function
@@ -44,6 +48,8 @@ def prepare(model: Any) -> str | None:  # noqa: ANN401
     Returns:
         Why the model decodes as before, or None.
     """
+    if model.device.type == "cuda":
+        return cuda_decode.prepare(model)
     reason = _obstacle(model)
     if reason is None:
         model.set_attn_implementation(ATTENTION)
@@ -105,7 +111,7 @@ def _with_steps(plain: type) -> type:
 
     @wraps(plain.generate)  # type: ignore[attr-defined]
     def generate_with_cache(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if _makes_default_cache(self, kwargs):
+        if makes_default_cache(self, kwargs):
             kwargs["past_key_values"] = new_cache(self)
         return plain.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -115,18 +121,6 @@ def _with_steps(plain: type) -> type:
         "_plain_forward": forward,
     }
     return type(plain.__name__, (plain,), members | {"__module__": plain.__module__})
-
-
-def _makes_default_cache(model: Any, kwargs: dict[str, Any]) -> bool:  # noqa: ANN401
-    """Whether `generate` would make a cache of its own, of the default kind."""
-    configs = kwargs.get("generation_config"), model.generation_config
-    asked = kwargs.get("past_key_values"), kwargs.get("cache_implementation")
-    return (
-        asked == (None, None)
-        and kwargs.get("use_cache") is not False
-        and all(c is None or c.use_cache is not False for c in configs)
-        and all(c is None or c.cache_implementation is None for c in configs)
-    )
 
 
 def _step_for(

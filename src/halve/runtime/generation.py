@@ -15,6 +15,7 @@ from halve.runtime import decode
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.cpu.quantized_linear import set_activations
 from halve.runtime.cpu.quantized_operators import activation_mode
+from halve.runtime.cuda import decode as cuda_decode
 from halve.untrusted import truncated
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -115,13 +116,23 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(loaded.device)
     _check_context(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     decode.prepare(loaded)
-    ids = loaded.generate(
+    ids = _continue(loaded, inputs, max_new_tokens)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def _continue(model: Any, inputs: Any, max_new_tokens: int) -> Tensor:  # noqa: ANN401
+    """Return a prompt and its greedy continuation, [1, length]."""
+    if cuda_decode.has_greedy_loop(model):
+        end = model.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [] if end is None else [end]
+        ids = inputs["input_ids"]
+        return cuda_decode.continue_greedily(model, ids, max_new_tokens, ends)
+    return model.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def _with_plain_decoding(model: Any) -> Any:  # noqa: ANN401
@@ -164,6 +175,10 @@ def sample_windows(
     Each begins with a random token, and the rest is sampled from the model's full
     distribution at temperature 1.
 
+    The text is sampled on the CPU, whatever device prunes: a GPU has another generator
+    and rounds otherwise, and would sample another text from the same seed. No other
+    generator of the process is seeded or advanced.
+
     Cost:
         Memory for the whole model.
 
@@ -176,13 +191,14 @@ def sample_windows(
     first = torch.randint(vocabulary, (samples, 1), generator=generator)
     parts = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Unlike `torch.manual_seed`, which seeds the generators of all GPUs as well.
+        torch.default_generator.manual_seed(seed)
         for batch in first.split(32):
-            parts.append(_continue(model, batch, length))
+            parts.append(_sample(model, batch, length))
     return torch.cat(parts)
 
 
-def _continue(model: Any, first: Tensor, length: int) -> Tensor:  # noqa: ANN401
+def _sample(model: Any, first: Tensor, length: int) -> Tensor:  # noqa: ANN401
     return model.generate(
         first,
         attention_mask=torch.ones_like(first),
