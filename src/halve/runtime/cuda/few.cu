@@ -21,6 +21,9 @@ typedef unsigned long long uint64_t;
 #ifndef HALF
 #define HALF 0
 #endif
+#ifndef ACCUMULATORS
+#define ACCUMULATORS 1
+#endif
 #ifndef MAX_WARPS
 #define MAX_WARPS 16
 #endif
@@ -55,10 +58,12 @@ DEVICE uint32_t shift_wrap(uint32_t low, uint32_t high, uint32_t by) {
 }
 extern __shared__ uint4 shared_memory_[];
 DEVICE uint8_t *shared_memory() { return (uint8_t *)shared_memory_; }
-DEVICE void copy_async(void *to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+// Copy 16 bytes to shared memory in the background; predicated, without a branch.
+DEVICE void copy_async_if(bool condition, void *to, const void *from) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; "
+               "@p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(
                    (uint32_t)__cvta_generic_to_shared(to)),
-               "l"(from));
+               "l"(from), "r"((uint32_t)condition));
 }
 DEVICE void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> DEVICE void wait() {
@@ -107,49 +112,58 @@ struct Matrix {
   const uint16_t *values;   // [kept + slack]
   const uint64_t *mask;     // [rows, words]
   const uint16_t *starts;   // [rows, words]: values of the row before each word
-  const uint64_t *offsets;  // [rows + 1]
-  int rows, words;
+  const uint32_t *offsets;  // [rows + 1]: values before each row, every `offset_stride`
+  int offset_stride, rows, words;
 };
 
-// What a lane knows of a row of a tile before its values are there.
+// What a lane loads of a row before its values: nothing is done with it until they are
+// asked for, a turn later, so that no warp waits for memory.
 struct Row {
-  uint64_t word;         // word t
-  uint32_t start;        // values of the row before it
-  uint32_t offset, end;  // values of the matrix before the row, and up to the tile's end
+  uint64_t word;    // word t of the tile
+  uint32_t start;   // values of the row before it
+  uint32_t offset;  // values of the matrix before the row
+  uint32_t last;    // values of the row up to the tile's end; of the matrix, in the last tile
 };
 
-// What it needs to decode the row: word t, and the offset of its first value.
+// What it needs to decode the row: word t, and the offset of its first value in shared
+// memory.
 struct Place {
   uint64_t word;
   uint32_t at;
 };
 
 DEVICE Row read_row(const Matrix &w, int row, int first, int t) {
-  Row found = {0, 0, 0, 0};
-  if (row >= w.rows) return found;
+  row = row < w.rows ? row : w.rows - 1;
+  const int word = first + t < w.words ? first + t : w.words - 1;
   const long long at = (long long)row * w.words;
-  if (first + t < w.words) {
-    found.word = load(w.mask + at + first + t);
-    found.start = load(w.starts + at + first + t);
-  }
-  found.offset = (uint32_t)load(w.offsets + row);
-  found.end = first + WORDS < w.words ? found.offset + load(w.starts + at + first + WORDS)
-                                      : (uint32_t)load(w.offsets + row + 1);
+  const uint32_t *offset = w.offsets + (long long)row * w.offset_stride;
+  Row found;
+  found.word = load(w.mask + at + word);
+  found.start = load(w.starts + at + word);
+  found.offset = load(offset);
+  if (first + WORDS < w.words)
+    found.last = load(w.starts + at + first + WORDS);
+  else
+    found.last = load(offset + w.offset_stride);
   return found;
 }
 
 // Start to copy the values of a row to shared memory; returns where they will be.
-DEVICE Place fetch(const Matrix &w, const Row &row, uint32_t to, int lane) {
+DEVICE Place fetch(const Matrix &w, const Row &row, bool exists, int first, uint32_t to,
+                   int pitch, int lane) {
   const int t = lane & 3;
   const uint32_t start = shuffle(row.start, lane & ~3);  // of the tile
-  const uint32_t begin = row.offset + start, skew = 2 * begin & 15;
-  const uint32_t pieces = (skew + 2 * (row.end - begin) + 15) >> 4;  // of 16 bytes
-  const uint8_t *from = (const uint8_t *)w.values + (2ull * begin - skew);
+  const uint32_t begin = row.offset + start;
+  const uint32_t end = first + WORDS < w.words ? row.offset + row.last : row.last;
+  const uint32_t skew = 2 * begin & 15, size = skew + 2 * (end - begin);
+  const uint8_t *from = (const uint8_t *)w.values + (2ull * begin - skew) + 16 * t;
+  uint8_t *target = shared_memory() + to + 16 * t;
 #pragma unroll
-  for (uint32_t k = 0; k < 5; ++k)
-    if (t + 4 * k < pieces) copy_async(shared_memory() + to + 16 * (t + 4 * k), from + 16 * (t + 4 * k));
-  for (uint32_t i = t + 20; i < pieces; i += 4) copy_async(shared_memory() + to + 16 * i, from + 16 * i);
-  return {row.word, to + skew + 2 * (row.start - start)};
+  for (int k = 0; k < 320; k += 64) copy_async_if(16 * t + k < size, target + k, from + k);
+  for (int k = 320; k < pitch; k += 64)
+    copy_async_if(16 * t + k < size, target + k, from + k);
+  const uint64_t word = exists && first + t < w.words ? row.word : 0;
+  return {word, to + skew + 2 * (row.start - start)};
 }
 
 // Table by 4 bits of the mask: selectors of `permute` for columns 0, 1 and, in the upper
@@ -191,6 +205,9 @@ typedef uint32_t Inputs[WORDS][4][N_TILES][2];  // of each word, step of 16 colu
 DEVICE void multiply(const Place &place_a, const Place &place_b, const Inputs &x,
                      float (&sums)[N_TILES][4], uint32_t table, int lane) {
   const int t = lane & 3, quad = lane & ~3;
+#if ACCUMULATORS == 2
+  float more[N_TILES][4] = {};
+#endif
 #pragma unroll
   for (int word = 0; word < WORDS; ++word) {
     const int from = quad | word;
@@ -209,6 +226,9 @@ DEVICE void multiply(const Place &place_a, const Place &place_b, const Inputs &x
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n) {
           const uint32_t *inputs = x[word][2 * half + step][n];
+#if ACCUMULATORS == 2
+          if (step) mma(more[n], weights, inputs[0], inputs[1]); else
+#endif
           mma(sums[n], weights, inputs[0], inputs[1]);
         }
       }
@@ -216,6 +236,10 @@ DEVICE void multiply(const Place &place_a, const Place &place_b, const Inputs &x
       at_b += 2 * popcount(b);
     }
   }
+#if ACCUMULATORS == 2
+  for (int n = 0; n < N_TILES; ++n)
+    for (int i = 0; i < 4; ++i) sums[n][i] += more[n][i];
+#endif
 }
 
 DEVICE void read_inputs(Inputs &x, const uint16_t *from, int samples, int columns,
@@ -250,18 +274,25 @@ DEVICE void store(const float (&sums)[N_TILES][4], float *shared, const uint16_t
 #pragma unroll
   for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      own[(g + 8 * (i >> 1)) * SAMPLES + 8 * n + 2 * t + (i & 1)] = sums[n][i];
+    for (int half = 0; half < 2; ++half)
+      *(float2 *)(own + (g + 8 * half) * SAMPLES + 8 * n + 2 * t) =
+          float2{sums[n][2 * half], sums[n][2 * half + 1]};
   sync_block();
   if (warp_id() != adding) return;
   float total[SIZE / 32] = {};
-#pragma unroll 4
+  constexpr int EACH = SIZE / 32;  // neighbouring numbers of a lane
+#pragma unroll 8
   for (int warp = 0; warp < warps; ++warp)
 #pragma unroll
-    for (int i = 0; i < SIZE / 32; ++i) total[i] += shared[warp * SIZE + 32 * i + lane];
+    for (int i = 0; i < EACH; i += 4) {
+      const float4 four = *(const float4 *)(shared + warp * SIZE + lane * EACH + i);
+      total[i] += four.x, total[i + 1] += four.y;
+      total[i + 2] += four.z, total[i + 3] += four.w;
+    }
 #pragma unroll
-  for (int i = 0; i < SIZE / 32; ++i) {
-    const int row = tile * ROWS + (32 * i + lane) / SAMPLES, sample = lane % SAMPLES;
+  for (int i = 0; i < EACH; ++i) {
+    const int row = tile * ROWS + (lane * EACH + i) / SAMPLES;
+    const int sample = (lane * EACH + i) % SAMPLES;
     if (row >= w.rows || sample >= samples) continue;
     const long long place = (long long)sample * w.rows + row;
     if (parts)
@@ -280,52 +311,51 @@ extern "C"
     void
 #endif
         halve_few(const uint16_t *values, const uint64_t *mask, const uint16_t *starts,
-                  const uint64_t *offsets, int rows, int words, int pitch,
-                  const uint16_t *x, const uint16_t *bias, uint16_t *y, float *parts,
-                  int samples, int columns) {
-  const Matrix w = {values, mask, starts, offsets, rows, words};
+                  const uint32_t *offsets, int offset_stride, int rows, int words,
+                  int pitch, const uint16_t *x, const uint16_t *bias, uint16_t *y,
+                  float *parts, int samples, int columns) {
+  const Matrix w = {values, mask, starts, offsets, offset_stride, rows, words};
   const int lane = lane_id(), warps = threads() >> 5, g = lane >> 2, t = lane & 3;
   const int chunk = block_y() * warps + warp_id(), first = chunk * WORDS;
   const int tiles = (rows + ROWS - 1) / ROWS, next = blocks_x();
   const bool works = first < words;  // else it waits for the sums only
-  const uint32_t table = 0, stage_size = ROWS * pitch;
+  const uint32_t stage_size = ROWS * pitch;
   float *buffers = (float *)(shared_memory() + 64);
   const int buffer_size = warps * ROWS * SAMPLES;
-  const uint32_t stages = table + 64 + STAGES * 4 * buffer_size +
-                          (STAGES * warp_id() * ROWS + g) * pitch;
+  const uint32_t stages =
+      64 + 8 * buffer_size + (STAGES * warp_id() * ROWS + g) * pitch;
   if (thread_id() < 16) ((uint32_t *)shared_memory())[thread_id()] = selectors(thread_id());
   Inputs inputs;
   read_inputs(inputs, x, samples, columns, chunk, lane);
-  int tile = block_x();
-  Row row_a = {0, 0, 0, 0}, row_b = {0, 0, 0, 0};
-  Place a = {0, 0}, b = {0, 0};
-  if (works && tile < tiles) {
-    a = fetch(w, read_row(w, tile * ROWS + g, first, t), stages, lane);
-    b = fetch(w, read_row(w, tile * ROWS + g + 8, first, t), stages + 8 * pitch, lane);
+  int tile = block_x(), row = tile * ROWS + g;
+  Row row_a = {}, row_b = {};
+  Place a = {}, b = {};
+  if (works) {
+    row_a = read_row(w, row, first, t);
+    row_b = read_row(w, row + 8, first, t);
+    a = fetch(w, row_a, row < rows, first, stages, pitch, lane);
+    b = fetch(w, row_b, row + 8 < rows, first, stages + 8 * pitch, pitch, lane);
+    row_a = read_row(w, row + next * ROWS, first, t);
+    row_b = read_row(w, row + next * ROWS + 8, first, t);
   }
   commit();
   sync_block();
-  if (works && tile + next < tiles) {
-    row_a = read_row(w, (tile + next) * ROWS + g, first, t);
-    row_b = read_row(w, (tile + next) * ROWS + g + 8, first, t);
-  }
   int adding = 0;
   for (int turn = 0; tile < tiles; tile += next, turn ^= 1) {
-    Place next_a = {0, 0}, next_b = {0, 0};
-    if (works && tile + next < tiles) {
+    Place next_a = {}, next_b = {};
+    row += next * ROWS;
+    if (works) {
       const uint32_t stage = stages + (turn ^ 1) * stage_size;
-      next_a = fetch(w, row_a, stage, lane);
-      next_b = fetch(w, row_b, stage + 8 * pitch, lane);
+      next_a = fetch(w, row_a, row < rows, first, stage, pitch, lane);
+      next_b = fetch(w, row_b, row + 8 < rows, first, stage + 8 * pitch, pitch, lane);
+      row_a = read_row(w, row + next * ROWS, first, t);
+      row_b = read_row(w, row + next * ROWS + 8, first, t);
     }
     commit();
-    if (works && tile + 2 * next < tiles) {
-      row_a = read_row(w, (tile + 2 * next) * ROWS + g, first, t);
-      row_b = read_row(w, (tile + 2 * next) * ROWS + g + 8, first, t);
-    }
     wait<1>();
     sync_warp();
     float sums[N_TILES][4] = {};
-    if (works) multiply(a, b, inputs, sums, table, lane);
+    if (works) multiply(a, b, inputs, sums, 0, lane);
     // Two buffers in turn, so that one barrier is enough.
     store(sums, buffers + turn * buffer_size, bias, y, parts, w, samples, tile, adding);
     adding = adding + 1 < warps ? adding + 1 : 0;

@@ -30,20 +30,25 @@ class NvrtcError(HalveError):
 class Kernel:
     """A function of a loaded module."""
 
-    def __init__(self, function: ctypes.c_void_p, shared_memory: int) -> None:
-        self._function, self._shared_memory = function, shared_memory
+    def __init__(self, function: ctypes.c_void_p) -> None:
+        self._function = function
 
     def launch(
-        self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument]
+        self,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[Argument],
+        shared_memory: int = 0,
     ) -> None:
-        """Launch the kernel on the current stream.
+        """Launch the kernel on the current stream of the current device.
 
         Args:
             grid: Blocks along x and y.
             threads: Threads in a block.
             arguments: In the order of the kernel's parameters.
+            shared_memory: Bytes of dynamic shared memory of a block.
         """
-        values = [_c_value(argument) for argument in arguments]
+        values = [c_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(
             *(ctypes.addressof(value) for value in values)
         )
@@ -51,24 +56,25 @@ class Kernel:
         _check_driver(
             _driver().cuLaunchKernel(
                 *(self._function, *grid, 1, threads, 1, 1),
-                *(self._shared_memory, stream, pointers, None),
+                *(shared_memory, stream, pointers, None),
             )
         )
 
 
-def _c_value(argument: Argument) -> ctypes.c_void_p | ctypes.c_int:
+def c_value(argument: Argument) -> ctypes.c_void_p | ctypes.c_int:
+    """Return an argument as C takes it."""
     if isinstance(argument, int):
         return ctypes.c_int(argument)
     return ctypes.c_void_p(None if argument is None else argument.data_ptr())
 
 
-def load_kernel(cubin: bytes, name: str, shared_memory: int = 0) -> Kernel:
+def load_kernel(cubin: bytes, name: str, most_shared_memory: int = 0) -> Kernel:
     """Load a kernel of compiled code on the current device.
 
     Args:
         cubin: What `compile_source` returned for this device's architecture.
         name: The kernel's name, declared `extern "C"`.
-        shared_memory: Bytes of dynamic shared memory of a block.
+        most_shared_memory: Bytes of dynamic shared memory that a block may have.
 
     Raises:
         NvrtcError: The driver does not take it.
@@ -80,9 +86,9 @@ def load_kernel(cubin: bytes, name: str, shared_memory: int = 0) -> Kernel:
         driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
     )
     _check_driver(
-        driver.cuFuncSetAttribute(function, _MAX_SHARED_MEMORY, shared_memory)
+        driver.cuFuncSetAttribute(function, _MAX_SHARED_MEMORY, most_shared_memory)
     )
-    return Kernel(function, shared_memory)
+    return Kernel(function)
 
 
 def compile_source(source: str, architecture: str, options: Sequence[str]) -> bytes:

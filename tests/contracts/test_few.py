@@ -1,0 +1,95 @@
+"""The CUDA C++ kernel for a few vectors, on a CPU that emulates a GPU."""
+
+import ctypes
+import shutil
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+from halve.formats.bitmask import pack
+from halve.runtime.cuda import few
+from halve.runtime.cuda.nvrtc import Argument, c_value
+from halve.runtime.cuda.side_index import with_slack, word_starts
+
+EMULATOR = Path(__file__).parents[1] / "emulator"
+LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# Rows, columns, vectors, share that is stored, multiprocessors.
+PRODUCTS = [
+    (16, 256, 8, 0.5, 1),  # one tile
+    (50, 700, 3, 0.5, 2),  # ragged tiles, several for each block
+    (33, 1000, 16, 0.5, 1),
+    (70, 64, 1, 0.5, 2),
+    (5, 70, 2, 0.9, 1),
+    (40, 530, 5, 0.02, 3),
+    (20, 520, 9, 1.0, 1),
+    (1, 2, 1, 1.0, 1),
+]
+
+
+class EmulatedKernel:
+    """A kernel that runs on the CPU, in the place of one of a GPU."""
+
+    def __init__(self, function) -> None:
+        self._function = function
+
+    def launch(
+        self,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: list[Argument],
+        shared_memory: int = 0,
+    ) -> None:
+        self._function(*grid, threads, *map(c_value, arguments))
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """Return a function that compiles the kernels for the emulator, once each."""
+    if not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("emulator")
+
+    def kernels(_, dtype, n_tiles):
+        library = folder / f"few{n_tiles}{dtype}.so"
+        if not library.exists():
+            source = str(files("halve.runtime.cuda"))
+            flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+            flags += ["-Wno-unknown-pragmas", f"-I{source}", f"-DN_TILES={n_tiles}"]
+            flags += [f"-DHALF={int(dtype == torch.float16)}"]
+            command = ["c++", *flags, "-o", library, EMULATOR / "few.cpp"]
+            subprocess.run(command, check=True, capture_output=True)
+        loaded = ctypes.CDLL(str(library))
+        return EmulatedKernel(loaded.run_few), EmulatedKernel(loaded.run_few_sum)
+
+    return kernels
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("warps", [1, 2, 20], ids="most {} warps".format)
+def test_a_product_is_that_of_the_dense_matrix(
+    product, dtype, warps, build, monkeypatch
+):
+    rows, columns, batch, kept, multiprocessors = product
+    monkeypatch.setattr(few, "_kernels", build)
+    monkeypatch.setattr(few, "_gpu", lambda device: (multiprocessors, 227 * 1024))
+    monkeypatch.setattr(few, "MAX_WARPS", {1: warps, 2: warps})
+    torch.manual_seed(0)
+    weight = torch.randn(rows, columns).masked_fill(torch.rand(rows, columns) > kept, 0)
+    if rows > 2:
+        weight[1], weight[2] = 0, torch.randn(columns)
+    weight = weight.to(dtype)
+    packed = pack(weight)
+    starts = word_starts(packed.mask)
+    most = few.most_in_tile(starts, packed.offsets)
+    values = with_slack(packed.values)
+    assert few.can_multiply(values, columns, most)
+    x, bias = torch.randn(batch, columns).to(dtype), torch.randn(rows).to(dtype)
+    y = torch.full((batch, rows), torch.nan, dtype=dtype)
+    parts = (values, packed.mask, packed.offsets, starts)
+    few.multiply_few(x, parts, most, bias, y)
+    wanted = x.double() @ weight.double().T + bias.double()
+    assert (y.double() - wanted).norm() <= LIMITS[dtype] * wanted.norm()
