@@ -15,6 +15,7 @@ from torch import Tensor
 
 from halve.numerics.compensated_sum import CompensatedSum, Reduce, no_reduce
 from halve.numerics.matmul import linear
+from halve.numerics.precision import FULL_PRECISION, matmul_precision
 
 # Tiles along a side of a Gram matrix: few, so that products are large, but enough for
 # the triangle to save nearly half of the operations.
@@ -22,6 +23,9 @@ _TILES = 4
 # Bounds on the rows and columns of a tile. Smaller products cost more than the triangle
 # saves; the elementwise work on larger tiles does not fit the cache.
 _MIN_TILE, MAX_TILE = 128, 512
+# The same bound on CUDA, where a product must be large to occupy all multiprocessors,
+# and the elementwise work is one kernel whatever the size.
+CUDA_MAX_TILE = 4096
 # Bytes of a number in float32.
 _FLOAT = 4
 
@@ -33,6 +37,11 @@ def adding_nbytes(columns: int) -> int:
     of its shape. The tiles of a `GramMatrix` are smaller.
     """
     return 3 * _FLOAT * columns * min(columns, MAX_TILE)
+
+
+def max_tile(device: torch.device) -> int:
+    """Return the rows of the largest tile, or strip, that is added to a sum at once."""
+    return CUDA_MAX_TILE if device.type == "cuda" else MAX_TILE
 
 
 class Statistic(ABC):
@@ -108,14 +117,18 @@ class GramMatrix(Statistic):
     stores the rounding errors of the upper one (the `low` part of its compensated
     sums). Takes columns^2 floats, and up to columns * min(columns / 4, 512) more for
     the rounding errors of the tiles on the diagonal, which have no mirror image.
+
+    On CUDA the tiles are larger (4096 instead of 512), and those to the right of one on
+    the diagonal are one product, of at most 4096 rows: fewer and larger kernels.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         size = max(-(-columns // _TILES), _MIN_TILE)
-        size = min(size, MAX_TILE, max(columns, 1))
+        size = min(size, max_tile(device), max(columns, 1))
         self._matrix = torch.zeros(columns, columns, device=device)
         self._starts = range(0, columns, size)
         self._low = torch.zeros(columns, size, device=device)
+        self._joins_tiles = max_tile(device) > MAX_TILE
 
     @staticmethod
     def nbytes(columns: int, running: bool) -> int:
@@ -135,23 +148,33 @@ class GramMatrix(Statistic):
 
     def _tiles(self) -> Iterator[tuple[slice, slice, CompensatedSum]]:
         """Yield rows, columns and sum of each tile of the upper triangle."""
-        size = self._starts.step
-        slices = [slice(start, start + size) for start in self._starts]
-        for index, rows in enumerate(slices):
+        for start in self._starts:
+            rows = slice(start, start + self._starts.step)
             # On the diagonal the rounding errors are in a separate tensor.
             square = self._matrix[rows, rows]
             yield rows, rows, CompensatedSum(square, self._low[rows, : len(square)])
-            for columns in slices[index + 1 :]:
+            for columns in self._right_of(rows.stop):
                 # Elsewhere they are in the mirror image of the tile, transposed.
                 upper, lower = self._matrix[rows, columns], self._matrix[columns, rows]
                 yield rows, columns, CompensatedSum(upper, lower.T)
 
+    def _right_of(self, first: int) -> list[slice]:
+        """Return the columns of the tiles from a column on."""
+        size, columns = self._starts.step, self._starts.stop
+        if first >= columns:
+            return []
+        if self._joins_tiles:
+            return [slice(first, columns)]
+        return [slice(start, start + size) for start in range(first, columns, size)]
+
     def add(self, inputs: Tensor) -> None:
         """Add X^T X of X = `inputs`, [tokens, columns]."""
         assert self._starts or not inputs.shape[1], "the sums are finished"
-        for rows, columns, tile in self._tiles():
-            # (X^T X)[rows, columns] = X[:, rows]^T X[:, columns].
-            tile.add(inputs[:, rows].T @ inputs[:, columns])
+        # The passes that yield the inputs may compute with less.
+        with matmul_precision(FULL_PRECISION, inputs.device):
+            for rows, columns, tile in self._tiles():
+                # (X^T X)[rows, columns] = X[:, rows]^T X[:, columns].
+                tile.add(inputs[:, rows].T @ inputs[:, columns])
 
     def finish(self, reduce: Reduce = no_reduce) -> None:
         """Complete the upper triangle, and mirror it into the lower one."""
@@ -232,17 +255,19 @@ class CrossGram:
 
     def _strips(self) -> Iterator[tuple[slice, CompensatedSum]]:
         """Yield slices of rows, and the sum of each."""
-        for start in range(0, len(self._sum.high), MAX_TILE):
-            rows = slice(start, start + MAX_TILE)
+        size = max_tile(self._sum.high.device)
+        for start in range(0, len(self._sum.high), size):
+            rows = slice(start, start + size)
             yield rows, CompensatedSum(self._sum.high[rows], self._sum.low[rows])
 
     def add(self, inputs: Tensor, dense: Tensor) -> None:
         """Add one batch of X (`inputs`) and X_dense, each [tokens, columns]."""
         change = dense - inputs
-        # (X_dense - X)^T, [columns, tokens], or W (X_dense - X)^T, [rows, tokens].
-        left = change.T if self._joined is None else linear(self._joined, change)
-        for rows, strip in self._strips():
-            strip.add(left[rows] @ inputs)
+        with matmul_precision(FULL_PRECISION, inputs.device):
+            # (X_dense - X)^T, [columns, tokens], or W (X_dense - X)^T, [rows, tokens].
+            left = change.T if self._joined is None else linear(self._joined, change)
+            for rows, strip in self._strips():
+                strip.add(left[rows] @ inputs)
 
     def finish(self, reduce: Reduce = no_reduce) -> None:
         """Complete the sum, as `Statistic.finish` does."""

@@ -41,6 +41,7 @@ QUANTIZE_CHOICES = ("int8", "int4", "int3", "int2")
 HEAD_CHOICES = ("auto", "none", "int8", "int4")
 ACTIVATION_CHOICES = ("int16", "int8")
 ALLOCATION_CHOICES = ("uniform", "error")
+PRECISION_CHOICES = ("highest", "high")
 
 # Solvers that correct their targets by default, because it lowers their error. The
 # others follow their papers, which do not.
@@ -254,6 +255,18 @@ class PruneOptions:
             "model then has floor(weights * sparsity) zeros, exactly.",
         ),
     ] = "uniform"
+    matmul_precision: Annotated[
+        str,
+        Option(
+            "Precision of products in passes through the blocks, on CUDA: highest is "
+            "float32; high is TF32, which is several times faster.",
+            RESOURCES,
+            choices=PRECISION_CHOICES,
+            details="TF32 rounds the factors to 11 significant bits, as float16 does. "
+            "Gram matrices, solvers and gradients are computed in float32 in any case. "
+            "Refused on the CPU, where it would change nothing.",
+        ),
+    ] = "highest"
 
     @property
     def pairs(self) -> "list[tuple[Pattern, QuantScheme | None]]":
@@ -320,6 +333,7 @@ class PruneOptions:
         self._check_choice("solver", SOLVER_CHOICES)
         self._check_choice("allocation", ALLOCATION_CHOICES)
         self._check_choice("quantize_head", HEAD_CHOICES)
+        self._check_choice("matmul_precision", PRECISION_CHOICES)
         for name in ("samples", "block_size", "seq_len", "epochs"):
             self._check_positive(name)
         self._check_grid_options()
@@ -626,6 +640,7 @@ class PruneKeywords(RunKeywords, total=False):
     quantize_head: str
     target_bits: float | None
     allocation: str
+    matmul_precision: str
 
 
 class EvalKeywords(TypedDict, total=False):

@@ -1,6 +1,8 @@
 """Calibration statistics, compensated sums and the matrix products they use."""
 
 import math
+import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,14 +10,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.pytorch_utils import Conv1D
 
+from halve import calibration_stats
 from halve.calibration_stats import ColumnNorms, CrossGram, GramMatrix
-from halve.numerics import matmul
+from halve.errors import HalveWarning
+from halve.numerics import compensated_sum, matmul
 from halve.numerics.compensated_sum import CompensatedSum, no_reduce
+from halve.numerics.finite import finite_flag, is_finite
 from halve.numerics.matmul import FastMatmul, linear
+from halve.numerics.precision import matmul_precision
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# Triton reads it when a kernel is defined: kernels then run on tensors of the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed"
+)
 
 
+@pytest.fixture(params=["tiles of the CPU", "tiles of CUDA"])
+def tiles(request, monkeypatch):
+    """Sum as on each device, on tensors of the CPU."""
+    if request.param == "tiles of CUDA":
+        largest = calibration_stats.CUDA_MAX_TILE
+        monkeypatch.setattr(calibration_stats, "max_tile", lambda device: largest)
+
+
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("columns", [1, 2, 5, 6, 7, 64, 97, 600])
 def test_gram_is_the_product_of_all_inputs(columns):
     batches = [torch.randn(tokens, columns) for tokens in (1, 33, 128)]
@@ -43,6 +63,7 @@ def test_gram_is_near_to_float64_for_nearly_equal_inputs():
     assert float(error.max()) < 1e-5
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("columns", [3, 200, 600])
 def test_sums_do_not_depend_on_which_process_adds_which_batch(columns):
     """One process with all batches, two with every second one, and another order."""
@@ -87,6 +108,119 @@ def test_a_sum_is_as_precise_as_one_in_float64_and_rounded_once(terms):
     total = compensated.high.double() + compensated.low
     assert float((total - expected).abs().max()) <= 2**-44 * len(terms) * size
     assert torch.equal(compensated.total(), total.float())
+
+
+def sums_in_a_square(rows, columns):
+    """Return empty sums whose rounding errors are in the mirror image, as in Grams."""
+    square = torch.zeros(rows + columns, rows + columns)
+    return CompensatedSum(square[:rows, rows:], square[rows:, :rows].T)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (64, 64), (130, 200), (3, 500)])
+@pytest.mark.parametrize("make", [sums_in_a_square, CompensatedSum.zeros])
+def test_the_kernel_adds_the_same_bits(shape, make, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-20, 20, (6, *shape), generator=generator)
+    batches = torch.randn(6, *shape, generator=generator) * 2.0**exponents
+    batches[2, 0, 0] = -0.0
+    device = {} if make is sums_in_a_square else {"device": CPU}
+    plain, fused = make(*shape, **device), make(*shape, **device)
+    for terms in batches:
+        plain.add(terms.clone())
+    monkeypatch.setattr(compensated_sum, "has_triton", lambda device: True)
+    compensated_sum._fused.cache_clear()
+    try:
+        for terms in batches:
+            fused.add(terms.T.contiguous().T if terms is batches[1] else terms.clone())
+    finally:
+        compensated_sum._fused.cache_clear()
+    for one, other in ((plain.high, fused.high), (plain.low, fused.low)):
+        assert torch.equal(one, other)
+        assert torch.equal(one.signbit(), other.signbit())
+
+
+@needs_triton
+def test_without_a_compiler_torch_adds_with_one_warning(monkeypatch):
+    from halve.numerics import two_sum_kernel  # noqa: PLC0415
+
+    def fail(*tensors):
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(two_sum_kernel, "add_two_sum", fail)
+    monkeypatch.setattr(compensated_sum, "has_triton", lambda device: True)
+    compensated_sum._fused.cache_clear()
+    sums = CompensatedSum.zeros(2, 3, device=CPU)
+    try:
+        with pytest.warns(HalveWarning, match="no C compiler") as said:
+            for _ in range(3):
+                sums.add(torch.ones(2, 3))
+    finally:
+        compensated_sum._fused.cache_clear()
+    assert len(said) == 1
+    assert torch.equal(sums.total(), torch.full((2, 3), 3.0))
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_without_a_gpu(capability):
+    """With neither spills nor a fused multiplication, which would change bits."""
+    import triton  # noqa: PLC0415
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    from halve.numerics import two_sum_kernel  # noqa: PLC0415
+
+    function = getattr(two_sum_kernel._two_sum, "fn", two_sum_kernel._two_sum)
+    kernel = triton.JITFunction(function)
+    constants = {"high_column": 1, "low_row": 1, "terms_column": 1, "SIDE": 64}
+    types = {"high": "*fp32", "low": "*fp32", "terms": "*fp32"}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert "fma" not in compiled.asm["ptx"]
+    assert ".local" not in compiled.asm["ptx"]
+
+
+def test_a_flag_is_what_is_finite_tells():
+    for bad in (0.0, float("nan"), float("inf"), float("-inf")):
+        tensor = torch.zeros(3, 4)
+        tensor[1, 2] = bad
+        flag = finite_flag(tensor)
+        assert flag.shape == ()
+        assert flag.dtype == torch.bool
+        assert bool(flag) == is_finite(tensor) == (bad == 0.0)
+    assert bool(finite_flag(torch.empty(0)))
+
+
+def test_statistics_are_in_full_precision_within_passes_that_are_not(monkeypatch):
+    """The setting of the process is restored, also within a pass and after errors."""
+    used = []
+    real = CompensatedSum.add
+
+    def add(self, terms):
+        used.append(torch.get_float32_matmul_precision())
+        real(self, terms)
+
+    monkeypatch.setattr(CompensatedSum, "add", add)
+    monkeypatch.setattr(
+        calibration_stats,
+        "matmul_precision",
+        lambda name, device: matmul_precision(name, CUDA),
+    )
+    inputs = torch.randn(4, 6)
+    with pytest.raises(ZeroDivisionError), matmul_precision("high", CUDA):
+        GramMatrix(6, CPU).add(inputs)
+        CrossGram([torch.randn(2, 6)]).add(inputs, inputs)
+        assert torch.get_float32_matmul_precision() == "high"
+        _ = 1 / 0
+    assert set(used) == {"highest"}
+    assert torch.get_float32_matmul_precision() == "highest"
+    with matmul_precision("high", CPU):
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_column_norms_are_the_diagonal_of_the_gram_matrix():
@@ -157,3 +291,24 @@ def test_models_compute_the_same_within_fast_matmul():
             computed = layer(inputs), torch.addmm(bias, left, right)
     for actual, reference in zip(computed, expected, strict=True):
         assert torch.allclose(actual, reference, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_with_fewer_key_heads_is_fused(is_causal, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 5, 8, generator=generator)
+    key, value = torch.randn(2, 2, 2, 5, 8, generator=generator)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(query, key, value, is_causal=is_causal, enable_gqa=True)
+    monkeypatch.setattr(matmul, "_keeps_scores", lambda query: True)
+    asked = []
+
+    def watched(query, key, value, **options):
+        asked.append((key.shape[1], options["enable_gqa"]))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(matmul.functional, "scaled_dot_product_attention", watched)
+    with FastMatmul():
+        found = attend(query, key, value, is_causal=is_causal, enable_gqa=True)
+    assert asked == [(6, False)]
+    assert torch.allclose(found, expected, atol=1e-6)

@@ -52,7 +52,8 @@ def warned(call) -> list[str]:
 def test_a_smaller_batch_is_used_with_a_warning(row, prune, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(BlockwiseModel, "batch_tokens", 64)
-        patch.setattr(BlockwiseModel.__init__, "__defaults__", (64,))
+        defaults: Any = BlockwiseModel.__init__.__defaults__
+        patch.setattr(BlockwiseModel.__init__, "__defaults__", (64, *defaults[1:]))
         expected = digests(prune(row, "small"))
     with monkeypatch.context() as patch:
         exhausted_by(patch, 2)

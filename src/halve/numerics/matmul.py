@@ -127,8 +127,42 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor: 
     return linear(left, right.T, bias)
 
 
+def _keeps_scores(query: Tensor) -> bool:
+    """Whether torch's attention with fewer key heads than heads keeps all its scores.
+
+    Its fused kernels for CUDA take either float32 or such heads, but not both.
+    """
+    return query.device.type == "cuda" and query.dtype == torch.float32
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,  # noqa: ANN401
+    **kwargs: Any,  # noqa: ANN401
+) -> Tensor:
+    """Replace torch's attention by that of repeated key heads, which is fused.
+
+    Args:
+        query: [batch, heads, length, width].
+        key: [batch, key heads, length, width]; key heads divide heads.
+        value: As `key`.
+        args: As torch's function takes them.
+        kwargs: As torch's function takes them.
+    """
+    if kwargs.get("enable_gqa") and _keeps_scores(query):
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(times, dim=-3) for x in (key, value))
+        kwargs["enable_gqa"] = False
+    return functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+
+
 class FastMatmul(TorchFunctionMode):
-    """Compute the linear layers of any model by `linear` within this context."""
+    """Compute the products of any model by the fastest float32 code in this context.
+
+    Linear layers are computed by `linear`, and attention by a fused kernel.
+    """
 
     def __torch_function__(
         self,
@@ -137,7 +171,7 @@ class FastMatmul(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Replace the two functions by which models multiply; call others as usual."""
+        """Replace the functions by which models multiply; call others as usual."""
         replacement = _REPLACEMENTS.get(func, func)
         return replacement(*args, **(kwargs or {}))
 
@@ -145,4 +179,5 @@ class FastMatmul(TorchFunctionMode):
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     _torch_linear: linear,
     torch.addmm: _addmm,
+    functional.scaled_dot_product_attention: _attention,
 }

@@ -1,7 +1,9 @@
 """The loop over the blocks of a plan: prune each one, or replay what is committed.
 
 A block is committed before the next one starts, so an interrupted run loses at most one
-block. What precedes the loop is in `run`, what happens within a block in `prune_block`.
+block. On a GPU it is committed while the next one is pruned, so a process that is
+killed loses at most two. What precedes the loop is in `run`, what happens within a
+block in `prune_block`.
 """
 
 from dataclasses import replace
@@ -10,8 +12,11 @@ from torch import Tensor
 
 from halve.checkpoint import Workspace, parse_note
 from halve.layout import PlannedBlock
+from halve.numerics.precision import FULL_PRECISION, matmul_precision
+from halve.patterns import Patterns
 from halve.pruning.allocate.exact_counts import check_total
 from halve.pruning.block_options import BlockOptions
+from halve.pruning.commit_queue import CommitQueue
 from halve.pruning.observe.block_state import BlockState, Streams
 from halve.pruning.prune_block import install, prune_block
 from halve.pruning.run import (
@@ -19,6 +24,9 @@ from halve.pruning.run import (
     block_options,
     block_patterns,
     choose_allocation,
+    overlaps_files,
+    reading_ahead,
+    sized_for_gpu,
     start_streams,
 )
 from halve.pruning.write import write_block, write_outside_blocks
@@ -39,17 +47,14 @@ def prune_blocks(
         Records of all blocks (empty on ranks other than 0), and of the allocation;
         None where all blocks are pruned alike.
     """
-    allocation = choose_allocation(run, windows)
-    streams = None if windows is None else start_streams(run, windows)
-    if run.output.workspace is not None:
-        write_outside_blocks(run.plan, run.model, run.output.workspace)
-    options = block_options(run)
-    every = block_patterns(run.plan, allocation)
-    for planned, patterns in zip(run.plan.layout.blocks, every, strict=True):
-        if planned.shard in run.output.done:
-            _replay(run, streams, planned)
-        else:
-            _prune(run, streams, planned, replace(options, patterns=patterns))
+    run, device = sized_for_gpu(run), run.model.device
+    # Passes may compute with less; nothing else does, whatever the caller has set.
+    with matmul_precision(FULL_PRECISION, device), reading_ahead(run) as run:
+        allocation = choose_allocation(run, windows)
+        streams = None if windows is None else start_streams(run, windows)
+        if run.output.workspace is not None:
+            write_outside_blocks(run.plan, run.model, run.output.workspace)
+        _prune_all(run, streams, block_patterns(run.plan, allocation))
     if run.output.workspace is None:
         return (), allocation
     records = _records(run, run.output.workspace)
@@ -58,19 +63,38 @@ def prune_blocks(
     return records, allocation
 
 
+def _prune_all(run: Run, streams: Streams | None, every: list[Patterns]) -> None:
+    """Prune or replay all blocks, each to the patterns of its matrices."""
+    options = block_options(run)
+    with CommitQueue(overlaps_files(run)) as commits:
+        for planned, patterns in zip(run.plan.layout.blocks, every, strict=True):
+            if planned.shard in run.output.done:
+                _replay(run, streams, planned)
+            else:
+                own = replace(options, patterns=patterns)
+                _prune(run, streams, planned, own, commits)
+
+
 def _prune(
-    run: Run, streams: Streams | None, planned: PlannedBlock, options: BlockOptions
+    run: Run,
+    streams: Streams | None,
+    planned: PlannedBlock,
+    options: BlockOptions,
+    commits: CommitQueue,
 ) -> None:
     """Prune a block, carry the streams through it, and commit its shard."""
 
     def report(phase: str) -> None:
+        commits.check()  # a full disk ends the run here, not a block later
         run.progress.report(planned.index, phase)
 
     run.progress.start_block(planned.index)
     pruned = prune_block(run.model, streams, planned, replace(options, report=report))
     report("writing")
-    if run.output.workspace is not None:
-        write_block(run.plan, run.model, run.output.workspace, planned, pruned)
+    if (workspace := run.output.workspace) is not None:
+        commits.submit(
+            lambda: write_block(run.plan, run.model, workspace, planned, pruned)
+        )
 
 
 def _replay(run: Run, streams: Streams | None, planned: PlannedBlock) -> None:

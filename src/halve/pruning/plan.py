@@ -16,8 +16,10 @@ from halve.models import (
     build_meta_model,
     expected_tensors,
 )
+from halve.numerics.precision import FULL_PRECISION
 from halve.options import PruneOptions
 from halve.patterns import parse_pattern
+from halve.runtime.blockwise_model import choose_device
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def make_plan(
             divide the width of a matrix.
     """
     options.check()
+    _check_precision(options)
     meta_model = build_meta_model(model, trust_remote_code)
     by_config = not needs_weights and has_no_weights(model)
     checkpoint = _expected(model, meta_model) if by_config else Checkpoint.open(model)
@@ -104,6 +107,19 @@ def _with_length(options: PruneOptions, meta_model: MetaModel) -> PruneOptions:
     length = options.seq_len or meta_model.default_length
     meta_model.check_length(length)
     return replace(options, seq_len=length)
+
+
+def _check_precision(options: PruneOptions) -> None:
+    """Raise HalveError if a precision for CUDA is asked for on another device."""
+    if options.matmul_precision == FULL_PRECISION:
+        return
+    if choose_device(options.device).type != "cuda":
+        raise HalveError(
+            f"matmul_precision is {options.matmul_precision!r}, which changes products "
+            "on CUDA only, but the run is on the CPU.",
+            f"Leave matmul_precision at {FULL_PRECISION} (--matmul-precision), or set "
+            "device to cuda (--device).",
+        )
 
 
 def _check_pattern(blocks: tuple[PlannedBlock, ...], options: PruneOptions) -> None:

@@ -172,9 +172,15 @@ def _run(
         memory_plan = plan_memory(plan, *limits, ranks.local_size)
         depth = len(plan.layout.blocks)
         progress = ProgressReporter(run_options.progress, depth)
-        return prune_blocks(Run(plan, model, output, memory_plan, progress), windows)
+        overlaps = run_options.memory is None
+        run = Run(plan, model, output, memory_plan, progress, overlaps)
+        return prune_blocks(run, windows)
 
-    model = replace(model, batch_tokens=output.decision(_BATCH).get("tokens", default))
+    model = replace(
+        model,
+        batch_tokens=output.decision(_BATCH).get("tokens", default),
+        matmul_precision=plan.options.matmul_precision,
+    )
     if ranks.size > 1:
         return attempt(model)
     return with_smaller_batches(model, length, attempt)

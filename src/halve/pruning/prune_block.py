@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class PrunedBlock:
     Attributes:
         tensors: Checkpoint name -> tensor, for all that has changed, in the
             checkpoint's dtype.
-        selected_by_tensor: The solution that was selected for each matrix.
+        selected_by_tensor: The solution that was selected for each matrix, without its
+            weights.
         error: ||Y - Y'|| / ||Y|| of the outputs of the first batch; None without
             calibration text.
         refined: Errors before and after tuning; None where the block was not tuned.
@@ -68,9 +69,19 @@ def prune_block(
         options.report("propagating")
         error = state.advance(before)
         tensors = dict(_stored(state, model))
-    return PrunedBlock(
-        tensors, selected_by_tensor, error, refined, time.perf_counter() - started
-    )
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)  # until the copies have arrived
+        selected = {n: _without_weight(s) for n, s in selected_by_tensor.items()}
+    return PrunedBlock(tensors, selected, error, refined, time.perf_counter() - started)
+
+
+def _without_weight(selected: Selected) -> Selected:
+    """Return a selection without its weights, which are the block's.
+
+    They would keep the block in memory, a GPU's, until it is committed.
+    """
+    weight = selected.solution.weight.new_empty(0)
+    return replace(selected, solution=replace(selected.solution, weight=weight))
 
 
 def _refine(
@@ -83,11 +94,17 @@ def _refine(
 
 
 def _stored(state: BlockState, model: BlockwiseModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that have changed in a block, in the checkpoint's dtype."""
+    """Yield the tensors that have changed in a block, in the checkpoint's dtype.
+
+    Where the host has memory to spare, those of a GPU are still being copied to
+    page-locked memory when they are yielded.
+    """
+    spares = model.read_ahead is not None
     for path in sorted(state.changed):
         tensor = model.tensors[f"{state.planned.name}.{path}"]
         dtype = model.checkpoint.tensors[tensor].dtype
-        yield tensor, state.block.get_parameter(path).data.to(dtype).cpu()
+        value = state.block.get_parameter(path).data.to(dtype)
+        yield tensor, value.to("cpu", non_blocking=spares)
 
 
 def install(

@@ -1,6 +1,8 @@
 """The parts of a run, and what precedes its loop: allocation, embedding, options."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from halve.pruning.allocate.exact_counts import exact_patterns
 from halve.pruning.allocate.search import AllocationSearch
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.distributed.output import RankZeroOutput
+from halve.pruning.memory.forecast import forecast_run
 from halve.pruning.memory.limit import MemoryPlan
 from halve.pruning.observe.block_state import Streams
 from halve.pruning.plan import Plan
@@ -18,7 +21,15 @@ from halve.pruning.select.candidates import candidates
 from halve.pruning.tune.block_reconstruction import TuneOptions
 from halve.records import AllocationRecord
 from halve.runtime.blockwise_model import BlockwiseModel
+from halve.runtime.memory_left import free_host_nbytes, gpu_nbytes
+from halve.runtime.read_ahead import ReadAhead
 from halve.runtime.stream import Stream
+
+# One in so many parts of a GPU's memory is left free for fragments.
+_GPU_MARGIN = 10
+# Blocks that the host's memory must have room for where files are overlapped. torch
+# allocates page-locked memory in powers of two, so some count twice.
+_BLOCKS_ON_HOST = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,8 @@ class Run:
         output: Where shards are committed and read back.
         memory_plan: What may stay in memory.
         progress: Receives every phase.
+        overlaps: Whether files may be read and written in threads while a GPU computes,
+            which takes the host's memory of a few blocks. Changes no result.
     """
 
     plan: Plan
@@ -38,11 +51,60 @@ class Run:
     output: RankZeroOutput
     memory_plan: MemoryPlan
     progress: ProgressReporter
+    overlaps: bool = False
 
     @property
     def budget(self) -> int:
         """Bytes in memory allowed for each stream, and for all cached inputs."""
         return self.memory_plan.activations // self.plan.options.activation_parts
+
+
+def sized_for_gpu(run: Run) -> Run:
+    """Return the run with a model that leaves free what a GPU needs for a block.
+
+    Hidden states stay on the GPU only where they leave room for the largest phase of a
+    block, of which the forecast counts small batches, for one large batch, and for a
+    tenth of the GPU's memory, which fragments take.
+    """
+    model = run.model
+    if model.reserve is None:  # on the CPU, or after its memory was exhausted
+        return run
+    phases = forecast_run(run.plan).phases
+    reserve = (
+        max(phase.bytes for phase in phases)
+        + model.batch_nbytes(model.batch_tokens)
+        + gpu_nbytes(model.device) // _GPU_MARGIN
+    )
+    return replace(run, model=replace(model, reserve=reserve))
+
+
+@contextmanager
+def reading_ahead(run: Run) -> Iterator[Run]:
+    """Let the run's model read the next block in a thread, where that helps.
+
+    Yields:
+        The run with such a model, or, where files are not overlapped, the run itself.
+    """
+    if not overlaps_files(run):
+        yield run
+        return
+    ahead = ReadAhead(run.model.checkpoint.read, run.model.device)
+    try:
+        yield replace(run, model=replace(run.model, read_ahead=ahead))
+    finally:
+        ahead.close()
+
+
+def overlaps_files(run: Run) -> bool:
+    """Whether files are read and written in threads while blocks are pruned.
+
+    That is on a GPU, where the host has nothing else to do and memory to spare: for
+    the next block, as it is read and page-locked; and for the last one, page-locked,
+    serialised, and read back.
+    """
+    if not run.overlaps or run.model.device.type != "cuda":
+        return False
+    return free_host_nbytes() >= _BLOCKS_ON_HOST * run.model.block_nbytes()
 
 
 def choose_allocation(run: Run, windows: Tensor | None) -> AllocationRecord | None:

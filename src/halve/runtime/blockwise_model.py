@@ -7,7 +7,7 @@ whatever the dtype of the checkpoint.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,11 +30,55 @@ from halve.models import (
 )
 from halve.numerics.finite import is_finite
 from halve.numerics.matmul import HALF_DTYPES
+from halve.numerics.precision import FULL_PRECISION
+from halve.runtime.memory_left import gpu_nbytes
+from halve.runtime.read_ahead import ReadAhead
 
 _DEVICES = ("cpu", "cuda")
 # Tokens in a batch: enough to keep the cores busy, few enough for the widest
-# activations.
-BATCH_TOKENS = 1024
+# activations. On CUDA more, which occupy all multiprocessors, and for which the weights
+# are read and the sums written less often.
+BATCH_TOKENS, CUDA_BATCH_TOKENS = 1024, 16384
+# Activations of a batch may take one in so many parts of a GPU's memory.
+_ACTIVATION_PARTS = 4
+
+
+def max_batch_tokens(device: torch.device) -> int:
+    """Return the tokens in a batch where the memory of the device does not limit it."""
+    return CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
+
+
+def batch_tokens_within(memory: int, token_nbytes: int) -> int:
+    """Return the tokens in a batch on a GPU.
+
+    Args:
+        memory: Bytes of memory that the GPU has.
+        token_nbytes: Bytes of the activations of one token.
+
+    Returns:
+        The largest of 16384, 8192, 4096, 2048 and 1024 whose activations take a quarter
+        of the memory or less; 1024 if none does.
+    """
+    tokens = CUDA_BATCH_TOKENS
+    while tokens > BATCH_TOKENS and tokens * token_nbytes > memory // _ACTIVATION_PARTS:
+        tokens //= 2
+    return tokens
+
+
+def activation_nbytes(tokens: int, width: int, inner: int) -> int:
+    """Return the bytes of activations while a batch runs through a block.
+
+    Eight tensors are counted that are as wide as hidden states, such as the stream
+    before and after the block, the output of a norm, queries, keys, values and the
+    output of the attention; and three of the inner width: the inner activations of the
+    feed-forward network before and after its function, or attention scores.
+
+    Args:
+        tokens: Tokens in the batch.
+        width: Width of hidden states.
+        inner: Numbers for each token in the widest activation within the block.
+    """
+    return 4 * tokens * (8 * width + 3 * inner)
 
 
 def windows_per_batch(length: int, batch_tokens: int = BATCH_TOKENS) -> int:
@@ -90,6 +134,11 @@ class BlockwiseModel:
         tensors: Parameter or buffer -> name of the tensor in the checkpoint.
         device: The device that blocks run on.
         batch_tokens: The number of tokens in a batch, unless one window has more.
+        matmul_precision: Of products in blocks on CUDA; see `matmul_precision`.
+        reserve: Bytes of a GPU's memory that stay free beside hidden states; None where
+            hidden states stay in the memory of the host.
+        read_ahead: Reads the tensors of the next block meanwhile; None to read them
+            when they are needed.
     """
 
     checkpoint: Checkpoint
@@ -97,6 +146,9 @@ class BlockwiseModel:
     tensors: dict[str, str]
     device: torch.device
     batch_tokens: int = BATCH_TOKENS
+    matmul_precision: str = FULL_PRECISION
+    reserve: int | None = None
+    read_ahead: ReadAhead | None = None
 
     @classmethod
     def open(
@@ -115,7 +167,15 @@ class BlockwiseModel:
         tensors = match_names(
             meta_model, [StoredTensor(i.name, i.shape, i.dtype) for i in infos]
         )
-        return cls(checkpoint, meta_model, tensors, choose_device(device))
+        model = cls(checkpoint, meta_model, tensors, choose_device(device))
+        return model._sized_for_gpu() if model.device.type == "cuda" else model
+
+    def _sized_for_gpu(self) -> "BlockwiseModel":
+        """Return the model with batches, and room for its blocks, as its GPU allows."""
+        tokens = batch_tokens_within(gpu_nbytes(self.device), self.batch_nbytes(1))
+        # Twice: what is not a plain linear layer is widened to float32.
+        reserve = 2 * self.block_nbytes() + self.batch_nbytes(tokens)
+        return replace(self, batch_tokens=tokens, reserve=reserve)
 
     @property
     def depth(self) -> int:
@@ -125,6 +185,27 @@ class BlockwiseModel:
     def batch(self, length: int) -> int:
         """Return how many windows of a length run through it at once."""
         return windows_per_batch(length, self.batch_tokens)
+
+    def batch_nbytes(self, tokens: int) -> int:
+        """Return about how many bytes the activations of a batch take in a block."""
+        config = self.meta_model.config.get_text_config()
+        sides = (p.shape[-2:] for p in self.meta_model.blocks.parameters())
+        widest = max((max(shape, default=0) for shape in sides), default=0)
+        scores = self.meta_model.scored_heads * self.meta_model.default_length
+        return activation_nbytes(tokens, config.hidden_size, max(widest, scores))
+
+    def block_nbytes(self) -> int:
+        """Return the bytes of the largest block's tensors, as they are stored."""
+        return max(
+            sum(self.checkpoint.tensors[n].nbytes for n in self.block_tensors(index))
+            for index in range(self.depth)
+        )
+
+    def block_tensors(self, index: int) -> list[str]:
+        """Return the names in the checkpoint of a block's tensors, each once."""
+        prefix = self.block_name(index) + "."
+        names = (self.tensors[n] for n in self.tensors if n.startswith(prefix))
+        return list(dict.fromkeys(names))
 
     def block_name(self, index: int) -> str:
         """Return the name of a block, such as `model.layers.3`."""
@@ -157,8 +238,18 @@ class BlockwiseModel:
         prefix, block = self.block_name(index) + ".", self.meta_model.blocks[index]
         layers = [path for path, module in block.named_modules() if is_plain(module)]
         narrow = self._sources(f"{prefix}{path}.weight" for path in layers)
-        with self._filled((n for n in self.tensors if n.startswith(prefix)), narrow):
+        names = [name for name in self.tensors if name.startswith(prefix)]
+        with self._filled(names, self._read_block(index), narrow):
+            if self.read_ahead is not None and index + 1 < self.depth:
+                self.read_ahead.start(self.block_tensors(index + 1))
             yield block
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        """Return a block's tensors as they are stored, by their names there."""
+        names = self.block_tensors(index)
+        if self.read_ahead is None:
+            return self.checkpoint.read(names)
+        return self.read_ahead.take(names)
 
     @contextmanager
     def surroundings(self, with_head: bool) -> Iterator[None]:
@@ -177,9 +268,11 @@ class BlockwiseModel:
         embedding = self.meta_model.lookup_embedding
         looked_up = self._sources(self.meta_model.parameter_names(embedding))
         outside = [n for n in self.tensors if not n.startswith(blocks)]
+        names = [name for name in outside if name not in skipped]
         with (
             self._filled(
-                (name for name in outside if name not in skipped),
+                names,
+                self.checkpoint.read(dict.fromkeys(self.tensors[n] for n in names)),
                 # A tied head multiplies by the embedding, so it needs float32.
                 looked_up - self._sources(head) if with_head else looked_up,
             ),
@@ -197,17 +290,17 @@ class BlockwiseModel:
 
     @contextmanager
     def _filled(
-        self, names: Iterable[str], as_stored: Set[str] = frozenset()
+        self, names: list[str], stored: dict[str, Tensor], as_stored: Set[str]
     ) -> Iterator[None]:
         """Give parameters and buffers their values for the duration of the context.
 
         Args:
             names: The parameters and buffers.
+            stored: Their tensors, by their names in the checkpoint; emptied, so that
+                each is freed once it has been copied or converted.
             as_stored: Tensors of the checkpoint that keep their dtype if it has 16
                 bits; all others are converted to float32.
         """
-        names = list(names)
-        stored = self.checkpoint.read(dict.fromkeys(self.tensors[n] for n in names))
         values: dict[str, Tensor] = {}
         empty: dict[str, Tensor | None] = {}
         try:
@@ -225,7 +318,7 @@ class BlockwiseModel:
                 self._swap(name, placeholder)
 
     def _usable(self, name: str, tensor: Tensor, widen: bool) -> Tensor:
-        usable = tensor.to(self.device)
+        usable = tensor.to(self.device, non_blocking=True)  # where it is pinned
         usable = usable.to(loaded_dtype(usable.dtype, widen))
         self.check_finite(name, usable)
         return usable

@@ -60,4 +60,5 @@ def _with_half_the_batch(model: BlockwiseModel) -> BlockwiseModel:
         HalveWarning,
         stacklevel=3,
     )
-    return replace(model, batch_tokens=tokens)
+    # Hidden states leave the GPU as well: on the host they cost little time.
+    return replace(model, batch_tokens=tokens, reserve=None)

@@ -2,18 +2,26 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from halve.calibration import allocate_hidden
 from halve.distributed import SINGLE_PROCESS, Ranks
 from halve.errors import NumericalError
 from halve.models import CapturedCalls, capture_calls, run_tail
-from halve.numerics.finite import is_finite
+from halve.numerics.finite import finite_flag, is_finite
 from halve.numerics.matmul import FastMatmul
-from halve.runtime.blockwise_model import BATCH_TOKENS, BlockwiseModel
+from halve.numerics.precision import matmul_precision
+from halve.runtime.blockwise_model import (
+    BATCH_TOKENS,
+    BlockwiseModel,
+    activation_nbytes,
+    max_batch_tokens,
+    windows_per_batch,
+)
+from halve.runtime.hidden_states import SideCopies, copies_beside, place_hidden
 
 # The sample that is run to see which modules of a block are called, and with what.
 _FIRST = slice(0, 1)
@@ -35,8 +43,8 @@ class Stream:
         ranks: The processes of the run.
         numbers: The index of each window among those of all processes.
         all_held_out: The number of held-out windows of all processes.
-        hidden: Hidden states, [samples, length, width], float32, on the CPU;
-            overwritten by each block.
+        hidden: Hidden states, [samples, length, width], float32, on the CPU, or on the
+            GPU where they fit (`place_hidden`); overwritten by each block.
         captured: The calls of the blocks, by (size of batch, first sample). The first
             sample is None in the entry that serves all batches of that size; batches
             that are called differently have entries of their own.
@@ -52,6 +60,7 @@ class Stream:
     captured: dict[tuple[int, int | None], CapturedCalls] = field(
         init=False, default_factory=dict
     )
+    _copies: SideCopies | None = field(init=False, default=None)
 
     @staticmethod
     def nbytes(tokens: int, width: int) -> int:
@@ -60,19 +69,8 @@ class Stream:
 
     @staticmethod
     def batch_nbytes(tokens: int, width: int, inner: int) -> int:
-        """Return the bytes of activations while a batch runs through a block.
-
-        Eight tensors are counted that are as wide as hidden states, such as the stream
-        before and after the block, the output of a norm, queries, keys, values and the
-        output of the attention; and three of the inner width: the inner activations of
-        the feed-forward network before and after its function, or attention scores.
-
-        Args:
-            tokens: Tokens in the batch.
-            width: Width of hidden states.
-            inner: Numbers for each token in the widest activation within the block.
-        """
-        return 4 * tokens * (8 * width + 3 * inner)
+        """Return the bytes of activations of a batch; see `activation_nbytes`."""
+        return activation_nbytes(tokens, width, inner)
 
     @classmethod
     @torch.no_grad()
@@ -107,17 +105,18 @@ class Stream:
         windows = windows[numbers]
         stream = cls(model, windows, len(validation), ranks, numbers, held_out)
         # Batches of these sizes are run as well, and need captured calls.
-        steps = stream.steps() if ranks.size > 1 else ()
+        batches = list(stream.batches())
+        steps = [part for part in stream.steps() if part not in batches]
         with model.surroundings(with_head=False), FastMatmul():
-            for part in (_FIRST, *stream.batches(), *steps):
+            for part in (_FIRST, *batches, *steps):
                 ids = windows[part].to(model.device)
                 with model.running():
                     states, captured = capture_calls(model.meta_model, ids)
                 if part is _FIRST:
                     samples, length = windows.shape
                     shape = (samples, length, states.shape[-1])
-                    stream.hidden = allocate_hidden(shape, budget, folder)
-                stream.hidden[part] = states.cpu()
+                    stream.hidden = place_hidden(model, shape, budget, folder)
+                stream.hidden[part] = states
                 stream._remember(part, captured)
         return stream
 
@@ -125,7 +124,8 @@ class Stream:
         """Return a copy of the stream, which can be advanced independently."""
         twin = replace(self)
         samples, length, width = self.hidden.shape
-        twin.hidden = allocate_hidden((samples, length, width), budget, folder)
+        shape = (samples, length, width)
+        twin.hidden = place_hidden(self.model, shape, budget, folder)
         twin.hidden.copy_(self.hidden)
         twin.captured = self.captured
         return twin
@@ -139,9 +139,36 @@ class Stream:
         return self._slices(self.model.batch(self.windows.shape[1]))
 
     def steps(self) -> Iterator[slice]:
-        """Yield smaller slices, of which all processes together have one batch."""
-        batch = self.model.batch(self.windows.shape[1])
+        """Yield the slices of which each is a step of block reconstruction.
+
+        All processes together have a batch of at most 1024 tokens: on any device Adam
+        takes as many steps.
+        """
+        tokens = min(self.model.batch_tokens, BATCH_TOKENS)
+        batch = windows_per_batch(self.windows.shape[1], tokens)
         return self._slices(max(batch // self.ranks.size, 1))
+
+    def one_pass(self) -> Iterator[slice]:
+        """Yield the slices of `batches`, each of which is run at most once meanwhile.
+
+        Where hidden states are not on the GPU, those of the next batch are copied to it
+        while one is run.
+        """
+        parts = list(self.batches())
+        if not copies_beside(self.hidden, self.model.device):
+            yield from parts
+            return
+        largest = max(part.stop - part.start for part in parts)
+        self._copies = copies = SideCopies(self.hidden, self.model.device, largest)
+        try:
+            copies.start(parts[0])
+            for part, following in zip_longest(parts, parts[1:]):
+                if following is not None:
+                    copies.start(following)
+                yield part
+        finally:
+            copies.finish()
+            self._copies = None
 
     def _slices(self, size: int) -> Iterator[slice]:
         samples = len(self.windows)
@@ -177,8 +204,21 @@ class Stream:
         The output is differentiable if gradients are enabled.
         """
         call = self._calls(part).calls[index]
-        with FastMatmul(), self.model.running():
-            return call.replay(block, self.hidden[part].to(self.model.device))
+        precision = matmul_precision(self.model.matmul_precision, self.model.device)
+        with FastMatmul(), precision, self.model.running():
+            return call.replay(block, self._load(part))
+
+    def _load(self, part: slice) -> Tensor:
+        """Return the hidden states of a batch, on the device."""
+        loaded = None if self._copies is None else self._copies.take(part)
+        return self.hidden[part].to(self.model.device) if loaded is None else loaded
+
+    def _store(self, part: slice, states: Tensor) -> None:
+        """Replace the hidden states of a batch."""
+        if self._copies is None:
+            self.hidden[part] = states
+        else:
+            self._copies.put(part, states)
 
     @torch.no_grad()
     def advance(
@@ -197,18 +237,30 @@ class Stream:
         Raises:
             NumericalError: An output is not finite; the message names block and sample.
         """
-        for part in self.batches():
+        flags: list[Tensor] = []
+        for part in self.one_pass():
             states = self.run(block, index, part)
-            self._check_finite(states, index, part)
+            if checks_later(self.model.device):
+                flags.append(finite_flag(states))
+            elif not is_finite(states):
+                raise self._not_finite(states, index, part)
             if watch:
                 watch(part, states)
-            self.hidden[part] = states.cpu()
+            self._store(part, states)
+        self._check_flags(flags, index)
 
-    def _check_finite(self, states: Tensor, index: int, part: slice) -> None:
-        if is_finite(states):
+    def _check_flags(self, flags: list[Tensor], index: int) -> None:
+        """Check the flags of all batches of a pass, waiting for the device once."""
+        if not flags:
             return
+        are_finite = torch.stack(flags).tolist()
+        for part, finite in zip(self.batches(), are_finite, strict=True):
+            if not finite:
+                raise self._not_finite(self.hidden[part], index, part)
+
+    def _not_finite(self, states: Tensor, index: int, part: slice) -> NumericalError:
         bad = (~states.isfinite()).flatten(1).any(dim=1).nonzero()[0].item()
-        raise NumericalError(
+        return NumericalError(
             f"Block {self.model.block_name(index)} outputs NaN or infinity for sample "
             f"{self.numbers[part.start + int(bad)]}.",
             "Check the checkpoint and the text; a model that overflows in float32 "
@@ -234,6 +286,15 @@ class Stream:
         captured = next(iter(self.captured.values()))
         with FastMatmul():
             return run_tail(self.model.meta_model, ids, hidden, captured)
+
+
+def checks_later(device: torch.device) -> bool:
+    """Whether results are checked at the end of a pass, and not batch by batch.
+
+    Each check waits for the device. A GPU would have nothing to do afterwards until the
+    next kernels are launched.
+    """
+    return device.type == "cuda"
 
 
 @torch.no_grad()
@@ -264,7 +325,8 @@ def held_out_logits(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Ten
 def _logits_batch(stream: Stream, vocabulary: int) -> int:
     """Return the number of windows whose logits are computed at once."""
     # Reduced as the batch is, when memory was exhausted.
-    fraction = stream.model.batch_tokens / BATCH_TOKENS
+    model = stream.model
+    fraction = model.batch_tokens / max_batch_tokens(model.device)
     window = vocabulary * stream.windows.shape[1]
     return max(int(_BATCH_LOGITS * fraction) // window, 1)
 

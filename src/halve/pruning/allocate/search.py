@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halve.calibration import allocate_hidden
 from halve.distributed import SINGLE_PROCESS, Ranks
 from halve.errors import NumericalError
 from halve.layout import PlannedBlock
@@ -30,6 +29,7 @@ from halve.pruning.prune_block import prune_block
 from halve.pruning.select.selection import Candidate
 from halve.records import AllocationRecord, TrialRecord
 from halve.runtime.blockwise_model import BlockwiseModel
+from halve.runtime.hidden_states import place_hidden
 from halve.runtime.stream import Stream, held_out_logits
 from halve.solvers import SparseGPT
 
@@ -171,14 +171,14 @@ class AllocationSearch:
         """Return the dense block's outputs for the held-out windows of a trial.
 
         Returns:
-            [samples, length, width], in memory or in a memory-mapped file.
+            [samples, length, width], on the GPU, in memory or in a memory-mapped file.
         """
         _, length, width = stream.hidden.shape
         shape = (stream.held_out, length, width)
-        outputs = allocate_hidden(shape, self._budget, self.folder)
+        outputs = place_hidden(self.model, shape, self._budget, self.folder)
         with self.model.block(planned.index) as block:
             for part, held_out in _held_out_batches(stream):
-                outputs[held_out] = stream.run(block, planned.index, part).cpu()
+                outputs[held_out] = stream.run(block, planned.index, part)
         return outputs
 
 
@@ -199,8 +199,9 @@ def _relative_error(dense: Tensor, stream: Stream) -> float:
     """
     error = energy = 0.0  # ||Y - Y'||^2 and ||Y||^2
     for part, held_out in _held_out_batches(stream):
-        error += float((stream.hidden[part] - dense[held_out]).square().sum())
-        energy += float(dense[held_out].square().sum())
+        before = dense[held_out].to(stream.hidden.device)
+        error += float((stream.hidden[part] - before).square().sum())
+        energy += float(before.square().sum())
     error, energy = stream.ranks.all_sum(error, energy)
     return (error / energy) ** 0.5 if energy else float(error > 0)
 

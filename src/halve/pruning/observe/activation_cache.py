@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from halve.calibration import allocate_hidden
 from halve.errors import UnsupportedModelError
 from halve.pruning.observe.block_state import BlockState, flat
 from halve.pruning.observe.input_groups import Group, hooks
+from halve.runtime.hidden_states import place_hidden
 from halve.runtime.stream import Stream
 
 
@@ -35,8 +35,8 @@ class ActivationCache:
     Attributes:
         block: Name of the block, for error messages.
         length: Tokens in a window.
-        places: Path of a group's leader -> its inputs, [calls, tokens, columns], in
-            memory or in a memory-mapped file.
+        places: Path of a group's leader -> its inputs, [calls, tokens, columns], on the
+            GPU, in memory or in a memory-mapped file (`place_hidden`).
     """
 
     block: str
@@ -66,8 +66,11 @@ class ActivationCache:
         """
         samples, length = stream.windows.shape
         places = {
-            group.leader: allocate_hidden(
-                (group.calls, samples * length, group.columns), budget, folder
+            group.leader: place_hidden(
+                stream.model,
+                (group.calls, samples * length, group.columns),
+                budget,
+                folder,
             )
             for group in groups
         }
@@ -91,7 +94,9 @@ class ActivationCache:
                 f"{len(place)} tokens.",
                 "Pass --no-sequential, and no --memory or a larger one.",
             )
-        place.copy_(inputs)
+        # Into page-locked memory in the order of the GPU's work. There is nobody who
+        # reads it on the CPU: it is copied back in the same order.
+        place.copy_(inputs, non_blocking=place.is_pinned())
 
     def inputs(self, path: str, call: int, part: slice) -> Tensor:
         """Return the inputs of one call in one batch, [tokens, columns]."""

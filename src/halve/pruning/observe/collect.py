@@ -6,19 +6,21 @@ stored, since every candidate is evaluated on them.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from halve.calibration_stats import CrossGram, Statistic
 from halve.distributed import Ranks
 from halve.errors import NumericalError
-from halve.numerics.finite import is_finite
+from halve.numerics.finite import finite_flag, is_finite
 from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.block_state import BlockState
 from halve.pruning.observe.held_out import HeldOut
 from halve.pruning.observe.input_groups import Group
+from halve.runtime.stream import checks_later
 
 
 @dataclass
@@ -30,12 +32,22 @@ class GroupInputs:
         statistic: Running summary of the inputs X in the pruned model.
         drift: Running sum of (X_dense - X)^T X; None where targets are not corrected.
         held_out: Inputs of held-out windows; empty where there are none.
+        flags: Whether held-out inputs are finite, scalars on their device; only where
+            they are not checked at once.
     """
 
     group: Group
     statistic: Statistic
     drift: CrossGram | None
     held_out: HeldOut = field(default_factory=HeldOut)
+    flags: list[Tensor] = field(default_factory=list)
+
+    def is_finite(self) -> bool:
+        """Whether all inputs are finite; waits for the device.
+
+        A sum that was not finite once never is again, so it is enough to look at last.
+        """
+        return self.statistic.is_finite() and all(map(bool, self.flags))
 
     def add(self, inputs: Tensor, dense: Tensor | None, is_held_out: bool) -> None:
         """Add one batch.
@@ -91,14 +103,36 @@ def collect(
         NumericalError: An input is not finite; names block, matrix and sample.
     """
     later = set() if deferred is None else deferred.places.keys()
-    collected = {
-        group.leader: _empty(state, group, kind, dense is not None)
-        for group in groups
-        if group.leader not in later
-    }
-    for part in state.stream.batches():
-        _Batch(state, part, collected, dense, deferred).run(groups)
-    return list(collected.values())
+
+    def one_pass(checks: bool) -> list[GroupInputs]:
+        collected = {
+            group.leader: _empty(state, group, kind, dense is not None)
+            for group in groups
+            if group.leader not in later
+        }
+        for part in state.stream.one_pass():
+            _Batch(state, part, collected, dense, deferred, checks).run(groups)
+        return list(collected.values())
+
+    return _checked(one_pass, state.stream.model.device)
+
+
+def _checked(
+    one_pass: Callable[[bool], list[GroupInputs]], device: torch.device
+) -> list[GroupInputs]:
+    """Return the results of a pass, checked batch by batch or at the end.
+
+    Args:
+        one_pass: Collects inputs; called with whether to check each batch at once.
+        device: The device that it waits for if it does.
+    """
+    if checks_later(device):
+        collected = one_pass(False)
+        if all(group_inputs.is_finite() for group_inputs in collected):
+            return collected
+        del collected  # freed before there are others
+    # With checks at once, which name the first sample that is not finite.
+    return one_pass(True)
 
 
 def accumulate_deferred(
@@ -111,13 +145,18 @@ def accumulate_deferred(
     Raises:
         NumericalError: An input is not finite; names block, matrix and sample.
     """
-    path = group.leader
-    group_inputs = _empty(state, group, kind, with_drift=False)
-    for part in state.stream.batches():
-        batch = _Batch(state, part, {path: group_inputs})
-        for call in range(group.calls):
-            inputs = deferred.inputs(path, call, part)
-            batch.add(path, inputs.to(state.stream.model.device))
+    path, device = group.leader, state.stream.model.device
+
+    def one_pass(checks: bool) -> list[GroupInputs]:
+        group_inputs = _empty(state, group, kind, with_drift=False)
+        for part in state.stream.batches():
+            batch = _Batch(state, part, {path: group_inputs}, checks=checks)
+            for call in range(group.calls):
+                inputs = deferred.inputs(path, call, part)
+                batch.add(path, inputs.to(device, non_blocking=True))
+        return [group_inputs]
+
+    (group_inputs,) = _checked(one_pass, device)
     del deferred.places[path]
     return group_inputs
 
@@ -143,6 +182,7 @@ class _Batch:
         collected: Path of a group's leader -> its sums.
         dense: Inputs in the dense model, if they are needed.
         deferred: Cache for groups that are not in `collected`.
+        checks: Whether inputs are checked at once; else `GroupInputs.is_finite` tells.
         calls: Path of a leader -> how often it was called in this batch.
     """
 
@@ -151,6 +191,7 @@ class _Batch:
     collected: dict[str, GroupInputs]
     dense: ActivationCache | None = None
     deferred: ActivationCache | None = None
+    checks: bool = True
     calls: Counter[str] = field(default_factory=Counter)
 
     def run(self, groups: list[Group]) -> None:
@@ -167,14 +208,18 @@ class _Batch:
             return
         dense = None
         if self.dense is not None:
-            dense = self.dense.inputs(path, call, self.part).to(inputs.device)
+            dense = self.dense.inputs(path, call, self.part)
+            dense = dense.to(inputs.device, non_blocking=True)
         self.add(path, inputs, dense)
 
     def add(self, path: str, inputs: Tensor, dense: Tensor | None = None) -> None:
-        """Add the inputs of one call, and check that they are finite."""
+        """Add the inputs of one call, and check that they are finite, now or later."""
         is_held_out = self.state.stream.is_held_out(self.part)
         group_inputs = self.collected[path]
         group_inputs.add(inputs, dense, is_held_out)
+        if not self.checks:
+            group_inputs.flags += [finite_flag(inputs)] if is_held_out else []
+            return
         # Of inputs that were summed the statistic is checked, which is smaller, and
         # finds squares that overflow, too.
         finite = (

@@ -1,0 +1,443 @@
+"""What is done otherwise on a GPU, done on the CPU: the same bytes, the same errors."""
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import halve
+from halve.checkpoint import Workspace
+from halve.errors import CheckpointError, HalveError, NumericalError, OutputError
+from halve.numerics.precision import matmul_precision
+from halve.pruning import loop, prune_block, run
+from halve.pruning.commit_queue import CommitQueue
+from halve.pruning.observe import collect
+from halve.runtime import blockwise_model, hidden_states, oom_backoff, stream
+from halve.runtime.blockwise_model import (
+    BlockwiseModel,
+    activation_nbytes,
+    batch_tokens_within,
+)
+from halve.runtime.hidden_states import SideCopies, pinned_nbytes, place_hidden
+from halve.runtime.read_ahead import ReadAhead
+from halve.runtime.stream import Stream
+from tests.integration.test_resume import STOPPED, digests
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# Many small batches, of which some are held out.
+OPTIONS: dict[str, Any] = {"samples": 40, "seq_len": 64, "device": "cpu"}
+ROWS = ("magnitude", "sparsegpt", "refined", "allocated")
+
+
+def check_later(patch):
+    for module in (stream, collect):
+        patch.setattr(module, "checks_later", lambda device: True)
+
+
+def copy_beside(patch):
+    patch.setattr(stream, "copies_beside", lambda hidden, device: True)
+
+
+def overlap_files(patch):
+    for module in (run, loop):
+        patch.setattr(module, "overlaps_files", lambda run: run.overlaps)
+
+
+WAYS = {
+    "checks at the end of a pass": check_later,
+    "hidden states copied beside the work": copy_beside,
+    "files read and written in threads": overlap_files,
+}
+
+
+@pytest.fixture
+def prune(pico, text, tmp_path):
+    def prune(row, name, family="llama", **options):
+        asked: dict[str, Any] = OPTIONS | {"calibration": str(text)} | STOPPED[row]
+        halve.prune(pico(family), tmp_path / name, **(asked | options))
+        return digests(tmp_path / name)
+
+    return prune
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_way_ends_in_the_same_bytes(row, prune, monkeypatch):
+    expected = prune(row, "expected")
+    for way, enable in WAYS.items():
+        with monkeypatch.context() as patch:
+            enable(patch)
+            assert prune(row, way) == expected, way
+    for enable in WAYS.values():
+        enable(monkeypatch)
+    assert prune(row, "together") == expected
+
+
+def spoil(patch, sample: int) -> None:
+    """Make the hidden states of one sample infinite before the first block."""
+    real = Stream.start.__func__  # pyright: ignore[reportFunctionMemberAccess]
+
+    def start(cls, *args):
+        started = real(cls, *args)
+        started.hidden[sample, 5, 0] = float("inf")
+        return started
+
+    patch.setattr(Stream, "start", classmethod(start))
+
+
+# Options, sample, and what is not finite: inputs that are summed or only held out, and
+# outputs of a block whose inputs nobody looks at.
+SPOILED = [
+    ({"solver": "sparsegpt"}, 17, "inputs of model.layers.0"),
+    ({"solver": "sparsegpt", "target_bits": 3.2, "group_size": 32}, 38, "inputs of"),
+    ({"solver": "magnitude", "refine": True}, 17, "Block model.layers.0 outputs NaN"),
+    ({"solver": "auto"}, 39, "Block model.layers.0 outputs NaN"),
+]
+
+
+@pytest.mark.parametrize(("options", "sample", "message"), SPOILED, ids=str)
+def test_the_same_sample_is_named(options, sample, message, prune, monkeypatch):
+    spoil(monkeypatch, sample)
+    said = []
+    for number, way in enumerate((None, check_later, copy_beside)):
+        if way is not None:
+            way(monkeypatch)
+        with pytest.raises(NumericalError) as error:
+            prune("magnitude", f"out-{number}", **options)
+        said.append(str(error.value))
+    assert said == [said[0]] * 3
+    assert message in said[0]
+    assert f"sample {sample}." in said[0]
+
+
+def opened(folder: Path, **changes) -> BlockwiseModel:
+    return replace(BlockwiseModel.open(folder, "cpu"), **changes)
+
+
+@pytest.mark.parametrize("tokens", [64, 128, 320])
+def test_a_pass_with_copies_beside_it_is_the_same(tokens, pico, monkeypatch):
+    """For one batch, and for several of which the last one is smaller."""
+    model = opened(pico("llama"), batch_tokens=tokens)
+    windows = torch.arange(5 * 64).remainder(100).view(5, 64)
+    streams = [Stream.start(model, windows, 2**30, held_out=1) for _ in range(2)]
+    with model.block(0) as block:
+        streams[0].advance(block, 0)
+        copy_beside(monkeypatch)
+        streams[1].advance(block, 0)
+    assert torch.equal(streams[0].hidden, streams[1].hidden)
+    assert streams[1]._copies is None
+
+
+def test_copies_beside_hold_two_batches(monkeypatch):
+    hidden = torch.arange(24.0).view(6, 2, 2)
+    copies = SideCopies(hidden.clone(), CPU, 2)
+    parts = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    copies.start(parts[0])
+    copies.start(parts[1])
+    for part, following in zip(parts, [parts[2], None, None], strict=True):
+        states = copies.take(part)
+        assert states is not None
+        assert torch.equal(states, hidden[part])
+        assert copies.take(part) is None
+        copies.put(part, -states)
+        if following is not None:
+            copies.start(following)
+    copies.finish()
+    assert torch.equal(copies._hidden[:5], -hidden[:5])
+    assert torch.equal(copies._hidden[5], hidden[5])
+
+
+def test_tuning_takes_as_many_steps_in_large_batches(pico):
+    windows = torch.zeros(40, 64, dtype=torch.int64)
+    small = Stream.start(opened(pico("llama")), windows, 2**30, held_out=4)
+    large = opened(pico("llama"), batch_tokens=blockwise_model.CUDA_BATCH_TOKENS)
+    stream_of_large = Stream.start(large, windows, 2**30, held_out=4)
+    assert list(stream_of_large.steps()) == list(small.steps()) == list(small.batches())
+    assert len(list(stream_of_large.batches())) == 2
+    with large.block(0) as block:
+        for part in stream_of_large.steps():
+            stream_of_large.run(block, 0, part)
+
+
+def test_large_batches_give_nearly_the_same_model(pico, text, tmp_path, monkeypatch):
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | STOPPED["refined"]
+    halve.prune(pico("llama"), tmp_path / "small", **options)
+    real = BlockwiseModel.open.__func__  # pyright: ignore[reportFunctionMemberAccess]
+
+    def open_with_large_batches(cls, *args):
+        return replace(real(cls, *args), batch_tokens=16384)
+
+    monkeypatch.setattr(BlockwiseModel, "open", classmethod(open_with_large_batches))
+    halve.prune(pico("llama"), tmp_path / "large", **options)
+    small, large = (
+        {
+            name: tensor == 0
+            for path in (tmp_path / folder).glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        for folder in ("small", "large")
+    )
+    same = [float((zeros == large[n]).double().mean()) for n, zeros in small.items()]
+    assert min(same) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("gib", "width", "inner", "tokens"),
+    [
+        (79, 12288, 49152, 16384),  # OPT-175B
+        (79, 12288, 96 * 2048, 4096),  # with all scores in memory
+        (24, 4096, 14336, 16384),  # Llama 8B
+        (8, 4096, 14336, 4096),
+        (1, 12288, 49152, 1024),
+    ],
+)
+def test_batches_fit_the_gpu(gib, width, inner, tokens):
+    token_nbytes = activation_nbytes(1, width, inner)
+    assert batch_tokens_within(gib * 2**30, token_nbytes) == tokens
+
+
+def test_hidden_states_go_where_they_fit(pico, monkeypatch):
+    """On the GPU if the reserve stays free, else page-locked within the budget."""
+    asked = []
+
+    def empty(shape, **options):
+        asked.append(options)
+        return torch.zeros(shape)
+
+    shape = (1, 10, 6)  # 240 bytes, for which 256 are page-locked
+    model = opened(pico("llama"), device=CUDA)
+    monkeypatch.setattr(hidden_states.torch, "empty", empty)
+    monkeypatch.setattr(hidden_states, "free_gpu_nbytes", lambda device: 1000)
+    for reserve, budget in ((760, 0), (761, 256), (None, 256)):
+        place_hidden(replace(model, reserve=reserve), shape, budget)
+    assert asked == [{"device": CUDA}, {"pin_memory": True}, {"pin_memory": True}]
+    monkeypatch.undo()
+    assert not place_hidden(replace(model, reserve=None), shape, 255).is_pinned()
+
+
+def test_page_locked_memory_is_allocated_in_powers_of_two():
+    sizes = {0: 1, 1: 1, 2: 2, 3: 4, 1024: 1024, 1025: 2048}
+    assert {size: pinned_nbytes(size) for size in sizes} == sizes
+
+
+def test_hidden_states_leave_a_gpu_whose_memory_was_exhausted(pico):
+    model = opened(pico("llama"), reserve=1)
+    with pytest.warns(halve.HalveWarning, match="retrying with 512 tokens"):
+        assert oom_backoff._with_half_the_batch(model).reserve is None
+
+
+def test_a_set_that_was_read_ahead_is_read_once():
+    read, threads = [], []
+
+    def load(names):
+        read.append(names)
+        threads.append(threading.current_thread().name)
+        return {name: torch.zeros(1) for name in names}
+
+    ahead = ReadAhead(load, CPU)
+    ahead.start(["b"])
+    ahead.start(["b"])
+    assert ahead.take(["a"]).keys() == {"a"}  # out of turn: the other one stays
+    assert ahead.take(["b"]).keys() == {"b"}
+    assert sorted(read) == [["a"], ["b"]]
+    assert threads[read.index(["b"])].startswith("halve-read-ahead")
+    ahead.start(["c"])
+    ahead.start(["d"])
+    assert ahead.take(["d"]).keys() == {"d"}
+    ahead.close()
+
+
+def test_blocks_are_read_ahead_in_order(pico):
+    model = opened(pico("llama"))
+    ahead = ReadAhead(model.checkpoint.read, CPU)
+    taken = []
+    real = ahead.take
+
+    def take(names):
+        taken.append(ahead._ahead is not None and ahead._ahead[0] == names)
+        return real(names)
+
+    ahead.take = take
+    for index in range(model.depth):
+        with replace(model, read_ahead=ahead).block(index) as block:
+            values = {n: p.clone() for n, p in block.named_parameters()}
+        with model.block(index) as block:
+            assert all(torch.equal(p, values[n]) for n, p in block.named_parameters())
+    assert taken == [False] + [True] * (model.depth - 1)
+    ahead.close()
+
+
+def test_an_error_of_reading_ahead_is_raised_where_the_block_is_loaded(
+    pico, text, tmp_path, monkeypatch
+):
+    """The first block is committed by then, and the next run goes on behind it."""
+    overlap_files(monkeypatch)
+    options: dict[str, Any] = OPTIONS | {
+        "calibration": str(text),
+        "solver": "sparsegpt",
+    }
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        real = ReadAhead._load
+
+        def load(self, names):
+            raise CheckpointError("It could not be read.", "Check the disk.")
+
+        patch.setattr(ReadAhead, "_load", load)
+        with pytest.raises(CheckpointError, match="could not be read"):
+            halve.prune(pico("llama"), out, **options)
+        patch.setattr(ReadAhead, "_load", real)
+    # Three shards hold what is outside the blocks; then there is the first block.
+    assert count_committed(out) == 4
+    phases = []
+    halve.prune(pico("llama"), out, progress=phases.append, **options)
+    assert [p.phase for p in phases if p.block == 0] == ["catching up"]
+    halve.prune(pico("llama"), tmp_path / "whole", **options)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def count_committed(out: Path) -> int:
+    ledger = out.parent / f"{out.name}.partial" / "ledger.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    return sum("file" in line for line in lines)
+
+
+def fail_commits(patch, count: int) -> None:
+    """Let the commit of that number fail, as on a full disk."""
+    calls = []
+    real = Workspace.commit
+
+    def commit(self, *args):
+        calls.append(args)
+        if len(calls) == count:
+            raise OutputError("It could not be written.", "Free some space.")
+        return real(self, *args)
+
+    patch.setattr(Workspace, "commit", commit)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])  # the last two are blocks
+def test_an_error_of_a_commit_ends_the_run_which_can_be_resumed(
+    count, pico, text, tmp_path, monkeypatch
+):
+    overlap_files(monkeypatch)
+    options: dict[str, Any] = OPTIONS | {
+        "calibration": str(text),
+        "solver": "sparsegpt",
+    }
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        fail_commits(patch, count)
+        with pytest.raises(OutputError, match="could not be written"):
+            halve.prune(pico("llama"), out, **options)
+    assert not out.exists()
+    assert count_committed(out) == count - 1
+    halve.prune(pico("llama"), out, **options)
+    halve.prune(pico("llama"), tmp_path / "whole", **options)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_commit_is_completed_when_the_run_is_stopped():
+    done, may_end = [], threading.Event()
+
+    def commit():
+        may_end.wait(10)
+        done.append(1)
+
+    with pytest.raises(KeyboardInterrupt), CommitQueue(in_thread=True) as commits:
+        commits.submit(commit)
+        commits.check()  # does not wait
+        assert not done
+        may_end.set()
+        raise KeyboardInterrupt
+    assert done == [1]
+
+
+def fail():
+    raise OutputError("The disk is full.", "Free some space.")
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_commits_fail_in_order(in_thread):
+    order = []
+    with (
+        pytest.raises(OutputError, match="is full"),
+        CommitQueue(in_thread) as commits,
+    ):
+        commits.submit(lambda: order.append(1))
+        commits.submit(fail)
+        commits.submit(lambda: order.append(2))
+    assert order == [1]
+
+
+def test_the_error_of_the_run_comes_first():
+    with pytest.raises(NumericalError), CommitQueue(in_thread=True) as commits:
+        commits.submit(fail)
+        raise NumericalError("It is NaN.", "Check it.")
+
+
+def test_nothing_overlaps_on_the_cpu_or_within_a_limit(pico, text, monkeypatch):
+    seen = []
+
+    class Seen(Exception):  # noqa: N818  (control flow, not an error)
+        pass
+
+    def watch(run):
+        seen.append((run.overlaps, run_overlaps(run)))
+        raise Seen
+
+    run_overlaps = run.overlaps_files
+    monkeypatch.setattr(run, "overlaps_files", watch)
+    for memory in (None, 2**40):
+        with pytest.raises(Seen):
+            halve.prune(
+                pico("llama"),
+                text.parent / "out-never-written",
+                calibration=str(text),
+                memory=memory,
+                **OPTIONS,
+            )
+    assert seen == [(True, False), (False, False)]
+
+
+def test_precision_is_lowered_in_blocks_alone(prune, monkeypatch):
+    """And recorded with the options that determine the output."""
+    within, outside = [], []
+    monkeypatch.setattr(
+        stream,
+        "matmul_precision",
+        lambda name, device: matmul_precision(name, CUDA),
+    )
+    real = Stream._load
+
+    def load(self, part):
+        within.append(torch.get_float32_matmul_precision())
+        return real(self, part)
+
+    monkeypatch.setattr(Stream, "_load", load)
+    real_solve = prune_block.solve_stage
+
+    def solve(*args):
+        outside.append(torch.get_float32_matmul_precision())
+        return real_solve(*args)
+
+    monkeypatch.setattr(prune_block, "solve_stage", solve)
+    monkeypatch.setattr("halve.pruning.plan._check_precision", lambda options: None)
+    prune("refined", "out", matmul_precision="high")
+    assert set(within) == {"high"}
+    assert set(outside) == {"highest"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_precision_that_would_do_nothing_is_refused(prune, tmp_path):
+    with pytest.raises(HalveError, match="--matmul-precision"):
+        prune("sparsegpt", "out", matmul_precision="high")
+    with pytest.raises(HalveError, match="highest, high"):
+        prune("sparsegpt", "out", matmul_precision="medium")
+    prune("magnitude", "out", matmul_precision="highest")
+    record = (tmp_path / "out" / "halve.json").read_text()
+    assert '"matmul_precision": "highest"' in record
