@@ -51,6 +51,7 @@ from halve.records import (
     PruneRecord,
     Verification,
 )
+from halve.runtime.blockwise_model import choose_device
 
 _Function = TypeVar("_Function", bound=Callable)
 _Options = TypeVar("_Options", PruneOptions, RunOptions, EvalOptions, BenchOptions)
@@ -345,8 +346,9 @@ def bench(
 ) -> BenchRecord:
     """Time a model dense in torch, dense in Halve's kernel, and packed.
 
-    The rounds of the three backends are interleaved, so that a change in the machine's
-    speed affects all of them. The counterpart of the model, packed or dense, is written
+    The rounds of the backends are interleaved, so that a change in the machine's speed
+    affects all of them. On a GPU there are two: Halve has no kernel for dense weights
+    there. The counterpart of the model, packed or dense, is written
     to a temporary folder.
 
     Args:
@@ -357,8 +359,8 @@ def bench(
 
     Returns:
         Tokens per second of every backend in every test, the bytes of weights that a
-        token reads, the machine's memory bandwidth, and the peak memory of loading and
-        running the model dense and packed.
+        token reads, the memory bandwidth of the machine or of its GPU, and the peak
+        memory of loading and running the model dense and packed.
 
     Raises:
         HalveError: Not exactly one model is named, or any other error that you can fix.
@@ -415,7 +417,8 @@ def _model(
         source = Path(folder) / "random"
         source.mkdir()
         options.progress(f"generating a random {family} {size}")
-        write_random_model(source, family, size, pattern)
+        device = str(choose_device(options.device))
+        write_random_model(source, family, size, pattern, device=device)
         name = f"random {family} {size}, {options.sparsity} zeros"
         if options.quantize is None:
             yield name, source

@@ -512,7 +512,7 @@ class BenchOptions:
     random_llama: Annotated[
         str | None,
         Option(
-            "Generate a random Llama of this size instead: 110m, 1.2b or 7b.",
+            "Generate a random Llama of this size instead: 110m, 1.2b, 7b or 8b.",
             MODEL,
             metavar="SIZE",
         ),
@@ -590,6 +590,7 @@ class BenchOptions:
             maximum=4 * (os.cpu_count() or 1),
         ),
     ] = None
+    device: Device = "auto"
     trust_remote_code: TrustRemoteCode = False
     progress: Callable[[str], None] = lambda step: None
 
@@ -668,5 +669,6 @@ class BenchKeywords(TypedDict, total=False):
     batches: tuple[int, ...]
     rounds: int
     threads: int | None
+    device: str
     trust_remote_code: bool
     progress: Callable[[str], None]

@@ -23,6 +23,8 @@ EXAMPLES = """
 `halve bench --random-llama 1.2b`
 
 `halve bench --random-opt 1.3b --sparsity 70% --tg 32 --rounds 3 --output json`
+
+`halve bench --random-llama 8b --device cuda`
 """
 
 
@@ -48,8 +50,9 @@ def command(
 ) -> None:
     """Time a model dense in torch, dense in Halve's kernel, and packed.
 
-    The rounds of the three are interleaved. All decode with the same cache and the same
-    attention. Halve's two also run Llama and its like in one call a token; torch's
+    The rounds are interleaved. All decode with the same cache and the same attention.
+    On a GPU (--device cuda) dense in torch and packed are timed, both as CUDA graphs.
+    On the CPU Halve's two also run Llama and its like in one call a token; torch's
     products are called by transformers. The table has means and standard
     deviations; the ratio is that of the medians. It also shows the bytes of weights
     that a token reads, the fraction of the memory bandwidth that this takes, and the
@@ -129,8 +132,20 @@ def _rows(record: "BenchRecord") -> "Iterator[tuple[str, ...]]":
 def _print_notes(record: "BenchRecord") -> None:
     from halve.cli.console import size
 
-    print(f"\n{record.cpu}: {record.bandwidth / 1e9:.1f} GB/s read from memory.")
+    bandwidth = f"{record.bandwidth / 1e9:.1f} GB/s"
+    if record.gpu:
+        print(f"\n{record.gpu}: {bandwidth} copied, reads and writes counted.")
+        decoding = {r.decoding for r in record.results if r.test.startswith("tg")}
+        if decoding:
+            print(f"Tokens were decoded by: {', '.join(sorted(decoding))}.")
+    else:
+        print(f"\n{record.cpu}: {bandwidth} read from memory.")
     for kind, footprint in record.footprints.items():
+        if footprint.gpu_loaded:
+            print(
+                f"GPU memory, {kind}: {size(footprint.gpu_loaded)} of weights, "
+                f"{size(footprint.gpu_peak)} at the peak."
+            )
         print(
             f"Peak memory, {kind}: {size(footprint.loaded)} loaded, "
             f"{size(footprint.run)} running, including {size(footprint.interpreter)} "

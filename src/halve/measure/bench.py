@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from halve._compat.triton import has_triton
 from halve.checkpoint import Checkpoint, TensorInfo
 from halve.errors import HalveError
 from halve.measure.footprint import footprint
+from halve.measure.gpu_speed import copy_bandwidth
 from halve.measure.speed import (
     HALVE_DENSE,
     PACKED,
@@ -22,6 +24,7 @@ from halve.measure.speed import (
 from halve.models import load_config, longest_sequence
 from halve.options import BenchOptions
 from halve.records import BenchRecord
+from halve.runtime.blockwise_model import choose_device
 from halve.runtime.cpu.kernels import TORCH as NO_KERNEL
 from halve.runtime.cpu.kernels import kernels
 
@@ -53,19 +56,19 @@ def run_bench(models: BenchModels, options: BenchOptions) -> BenchRecord:
         options: What to measure.
 
     Raises:
-        HalveError: Nothing is to be timed, or a test needs more tokens than the model
-            takes.
+        HalveError: Nothing is to be timed, a test needs more tokens than the model
+            takes, or packed and dense do not differ on this device.
 
     Cost:
         Memory for the model dense and packed at once.
     """
     cases = _cases(models, options)
+    device = choose_device(options.device)
     options.progress("measuring memory")
     footprints = {
-        "dense": footprint(models.dense, options.trust_remote_code),
-        "packed": footprint(models.packed, options.trust_remote_code),
+        kind: footprint(folder, options.trust_remote_code, str(device))
+        for kind, folder in (("dense", models.dense), ("packed", models.packed))
     }
-    loaded = kernels()
     dense, packed = _tensors(models.dense), _tensors(models.packed)
     return BenchRecord(
         model=models.name,
@@ -79,20 +82,24 @@ def run_bench(models: BenchModels, options: BenchOptions) -> BenchRecord:
         },
         cpu=_cpu(),
         threads=torch.get_num_threads(),
-        kernel=loaded.name if loaded else NO_KERNEL,
-        bandwidth=read_bandwidth(),
-        results=tuple(
-            measure_speed(
-                models.packed,
-                cases,
-                options.rounds,
-                options.progress,
-                options.trust_remote_code,
-                options.activations == "int8",
-            )
-        ),
+        kernel=_kernel(device),
+        bandwidth=_bandwidth(device),
+        results=tuple(measure_speed(models.packed, cases, options.rounds, options)),
         footprints=footprints,
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
     )
+
+
+def _kernel(device: torch.device) -> str:
+    """Return the name of what multiplies with packed weights."""
+    if device.type == "cuda":
+        return "triton" if has_triton(device) else NO_KERNEL
+    loaded = kernels()
+    return loaded.name if loaded else NO_KERNEL
+
+
+def _bandwidth(device: torch.device) -> float:
+    return copy_bandwidth(device) if device.type == "cuda" else read_bandwidth()
 
 
 def _cases(models: BenchModels, options: BenchOptions) -> list[BenchCase]:

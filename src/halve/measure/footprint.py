@@ -9,24 +9,29 @@ from pathlib import Path
 from halve.records import Footprint
 
 
-def footprint(folder: Path, trust_remote_code: bool = False) -> Footprint:
+def footprint(
+    folder: Path, trust_remote_code: bool = False, device: str = "cpu"
+) -> Footprint:
     """Load a model and generate two tokens in a new process.
 
     Args:
         folder: Folder of a model, dense or packed.
         trust_remote_code: Whether Python code that comes with the model may run.
+        device: Where to run it: `cpu` or `cuda`.
 
     Returns:
-        Peaks of resident memory in bytes, mapped files included.
+        Peaks of resident memory in bytes, mapped files included, and what tensors take
+        of the memory of a GPU.
     """
-    program = f"import {__name__} as m; m.main({str(folder)!r}, {trust_remote_code})"
+    arguments = f"{str(folder)!r}, {trust_remote_code}, {device!r}"
+    program = f"import {__name__} as m; m.main({arguments})"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return Footprint(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def main(folder: str, trust_remote_code: bool) -> None:
-    """Load and run a model; print peak memory after each step as JSON."""
+def main(folder: str, trust_remote_code: bool, device: str) -> None:
+    """Load and run a model; print memory after each step as JSON."""
     # The first peak is that of the interpreter with its libraries.
     import torch  # noqa: PLC0415
     from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
@@ -35,11 +40,18 @@ def main(folder: str, trust_remote_code: bool) -> None:
 
     disable_progress_bar()
     interpreter = _peak()
-    model = load(folder, "cpu", trust_remote_code)
-    loaded = _peak()
+    model = load(folder, device, trust_remote_code)
+    measured = {"interpreter": interpreter, "loaded": _peak()}
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        measured["gpu_loaded"] = torch.cuda.memory_allocated(model.device)
+    prompt = torch.tensor([[0]], device=model.device)
     with torch.inference_mode():
-        model.generate(torch.tensor([[0]]), max_new_tokens=2, do_sample=False)
-    print(json.dumps({"interpreter": interpreter, "loaded": loaded, "run": _peak()}))  # noqa: T201
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+    measured["run"] = _peak()
+    if on_gpu:
+        measured["gpu_peak"] = torch.cuda.max_memory_allocated(model.device)
+    print(json.dumps(measured))  # noqa: T201
 
 
 def _peak() -> int:

@@ -17,6 +17,7 @@ _SIZES = {
         "110m": (768, 2048, 12, 12),
         "1.2b": (2048, 5632, 22, 32),
         "7b": (4096, 11008, 32, 32),
+        "8b": (4096, 14336, 32, 32),
     },
     "opt": {
         "125m": (768, 3072, 12, 12),
@@ -24,12 +25,26 @@ _SIZES = {
         "6.7b": (4096, 16384, 32, 32),
     },
 }
+# What else differs from the defaults: Llama 3 shares keys and values among four heads,
+# and has a larger vocabulary and a head of its own.
+_OTHERS: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama", "8b"): {
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+}
 _CONTEXT = 2048
 
 
 @torch.no_grad()
 def write_random_model(
-    folder: Path, family: str, size: str, pattern: Pattern, seed: int = 0
+    folder: Path,
+    family: str,
+    size: str,
+    pattern: Pattern,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> None:
     """Write a random bfloat16 checkpoint whose prunable matrices have random zeros.
 
@@ -40,6 +55,8 @@ def write_random_model(
         pattern: Pattern of the zeros of each prunable matrix. An unstructured one is
             met on average only.
         seed: Seed of weights and zeros.
+        device: Where random numbers are drawn: `cpu`, or `cuda`, which draws others,
+            in a fraction of the time.
 
     Raises:
         HalveError: The family has no such size.
@@ -49,7 +66,8 @@ def write_random_model(
     """
     torch.manual_seed(seed)
     config = _config(family, size)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.save_pretrained(folder)
     meta_model = build_meta_model(folder)
     for index, block in enumerate(meta_model.blocks):
@@ -61,7 +79,7 @@ def write_random_model(
 
 
 def _random_mask(weight: Tensor, pattern: Pattern) -> Tensor:
-    scores = torch.rand(weight.shape)
+    scores = torch.rand(weight.shape, device=weight.device)
     if isinstance(pattern, NM):
         return pattern.mask(scores)
     return scores < pattern.sparsity
@@ -79,12 +97,12 @@ def _config(family: str, size: str) -> Any:  # noqa: ANN401
         "llama": {"intermediate_size": inner},
         "opt": {"ffn_dim": inner, "word_embed_proj_dim": width},
     }
-    return AutoConfig.for_model(
-        family,
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        max_position_embeddings=_CONTEXT,
-        tie_word_embeddings=True,
-        **inner_sizes[family],
-    )
+    options = {
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "max_position_embeddings": _CONTEXT,
+        "tie_word_embeddings": True,
+    }
+    others = _OTHERS.get((family, size.lower()), {})
+    return AutoConfig.for_model(family, **(options | inner_sizes[family] | others))

@@ -1,8 +1,9 @@
 """How fast a model runs: dense in torch, dense in Halve's kernel, and packed.
 
-The three backends share one model and differ only in the layers of the prunable
-matrices and the output head. Their rounds are interleaved, because the memory bandwidth
-of a machine changes from minute to minute.
+The backends share one model and differ only in the layers of the prunable matrices and
+the output head. Their rounds are interleaved, because the memory bandwidth of a machine
+changes from minute to minute. On a GPU there are two: Halve has no kernel for dense
+weights there.
 """
 
 import time
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halve.errors import HalveError
+from halve.measure.gpu_speed import gpu_seconds, time_decoding, time_prefill
+from halve.options import BenchOptions
 from halve.records import SpeedRecord
 from halve.runtime import decode
 from halve.runtime.cpu.dense_linear import DenseLinear, plain_linear
@@ -30,6 +34,7 @@ PACKED_INT8 = "halve packed, int8 activations"
 # Much larger than any cache.
 _READ_BYTES = 2**29
 _READ_TIMES = 7
+_ON_CPU = BenchOptions(device="cpu")
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def bench_cases(
 
 
 class Backends:
-    """One model with three sets of layers for the same matrices.
+    """One model with several sets of layers for the same matrices.
 
     Attributes:
         model: A packed transformers model, as `halve.load` returns it.
@@ -80,11 +85,11 @@ class Backends:
 
     def __init__(self, model: Any, int8: bool = False) -> None:  # noqa: ANN401
         self.model = model
-        self.layers: dict[str, dict[str, nn.Module]] = {
-            TORCH: {},
-            HALVE_DENSE: {},
-            PACKED: {},
-        }
+        names = (TORCH, HALVE_DENSE, PACKED)
+        if on_gpu(model):
+            _check_gpu(model, int8)
+            names = (TORCH, PACKED)
+        self.layers: dict[str, dict[str, nn.Module]] = {name: {} for name in names}
         if int8:
             set_activations(model, "int8")  # raises if it has no packed codes
             self.layers[PACKED_INT8] = self.layers[PACKED]
@@ -95,9 +100,10 @@ class Backends:
                 self._add(path, module, module)
 
     def _add(self, path: str, dense: DenseLinear, packed: nn.Module) -> None:
-        self.layers[TORCH][path] = plain_linear(dense)
-        self.layers[HALVE_DENSE][path] = dense
-        self.layers[PACKED][path] = packed
+        made = {TORCH: plain_linear(dense), HALVE_DENSE: dense, PACKED: packed}
+        for backend, layers in self.layers.items():
+            if backend in made:
+                layers[path] = made[backend]
 
     def install(self, backend: str) -> None:
         """Put the layers of a backend into the model."""
@@ -114,6 +120,27 @@ class Backends:
         )
 
 
+def on_gpu(model: Any) -> bool:  # noqa: ANN401
+    """Whether a model is timed as one on a GPU."""
+    return model.device.type == "cuda"
+
+
+def _check_gpu(model: Any, int8: bool) -> None:  # noqa: ANN401
+    """Raise HalveError if there is nothing to compare on a GPU."""
+    if int8:
+        raise HalveError(
+            "8-bit activations are for Halve's kernels on the CPU.",
+            "Omit activations (--activations), or pass --device cpu.",
+        )
+    if not any(True for _ in packed_layers(model)):
+        raise HalveError(
+            "Packed matrices are unpacked on this GPU, so packed and dense models are "
+            "the same there.",
+            "Install triton, without which there are no kernels for GPUs, or pass "
+            "--device cpu.",
+        )
+
+
 def _dense(packed: PackedLinear) -> DenseLinear:
     layer = DenseLinear(1, 1, bias=False)
     layer.in_features, layer.out_features = packed.in_features, packed.out_features
@@ -126,9 +153,7 @@ def measure_speed(
     folder: Path,
     cases: Sequence[BenchCase],
     rounds: int,
-    progress: Callable[[str], None] = lambda text: None,
-    trust_remote_code: bool = False,
-    int8: bool = False,
+    options: BenchOptions = _ON_CPU,
 ) -> list[SpeedRecord]:
     """Time a packed model against the same model dense.
 
@@ -136,19 +161,21 @@ def measure_speed(
         folder: Folder of a packed model.
         cases: What to time.
         rounds: Number of repetitions, after one that is not counted.
-        progress: Called with a line of text before each round.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        int8: Whether to time packed codes with 8-bit activations as well.
+        options: Device, activations, trust and progress; the rest is not read.
 
     Returns:
         A record for each backend and case.
+
+    Raises:
+        HalveError: Packed and dense do not differ on this GPU, or 8-bit activations
+            are to be timed on it.
     """
-    model = load(folder, "cpu", trust_remote_code)
+    model = load(folder, options.device, options.trust_remote_code)
     decode.prepare(model)
-    backends = Backends(model, int8)
+    backends = Backends(model, options.activations == "int8")
     times: dict[tuple[str, BenchCase, str], list[float]] = {}
     for number in range(rounds + 1):
-        progress(f"round {number} of {rounds}" if number else "warming up")
+        options.progress(f"round {number} of {rounds}" if number else "warming up")
         for backend, case in _pairs(backends, cases):
             backends.install(backend)
             seconds, decoding = _time(backends.model, case)
@@ -183,6 +210,8 @@ def _time(model: Any, case: BenchCase) -> tuple[float, str]:  # noqa: ANN401
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (case.batch, case.prompt), generator=generator)
+    if on_gpu(model):
+        return _time_on_gpu(model, case, prompt.to(model.device))
     cache = decode.new_cache(model)
     read = partial(model, prompt, past_key_values=cache, use_cache=True)
     if not case.generated:
@@ -190,6 +219,17 @@ def _time(model: Any, case: BenchCase) -> tuple[float, str]:  # noqa: ANN401
     state = read()
     seconds = _seconds(lambda: _decode(model, state, case.generated))
     return seconds, "halve" if decode.by_step(cache) else "transformers"
+
+
+def _time_on_gpu(
+    model: Any,  # noqa: ANN401
+    case: BenchCase,
+    prompt: Tensor,
+) -> tuple[float, str]:
+    clock = partial(gpu_seconds, device=model.device)
+    if not case.generated:
+        return time_prefill(model, prompt, clock), "transformers"
+    return time_decoding(model, prompt, case.generated, clock)
 
 
 def _decode(model: Any, state: Any, count: int) -> None:  # noqa: ANN401

@@ -6,17 +6,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak resident memory of a process at three points, in bytes.
+    """Memory of a process that loads and runs a model, in bytes.
+
+    The first three are peaks of resident memory of the host.
 
     Attributes:
         interpreter: With torch and transformers imported, before anything is loaded.
         loaded: After loading a model.
         run: After generating with it.
+        gpu_loaded: Bytes of a GPU's memory in tensors once the model is loaded: its
+            weights. 0 on the CPU.
+        gpu_peak: Peak of these bytes while it is loaded and run. 0 on the CPU.
     """
 
     interpreter: int
     loaded: int
     run: int
+    gpu_loaded: int = 0
+    gpu_peak: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,8 @@ class SpeedRecord:
         seconds: Duration of each round.
         weight_bytes: Bytes of weights that one decode step reads.
         decoding: What runs a model's blocks: `transformers`, whose code calls the
-            products, or `halve`, a decode step in one call of the kernels.
+            products; `halve`, a decode step in one call of the kernels; or `cuda
+            graph`, in which that code was captured.
     """
 
     backend: str
@@ -80,11 +88,13 @@ class BenchRecord:
         cpu: Name of the processor, as the machine reports it.
         threads: Number of threads of torch and of the kernels.
         kernel: Name of the sparse kernel in use; `torch` where there is none.
-        bandwidth: Best measured memory bandwidth of all threads together, in bytes per
-            second.
+        bandwidth: Best measured memory bandwidth, in bytes per second: on the CPU of
+            all threads together, reading; on a GPU copying, with reads and writes
+            counted.
         results: One record for each backend and test.
         footprints: `dense` and `packed` -> peak memory of a process that runs the
             model.
+        gpu: Name of the GPU that the model ran on; empty for the CPU.
     """
 
     model: str
@@ -96,3 +106,4 @@ class BenchRecord:
     bandwidth: float
     results: tuple[SpeedRecord, ...]
     footprints: dict[str, Footprint]
+    gpu: str = ""
