@@ -1,8 +1,12 @@
 """Fixtures: tiny models, saved once for all tests of a worker, and a text."""
 
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Triton decides when it is imported whether kernels run in its interpreter, on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halve._compat.triton import has_triton
 from halve.grids import QuantParams, QuantScheme, fit_quant_params
 from halve.numerics.matmul import linear
 from halve.patterns import Pattern
@@ -118,6 +119,8 @@ class _Descent:
     def _block(self, residual: Tensor, start: int, stop: int) -> Tensor:
         """Move the weights of a block; return by how much, [size, rows]."""
         block = self.hessian[start:stop, start:stop]
+        if (moves := self._block_by_kernel(residual, block, start)) is not None:
+            return moves
         diagonal = block.diagonal()
 
         def fix(j: int, move: Tensor) -> None:
@@ -129,6 +132,22 @@ class _Descent:
             column.copy_(best)
 
         return carry(residual, block, fix)
+
+    def _block_by_kernel(
+        self, residual: Tensor, block: Tensor, start: int
+    ) -> Tensor | None:
+        """Do what `_block` does in one kernel; None where there is none for it."""
+        if not has_triton(residual.device):
+            return None
+        from halve.solvers.sweep_kernel import BlockKernel  # noqa: PLC0415  (triton)
+
+        size, params = len(residual), self.quant_params
+        kernel = BlockKernel(size, None, params.grid, descends=True)
+        if not kernel.runs_on(residual.device):
+            return None
+        part = slice(start, start + size)
+        solution, pruned = self.solution[part], self.pruned[part]
+        return kernel.fix(residual, solution, block, pruned, params, start)
 
 
 @dataclass(frozen=True)

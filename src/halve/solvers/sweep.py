@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halve._compat.triton import has_triton
 from halve.grids import QuantParams
 from halve.numerics.matmul import linear
 from halve.patterns import NM, Pattern, lowest
@@ -41,12 +42,14 @@ class Rule:
         size: Columns of a block.
         span: Columns over which one mask is chosen; the size, or a divisor of it.
         quant_params: The grid of the kept weights; None where they are not quantized.
+        groups: The n:m pattern by which `choose` decides; None for any other way.
     """
 
     choose: Callable[[int, Tensor], Tensor]
     size: int
     span: int
     quant_params: QuantParams | None = None
+    groups: NM | None = None
 
 
 def adaptive_mask(
@@ -61,8 +64,9 @@ def adaptive_mask(
     """
     if isinstance(pattern, NM):
         whole = max(size // pattern.group, 1) * pattern.group
+        span = pattern.group
         return Rule(
-            lambda _, s: pattern.mask(s.T).T, whole, pattern.group, quant_params
+            lambda _, s: pattern.mask(s.T).T, whole, span, quant_params, pattern
         )
 
     def choose(first: int, scores: Tensor) -> Tensor:
@@ -102,8 +106,9 @@ def sweep(remaining: Tensor, factor: Tensor, rule: Rule) -> float:
         block, triangle = remaining[start:stop], factor[start:stop, start:stop]
         errors = _sweep_block(block, triangle, rule, start)
         error += torch.linalg.vector_norm(errors).double().square()
-        # In place: the product alone would be as large as the matrix.
-        remaining[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        if stop < columns:
+            # In place: the product alone would be as large as the matrix.
+            remaining[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return float(error)
 
 
@@ -119,12 +124,33 @@ def _sweep_block(block: Tensor, factor: Tensor, rule: Rule, first: int) -> Tenso
     Returns:
         [size, rows]: for each column (w - q) / U_jj, to be propagated to its right.
     """
+    if (errors := _sweep_by_kernel(block, factor, rule, first)) is not None:
+        return errors
     columns = _BlockColumns(block, factor.diagonal()[:, None], rule, first)
     span = columns.span
     chunk = max(CHUNK // span, 1) * span if span < len(block) else CHUNK
     errors = carry(block, factor, columns.fix, chunk)
     block.masked_fill_(columns.pruned, 0)
     return errors
+
+
+def _sweep_by_kernel(
+    block: Tensor, factor: Tensor, rule: Rule, first: int
+) -> Tensor | None:
+    """Do what `_sweep_block` does in one kernel; None where there is none for it."""
+    if not has_triton(block.device):
+        return None
+    from halve.solvers.sweep_kernel import BlockKernel  # noqa: PLC0415  (needs triton)
+
+    params = rule.quant_params
+    kernel = BlockKernel(len(block), rule.groups, params and params.grid)
+    if not kernel.runs_on(block.device):
+        return None
+    pruned = None
+    if rule.groups is None:
+        scores = (block / factor.diagonal()[:, None]).square()
+        pruned = rule.choose(first, scores)
+    return kernel.fix(block, block, factor, pruned, params, first)
 
 
 class _BlockColumns:
