@@ -39,8 +39,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import halve
 from halve.formats import FORMATS
 from halve.grids import QuantScheme, fit_quant_params
+from halve.measure.gpu_speed import gpu_seconds, time_decoding, time_prefill
 from halve.records import Progress
 from halve.runtime.cpu.layers import LAYERS
+from halve.runtime.cuda.decode import prepare
 
 # Seconds that each part may take, and all together.
 LIMITS = {
@@ -55,6 +57,7 @@ SECONDS = 470
 SHAPES = [(4096, 4096), (11008, 4096), (14336, 4096), (28672, 8192)]
 BATCHES = [1, 2, 4, 8, 16]
 PROMPTS = [512, 2048]
+TOKENS = 128
 PAPER_TOKENS = 128 * 2048
 BUNDLED = Path(halve.__file__).parent / "data" / "pycode-opt"
 # Largest relative error of a product against float64, by dtype.
@@ -266,52 +269,18 @@ def pack_layers(model: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def timed_model(model: Any, batch: int) -> dict[str, float]:
+def timed_model(model: Any, batch: int) -> dict[str, Any]:
     """Return milliseconds of a decoded token and of prompts, and GiB of the weights."""
-    from halve.runtime.cuda.decode import prepare  # noqa: PLC0415
-
+    device = torch.device("cuda", 0)
+    clock = partial(gpu_seconds, device=device)
     found = {"GiB": sum(t.nbytes for t in model.state_dict().values()) / 2**30}
     for length in PROMPTS if batch == 1 else ():
-        ids = torch.randint(30000, (1, length), device="cuda")
-        run = partial(model, ids, use_cache=False, logits_to_keep=1)
-        found[f"prompt of {length}, ms"] = 1e3 * eager_seconds(run)
+        ids = torch.randint(30000, (1, length), device=device)
+        found[f"prompt of {length}, ms"] = 1e3 * time_prefill(model, ids, clock)
     prepare(model)
-    ids = torch.randint(30000, (batch, 16), device="cuda")
-    few, many = (decoding_seconds(model, ids, tokens) for tokens in (8, 136))
-    found["token, ms"] = 1e3 * (many - few) / 128
-    return found
-
-
-def eager_seconds(run: Callable[[], Any]) -> float:
-    """Return the median seconds of five runs without a graph."""
-    run()
-    taken = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
-
-
-def decoding_seconds(model: Any, ids: Tensor, tokens: int) -> float:
-    """Return the least seconds of three greedy continuations of a prompt."""
-    run = partial(
-        model.generate,
-        ids,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-    )
-    taken = []
-    for _ in range(3):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begun)
-    return min(taken)
+    ids = torch.randint(30000, (batch, 16), device=device)
+    taken, how = time_decoding(model, ids, TOKENS, clock)
+    return found | {"token, ms": 1e3 * taken / TOKENS, "decoded by": how}
 
 
 def decode_one(name: str, batch: int) -> dict[str, Any]:
@@ -327,7 +296,11 @@ def decode_one(name: str, batch: int) -> dict[str, Any]:
         change = model(ids).logits.double() - wanted
     found["packed"] = timed_model(model, batch)
     found["differs"] = float(change.norm() / wanted.norm())
-    ratios = {k: v / found["packed"][k] for k, v in found["dense"].items()}
+    ratios = {
+        name: value / found["packed"][name]
+        for name, value in found["dense"].items()
+        if isinstance(value, float)
+    }
     return found | {"dense / packed": ratios}
 
 
@@ -399,7 +372,7 @@ def block_one(name: str, samples: int, precision: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         model, out = Path(folder) / "model", Path(folder) / "out"
-        save_model(model, config_of(name, 1))
+        save_model(model, config_of(name, 1), "cuda")
         begun = time.perf_counter()
         halve.prune(
             *(model, out),

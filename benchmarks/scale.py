@@ -65,23 +65,26 @@ def config_of(name: str, blocks: int) -> PretrainedConfig:
     )
 
 
-def save_model(folder: Path, config: PretrainedConfig) -> None:
-    """Save random weights, one tensor per file, so that only one is in memory."""
+def save_model(folder: Path, config: PretrainedConfig, device: str = "cpu") -> None:
+    """Save random weights, one tensor per file, so that only one is in memory.
+
+    They are drawn on the device.
+    """
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
     tensors = build_meta_model(folder).model.state_dict()
     files_by_tensor = {}
     for number, (name, meta) in enumerate(tensors.items()):
-        if name == "lm_head.weight":  # tied to the embedding
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         files_by_tensor[name] = f"model-{number:05}.safetensors"
-        value = torch.empty(meta.shape, dtype=torch.float16)
+        value = torch.empty(meta.shape, dtype=torch.float16, device=device)
         if meta.dim() > 1:
             for row in value.split(1024):
                 row.normal_(std=0.02)
         else:
             value.fill_(float(name.endswith("weight")))
-        save_file({name: value}, folder / files_by_tensor[name], {"format": "pt"})
+        save_file({name: value.cpu()}, folder / files_by_tensor[name], {"format": "pt"})
     index = {"metadata": {}, "weight_map": files_by_tensor}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
