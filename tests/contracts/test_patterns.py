@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halve import patterns
 from halve.errors import PatternError
 from halve.patterns import NM, Exact, Unstructured, describe, lowest, parse_pattern
 
@@ -60,6 +61,31 @@ def test_lowest_takes_exactly_the_lowest(shape, data):
     expected = torch.zeros(scores.numel(), dtype=torch.bool)
     expected[scores.flatten().argsort(stable=True)[:count]] = True
     assert torch.equal(mask.flatten(), expected)
+
+
+SCORES = {
+    "normal": torch.randn(1000),
+    "many ties": torch.randint(-2, 3, (1000,)).float(),
+    "all equal": torch.full((77,), 3.5),
+    "zeros of both signs": torch.tensor([0.0, -0.0] * 50 + [1.0, -1.0]),
+    "infinities": torch.tensor([torch.inf, 0, -torch.inf, 1, torch.inf, -torch.inf]),
+    "denormal": torch.arange(-20, 20) * 2.0**-149,
+    "one": torch.tensor([2.0]),
+    "largest": torch.tensor([1, -1]) * torch.finfo(torch.float32).max,
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("sorted_up_to", [0, 2000])
+def test_the_gpu_takes_the_same_scores(monkeypatch, name, sorted_up_to):
+    """Whether it sorts them or searches for the threshold."""
+    monkeypatch.setattr(patterns, "_MAX_SORTED", sorted_up_to)
+    scores = SCORES[name]
+    total = scores.numel()
+    for count in {1, 2, total // 2, total - 1, total} & set(range(1, total + 1)):
+        expected = lowest(scores, count)
+        assert int(expected.sum()) == count
+        assert torch.equal(patterns._lowest_in_parallel(scores, count), expected)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(2, 8), st.data())

@@ -10,8 +10,9 @@ _LARGEST, _SMALLEST = torch.finfo(torch.float16).max, 2.0**-24
 # Ranges that are tried for each group, the last of them this fraction of the weights'
 # range; what lies outside is clipped.
 _TRIED, _MIN_RANGE = 25, 0.4
-# Weights that are searched at once: few enough to stay in the cache.
-_SLAB = 2**17
+# Weights that are searched at once: few enough to stay in the cache; on a GPU enough to
+# be worth the hundreds of launches.
+_SLAB, _GPU_SLAB = 2**17, 2**24
 
 
 def fit_quant_params(
@@ -39,8 +40,9 @@ def fit_quant_params(
     if importance is None:
         importance = weight.new_ones(columns)
     costs = split_groups(grid, importance[None])
-    slabs = weight.split(max(_SLAB // columns, 1))
-    fitted = [_search(grid, split_groups(grid, slab), costs) for slab in slabs]
+    slab = _SLAB if weight.device.type == "cpu" else _GPU_SLAB
+    slabs = weight.split(max(slab // columns, 1))
+    fitted = [_search(grid, split_groups(grid, rows), costs) for rows in slabs]
     scales, zeros = zip(*fitted, strict=True)
     return QuantParams(grid, torch.cat(scales), torch.cat(zeros))
 

@@ -29,6 +29,10 @@ class QuantParams:
     scale: Tensor
     zero: Tensor
 
+    def to(self, device: torch.device) -> "QuantParams":
+        """Return the same parameters on a device, without a copy where they are."""
+        return QuantParams(self.grid, self.scale.to(device), self.zero.to(device))
+
     def quantize(self, weight: Tensor) -> Tensor:
         """Return the nearest codes, [rows, columns] in int8."""
         scale, zero = self._of_columns(weight.shape[1])

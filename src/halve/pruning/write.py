@@ -14,6 +14,7 @@ from torch import Tensor
 from halve.checkpoint import Checkpoint, Workspace
 from halve.errors import TargetMissedError
 from halve.formats import store
+from halve.grids import QuantParams
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.pruning.plan import Plan
 from halve.pruning.prune_block import PrunedBlock
@@ -73,9 +74,18 @@ def _stored_tensors(
     if packed:
         for matrix in planned.matrices:
             weight = tensors.pop(matrix.tensor)
-            params = pruned.selected_by_tensor[matrix.tensor].solution.quant_params
+            params = _params_for(pruned.selected_by_tensor[matrix.tensor], weight)
             tensors |= store(matrix.tensor, weight, matrix.matrix.transposed, params)
     return tensors
+
+
+def _params_for(selected: Selected, weight: Tensor) -> QuantParams | None:
+    """Return the grid of a solution on the device of the weights to be read or stored.
+
+    Solvers leave it where they ran, which may be a GPU; files are read to the CPU.
+    """
+    params = selected.solution.quant_params
+    return params and params.to(weight.device)
 
 
 def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def _matrix_record(
 
 def _shortfall(selected: Selected, weight: Tensor) -> str | None:
     """Return how a stored matrix, [rows, columns], misses its target; None if not."""
-    quant_params = selected.solution.quant_params
+    quant_params = _params_for(selected, weight)
     if quant_params is not None and not torch.equal(
         quant_params.fake_quantize_kept(weight.float()), weight.float()
     ):

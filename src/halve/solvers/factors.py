@@ -3,36 +3,69 @@
 With J the reversal of rows and columns, J H J = L L^T gives H = M M^T for the upper
 triangular M = J L J, hence H^-1 = (M^-1)^T M^-1, and U = M^-1 = J L^-1 J is the factor.
 Both steps are LAPACK's, which works in place. Large matrices are cut into squares for
-it: OpenBLAS overruns a buffer where it is given one of 49 152 columns.
+it: OpenBLAS overruns a buffer where it is given one of 49 152 columns. On a GPU squares
+are smaller, since some versions of cuSOLVER refuse more than 4096 columns, and are
+copied; what is multiplied at a time is larger.
 """
 
+from dataclasses import dataclass
 from typing import Any
+from warnings import warn
 
 import torch
 from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from halve.errors import HalveWarning
 from halve.numerics.matmul import linear
 
-# Columns of the largest matrix that LAPACK is given; rows of what is multiplied at a
-# time, of which that is a multiple; numbers that are reversed at once.
+# On the CPU; see `_Cut`.
 _SQUARE, _STRIP, _PIECE = 8192, 1024, 2**20
+# On a GPU, where a product takes a launch, which costs the more the smaller it is.
+_GPU_SQUARE, _GPU_STRIP, _GPU_PIECE = 4096, 4096, 2**24
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """In what pieces a matrix is worked on.
+
+    Attributes:
+        square: Columns of the largest matrix that LAPACK or cuSOLVER is given.
+        strip: Rows of what is multiplied at a time; the square is a multiple of it.
+        piece: Numbers that are reversed at once.
+    """
+
+    square: int
+    strip: int
+    piece: int
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "_Cut":
+        """Return the pieces that suit the device of a matrix."""
+        if matrix.device.type == "cpu":
+            return cls(_SQUARE, _STRIP, _PIECE)
+        return cls(_GPU_SQUARE, _GPU_STRIP, _GPU_PIECE)
+
+    def squares(self, size: int) -> list[slice]:
+        """Return slices of a diagonal of so many numbers."""
+        return _slices(0, size, self.square)
+
+    def strips(self, first: int, last: int) -> list[slice]:
+        """Return slices of the rows, or columns, from the first up to the last."""
+        return _slices(first, last, self.strip)
 
 
 def inverse_factor(matrix: Tensor) -> Tensor | None:
     """Return upper triangular U with U^T U = H^-1, None where H is not positive.
 
     Args:
-        matrix: H, [columns, columns]. On the CPU it is overwritten by U or, where there
-            is none, its diagonal and upper triangle are undefined.
+        matrix: H, [columns, columns], contiguous float32. It is overwritten by U or,
+            where there is none, its diagonal and upper triangle are undefined.
 
     Cost:
         2/3 columns^3 operations, and the memory that `scratch` returns.
     """
-    if matrix.device.type != "cpu":
-        inverse = _inverse_of_cholesky(matrix.flip(0, 1))
-        return None if inverse is None else inverse.flip(0, 1)
     _reverse(matrix)
     succeeded = _factorize(matrix) and _invert(matrix)
     if succeeded:
@@ -47,7 +80,7 @@ def scratch(columns: int) -> int:
     return 2 * _SQUARE**2 + 3 * _SQUARE * _STRIP if columns > _SQUARE else 0
 
 
-def _cut(first: int, last: int, size: int) -> list[slice]:
+def _slices(first: int, last: int, size: int) -> list[slice]:
     return [slice(s, min(s + size, last)) for s in range(first, last, size)]
 
 
@@ -60,19 +93,19 @@ def _factorize(matrix: Tensor) -> bool:
     Returns:
         False where A is not positive definite.
     """
-    size = len(matrix)
-    for block in _cut(0, size, _SQUARE):
+    size, cut = len(matrix), _Cut.of(matrix)
+    for block in cut.squares(size):
         # The matrix itself, where one square is the whole.
-        square = matrix[block, block].contiguous()
-        if not _by_lapack(square, "potrf", clean=0, overwrite_a=1):
+        square = _cholesky(matrix[block, block].contiguous())
+        if square is None:
             return False
         _put_lower(matrix[block, block], square)
-        for rows in _cut(block.stop, size, _STRIP):  # L21 = A21 L11^-T
+        for rows in cut.strips(block.stop, size):  # L21 = A21 L11^-T
             panel = matrix[rows, block]
             panel.copy_(solve_triangular(square.T, panel, upper=True, left=False))
-        for rows in _cut(block.stop, size, _STRIP):  # A22 -= L21 L21^T
+        for rows in cut.strips(block.stop, size):  # A22 -= L21 L21^T
             left = matrix[rows, block].contiguous()
-            for columns in _cut(block.stop, rows.stop, _STRIP):
+            for columns in cut.strips(block.stop, rows.stop):
                 tile = matrix[rows, columns]
                 change = linear(left, matrix[columns, block])
                 tile -= change.tril_() if rows == columns else change
@@ -88,18 +121,18 @@ def _invert(matrix: Tensor) -> bool:
     Returns:
         False where that overflows.
     """
-    size = len(matrix)
-    for block in reversed(_cut(0, size, _SQUARE)):
-        square = matrix[block, block].contiguous()
-        if not _by_lapack(square, "trtri", overwrite_c=1):
+    size, cut = len(matrix), _Cut.of(matrix)
+    for block in reversed(cut.squares(size)):
+        square = _inverse_of_lower(matrix[block, block].contiguous())
+        if square is None:
             return False
         _put_lower(matrix[block, block], square)
         if block.stop < size:  # a copy then, whose upper triangle is not cleared yet
             square.tril_()
         # From the last strip up: each is a sum over those above it, which still hold L.
-        for rows in reversed(_cut(block.stop, size, _STRIP)):
-            product = torch.zeros(rows.stop - rows.start, len(square))
-            for columns in _cut(block.stop, rows.stop, _STRIP):
+        for rows in reversed(cut.strips(block.stop, size)):
+            product = matrix.new_zeros(rows.stop - rows.start, len(square))
+            for columns in cut.strips(block.stop, rows.stop):
                 tile = matrix[rows, columns]
                 tile = tile.tril() if rows == columns else tile
                 product += linear(tile, matrix[columns, block].T)
@@ -111,9 +144,57 @@ def _put_lower(place: Tensor, square: Tensor) -> None:
     """Copy a square's lower triangle to a view, unless it is that very view."""
     if place.data_ptr() == square.data_ptr():
         return
-    for rows in _cut(0, len(square), _STRIP):
+    for rows in _Cut.of(place).strips(0, len(square)):
         place[rows, : rows.start] = square[rows, : rows.start]
         place[rows, rows] = place[rows, rows].triu(1) + square[rows, rows].tril()
+
+
+def _cholesky(square: Tensor) -> Tensor | None:
+    """Return L with L L^T = A for a square A; None where A is not positive definite.
+
+    Only the lower triangle of A is read, and only that of the result is meant. On the
+    CPU it is computed in place, and above it A stays as it was.
+    """
+    if square.device.type == "cpu":
+        return square if _by_lapack(square, "potrf", clean=0, overwrite_a=1) else None
+    lower, failed = _cholesky_ex(square)
+    # One look at the device for both.
+    succeeded = (failed == 0) & lower.diagonal().isfinite().all()
+    return lower if bool(succeeded) else None
+
+
+def _cholesky_ex(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `torch.linalg.cholesky_ex`, computed on the CPU where a GPU cannot.
+
+    Raises a HalveWarning in that case.
+    """
+    try:
+        lower, failed = torch.linalg.cholesky_ex(square)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        warn(
+            f"The Cholesky factorization failed on {square.device} ({error}). It is "
+            "computed on the CPU, which takes longer; install another version of "
+            "PyTorch to avoid that.",
+            HalveWarning,
+            stacklevel=2,
+        )
+        lower, failed = torch.linalg.cholesky_ex(square.cpu())
+    return lower.to(square.device), failed.to(square.device)
+
+
+def _inverse_of_lower(square: Tensor) -> Tensor | None:
+    """Return the inverse of a lower triangular square L; None where it overflows.
+
+    Only the lower triangle of L is read, and only that of the result is meant. On the
+    CPU it is computed in place.
+    """
+    if square.device.type == "cpu":
+        return square if _by_lapack(square, "trtri", overwrite_c=1) else None
+    identity = torch.eye(len(square), device=square.device)
+    inverse = solve_triangular(square, identity, upper=False)
+    return inverse if bool(inverse.diagonal().isfinite().all()) else None
 
 
 def _by_lapack(square: Tensor, name: str, **options: Any) -> bool:  # noqa: ANN401
@@ -126,13 +207,25 @@ def _by_lapack(square: Tensor, name: str, **options: Any) -> bool:  # noqa: ANN4
     return not failed and bool(square.diagonal().isfinite().all())
 
 
-def _inverse_of_cholesky(matrix: Tensor) -> Tensor | None:
-    """Return L^-1 of a symmetric matrix L L^T; None on failure."""
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if failed or not lower.diagonal().isfinite().all():
-        return None
-    identity = torch.eye(len(lower), device=lower.device)
-    return solve_triangular(lower, identity, upper=False)
+def divide_by_factor(rows: Tensor, factor: Tensor) -> None:
+    """Overwrite B, [rows, columns], by X with X U = B, for an upper triangular U.
+
+    Square after square of U, and not by one call: on a GPU it is not known how that
+    does with a result that is its own input, or with 2^31 numbers.
+
+    Args:
+        rows: B, float32; overwritten.
+        factor: U, [columns, columns].
+
+    Cost:
+        rows * columns^2 operations, and a copy of as many columns as a square has.
+    """
+    for block in _Cut.of(rows).squares(len(factor)):
+        part, square = rows[:, block], factor[block, block]
+        part.copy_(solve_triangular(square, part, upper=True, left=False))
+        if block.stop < len(factor):
+            after = factor[block, block.stop :]
+            rows[:, block.stop :].addmm_(part, after, alpha=-1)
 
 
 def _reverse(matrix: Tensor) -> None:
@@ -142,8 +235,8 @@ def _reverse(matrix: Tensor) -> None:
     """
     numbers = matrix.view(-1)
     size = len(numbers)
-    for start in range(0, size // 2, _PIECE):
-        stop = min(start + _PIECE, size // 2)
+    for piece in _slices(0, size // 2, _Cut.of(matrix).piece):
+        start, stop = piece.start, piece.stop
         front, back = numbers[start:stop], numbers[size - stop : size - start]
         saved = front.flip(0)
         front.copy_(back.flip(0))

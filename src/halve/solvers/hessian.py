@@ -206,13 +206,12 @@ class Hessian:
             return self._inverses[rho]
         shifted = self.scaled.clone()
         shifted.diagonal().add_(rho)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
-        if failed or not lower.diagonal().isfinite().all():
+        inverse = _inverse(shifted)
+        if inverse is None:
             raise NumericalError(
                 "The Gram matrix is not positive definite.",
                 "Raise --damping, or calibrate on other or more text.",
             )
-        inverse = torch.cholesky_inverse(lower)
         if (len(self._inverses) + 1) * inverse.nbytes <= _MAX_CACHED_BYTES:
             self._inverses[rho] = inverse
         return inverse
@@ -270,6 +269,22 @@ def factorize(
         "added.",
         "Calibrate on other or more text.",
     )
+
+
+def _inverse(matrix: Tensor) -> Tensor | None:
+    """Return the inverse of a matrix; None where it is not positive definite.
+
+    Args:
+        matrix: [columns, columns], float32; it may be overwritten.
+    """
+    if matrix.device.type == "cpu":
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if failed or not lower.diagonal().isfinite().all():
+            return None
+        return torch.cholesky_inverse(lower)
+    # cuSOLVER does not take every size; `inverse_factor` gives it squares.
+    factor = inverse_factor(matrix)
+    return None if factor is None else factor.T @ factor
 
 
 def _dampings(first: float) -> Iterator[float]:

@@ -112,7 +112,7 @@ class _Descent:
             stop = min(start + _BLOCK, len(residual))
             moves = self._block(residual[start:stop].clone(), start, stop)
             # Z has changed by the moves: bring the residual of all columns up to date.
-            residual -= linear(self.hessian[:, start:stop], moves.T)
+            _subtract_product(residual, self.hessian[:, start:stop], moves)
             any_moved = any_moved or bool(moves.any())
         return any_moved
 
@@ -148,6 +148,14 @@ class _Descent:
         part = slice(start, start + size)
         solution, pruned = self.solution[part], self.pruned[part]
         return kernel.fix(residual, solution, block, pruned, params, start)
+
+
+def _subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Subtract the product of two matrices from a third, in place."""
+    if total.device.type == "cpu":
+        total -= linear(left, right.T)  # oneDNN's product is worth one more matrix
+    else:
+        total.addmm_(left, right, alpha=-1)
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,15 @@ from torch.linalg import solve_triangular, vector_norm
 
 from halve.grids import QuantParams, QuantScheme, fit_quant_params
 from halve.patterns import Pattern
+from halve.solvers.factors import divide_by_factor
 from halve.solvers.hessian import Hessian, Needs, added_damping
 from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
 from halve.solvers.sweep import adaptive_mask, sweep, transposed_copy
 
-# Numbers of a matrix whose error is summed at once, and copies of them meanwhile.
+# Numbers of a matrix whose error is summed at once, and copies of them meanwhile. All
+# of U is read for each strip: on a GPU, with less time for that, strips are higher.
 _STRIP, _COPIES = 2**23, 4
+_GPU_STRIP = 2**26
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def _relative_error(
         solution: Z, [rows, columns].
     """
     damping = added_damping(hessian.diagonal, hessian.factor_damping)
-    energy, height = 0.0, max(_STRIP // weight.shape[1], 1)
+    on_cpu = weight.device.type == "cpu"
+    size = _STRIP if on_cpu else _GPU_STRIP
+    energy, height = 0.0, max(size // weight.shape[1], 1)
     # In strips of rows, so that it takes no third matrix.
     for stored, pruned in zip(
         weight.split(height), solution.split(height), strict=True
@@ -99,7 +104,10 @@ def _relative_error(
         dense = stored.float().masked_fill(hessian.dead, 0)
         error -= damping * _squared_norm((dense - pruned).masked_fill_(hessian.dead, 0))
         energy -= damping * _squared_norm(dense)
-        solve_triangular(hessian.factor, dense, upper=True, left=False, out=dense)
+        if on_cpu:
+            solve_triangular(hessian.factor, dense, upper=True, left=False, out=dense)
+        else:
+            divide_by_factor(dense, hessian.factor)
         energy += _squared_norm(dense)
     if energy <= 0:
         return 0.0 if error <= 0 else float("inf")
