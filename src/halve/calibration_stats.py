@@ -23,9 +23,12 @@ _TILES = 4
 # Bounds on the rows and columns of a tile. Smaller products cost more than the triangle
 # saves; the elementwise work on larger tiles does not fit the cache.
 _MIN_TILE, MAX_TILE = 128, 512
-# The same bound on CUDA, where a product must be large to occupy all multiprocessors,
-# and the elementwise work is one kernel whatever the size.
-CUDA_MAX_TILE = 4096
+# Rows and columns of a tile on CUDA, whatever the matrix. Such a product has about two
+# pieces of 128 x 128 for each multiprocessor of a large GPU; a smaller one would leave
+# some idle, and a larger one computes more below the diagonal.
+CUDA_TILE = 2048
+# The precision of products on CUDA, whatever that of the passes which yield the inputs.
+_PRECISION = FULL_PRECISION
 # Bytes of a number in float32.
 _FLOAT = 4
 
@@ -39,9 +42,19 @@ def adding_nbytes(columns: int) -> int:
     return 3 * _FLOAT * columns * min(columns, MAX_TILE)
 
 
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def max_tile(device: torch.device) -> int:
     """Return the rows of the largest tile, or strip, that is added to a sum at once."""
-    return CUDA_MAX_TILE if device.type == "cuda" else MAX_TILE
+    return CUDA_TILE if _is_gpu(device) else MAX_TILE
+
+
+def _tile(columns: int, device: torch.device) -> int:
+    """Return the rows and columns of the tiles of a Gram matrix."""
+    size = max(-(-columns // _TILES), _MIN_TILE, CUDA_TILE * _is_gpu(device))
+    return min(size, max_tile(device), max(columns, 1))
 
 
 class Statistic(ABC):
@@ -118,17 +131,16 @@ class GramMatrix(Statistic):
     sums). Takes columns^2 floats, and up to columns * min(columns / 4, 512) more for
     the rounding errors of the tiles on the diagonal, which have no mirror image.
 
-    On CUDA the tiles are larger (4096 instead of 512), and those to the right of one on
-    the diagonal are one product, of at most 4096 rows: fewer and larger kernels.
+    On CUDA the tiles are larger, and those to the right of one on the diagonal are one
+    product: fewer and larger kernels.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        size = max(-(-columns // _TILES), _MIN_TILE)
-        size = min(size, max_tile(device), max(columns, 1))
+        size = _tile(columns, device)
         self._matrix = torch.zeros(columns, columns, device=device)
         self._starts = range(0, columns, size)
         self._low = torch.zeros(columns, size, device=device)
-        self._joins_tiles = max_tile(device) > MAX_TILE
+        self._joins_tiles = _is_gpu(device)
 
     @staticmethod
     def nbytes(columns: int, running: bool) -> int:
@@ -170,8 +182,7 @@ class GramMatrix(Statistic):
     def add(self, inputs: Tensor) -> None:
         """Add X^T X of X = `inputs`, [tokens, columns]."""
         assert self._starts or not inputs.shape[1], "the sums are finished"
-        # The passes that yield the inputs may compute with less.
-        with matmul_precision(FULL_PRECISION, inputs.device):
+        with matmul_precision(_PRECISION, inputs.device):
             for rows, columns, tile in self._tiles():
                 # (X^T X)[rows, columns] = X[:, rows]^T X[:, columns].
                 tile.add(inputs[:, rows].T @ inputs[:, columns])
@@ -263,7 +274,7 @@ class CrossGram:
     def add(self, inputs: Tensor, dense: Tensor) -> None:
         """Add one batch of X (`inputs`) and X_dense, each [tokens, columns]."""
         change = dense - inputs
-        with matmul_precision(FULL_PRECISION, inputs.device):
+        with matmul_precision(_PRECISION, inputs.device):
             # (X_dense - X)^T, [columns, tokens], or W (X_dense - X)^T, [rows, tokens].
             left = change.T if self._joined is None else linear(self._joined, change)
             for rows, strip in self._strips():

@@ -259,7 +259,7 @@ class PruneOptions:
         str,
         Option(
             "Precision of products in passes through the blocks, on CUDA: highest is "
-            "float32; high is TF32, which is several times faster.",
+            "float32; high is TF32, which tensor cores compute.",
             RESOURCES,
             choices=PRECISION_CHOICES,
             details="TF32 rounds the factors to 11 significant bits, as float16 does. "

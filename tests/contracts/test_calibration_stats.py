@@ -31,8 +31,8 @@ needs_triton = pytest.mark.skipif(
 def tiles(request, monkeypatch):
     """Sum as on each device, on tensors of the CPU."""
     if request.param == "tiles of CUDA":
-        largest = calibration_stats.CUDA_MAX_TILE
-        monkeypatch.setattr(calibration_stats, "max_tile", lambda device: largest)
+        monkeypatch.setattr(calibration_stats, "_is_gpu", lambda device: True)
+        monkeypatch.setattr(calibration_stats, "CUDA_TILE", 150)
 
 
 @pytest.mark.usefixtures("tiles")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import halve
+from halve.calibration_stats import GramMatrix
 from halve.checkpoint import Workspace
 from halve.errors import CheckpointError, HalveError, NumericalError, OutputError
 from halve.numerics.precision import matmul_precision
@@ -58,7 +59,8 @@ WAYS = {
 @pytest.fixture
 def prune(pico, text, tmp_path):
     def prune(row, name, family="llama", **options):
-        asked: dict[str, Any] = OPTIONS | {"calibration": str(text)} | STOPPED[row]
+        rows: dict[str, dict[str, Any]] = STOPPED | {"auto": {}}
+        asked: dict[str, Any] = OPTIONS | {"calibration": str(text)} | rows[row]
         halve.prune(pico(family), tmp_path / name, **(asked | options))
         return digests(tmp_path / name)
 
@@ -441,3 +443,83 @@ def test_a_precision_that_would_do_nothing_is_refused(prune, tmp_path):
     prune("magnitude", "out", matmul_precision="highest")
     record = (tmp_path / "out" / "halve.json").read_text()
     assert '"matmul_precision": "highest"' in record
+
+
+# What follows runs on a GPU alone.
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no NVIDIA GPU"
+)
+
+
+def keep_on_host(patch):
+    """Hidden states are page-locked, and copied beside the work."""
+    patch.setattr(hidden_states, "_fits_gpu", lambda model, nbytes: False)
+
+
+def map_files(patch):
+    """Hidden states are in memory-mapped files."""
+    keep_on_host(patch)
+    patch.setattr(hidden_states, "pinned_nbytes", lambda nbytes: 2**62)
+
+
+def read_in_turn(patch):
+    for module in (run, loop):
+        patch.setattr(module, "overlaps_files", lambda run: False)
+
+
+def check_at_once(patch):
+    for module in (stream, collect):
+        patch.setattr(module, "checks_later", lambda device: False)
+
+
+def add_by_torch(patch):
+    patch.setattr("halve.numerics.compensated_sum._fused", lambda device: None)
+
+
+WAYS_OF_GPU = (keep_on_host, map_files, read_in_turn, check_at_once, add_by_torch)
+
+
+# Without gradients, which attention on a GPU does not sum in a fixed order.
+@needs_gpu
+@pytest.mark.parametrize("row", ["sparsegpt", "allocated", "auto"])
+def test_every_way_on_a_gpu_ends_in_the_same_bytes(row, prune, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise_model, "CUDA_BATCH_TOKENS", 512)  # several batches
+        expected = prune(row, "expected", device="cuda")
+        for way in WAYS_OF_GPU:
+            with monkeypatch.context() as inner:
+                way(inner)
+                assert prune(row, way.__name__, device="cuda") == expected, way
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_masks_of_a_gpu_are_those_of_the_cpu(precision, prune, tmp_path):
+    prune("sparsegpt", "cpu")
+    prune("sparsegpt", "gpu", device="cuda", matmul_precision=precision)
+    for path in (tmp_path / "cpu").glob("*.safetensors"):
+        there = load_file(tmp_path / "gpu" / path.name)
+        for name, tensor in load_file(path).items():
+            same = (tensor == 0) == (there[name] == 0)
+            assert float(same.double().mean()) > 0.97, name
+
+
+@needs_gpu
+@pytest.mark.parametrize("sample", [3, 17])
+def test_a_gpu_names_the_sample(sample, prune, monkeypatch):
+    spoil(monkeypatch, sample)
+    with pytest.raises(NumericalError, match=f"sample {sample}\\."):
+        prune("sparsegpt", "out", device="cuda")
+
+
+@needs_gpu
+def test_a_gram_matrix_on_a_gpu_is_that_of_float64(monkeypatch):
+    """For tiles that are smaller than the matrix, joined and ragged."""
+    inputs = torch.randn(3000, 9000, device="cuda")
+    gram = GramMatrix(9000, inputs.device)
+    for batch in inputs.split(1000):
+        gram.add(batch)
+    exact = inputs.double().T @ inputs.double()
+    error = (gram.take().double() - exact).abs().max() / exact.diagonal().max()
+    assert float(error) < 1e-5

@@ -18,7 +18,8 @@ from torch import Tensor
 _SIDE = 64
 
 
-@triton.jit
+# Not specialized: the sizes of tiles would only make further variants to compile.
+@triton.jit(do_not_specialize=["rows", "columns", "across"])
 def _two_sum(
     high,
     low,

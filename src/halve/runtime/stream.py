@@ -148,6 +148,14 @@ class Stream:
         batch = windows_per_batch(self.windows.shape[1], tokens)
         return self._slices(max(batch // self.ranks.size, 1))
 
+    def compared(self) -> slice:
+        """Return the samples on which outputs before and after pruning are compared.
+
+        They are the first batch, or the first step where batches are larger.
+        """
+        is_large = self.model.batch_tokens > BATCH_TOKENS
+        return next(self.steps() if is_large else self.batches())
+
     def one_pass(self) -> Iterator[slice]:
         """Yield the slices of `batches`, each of which is run at most once meanwhile.
 
@@ -155,7 +163,7 @@ class Stream:
         while one is run.
         """
         parts = list(self.batches())
-        if not copies_beside(self.hidden, self.model.device):
+        if not parts or not copies_beside(self.hidden, self.model.device):
             yield from parts
             return
         largest = max(part.stop - part.start for part in parts)

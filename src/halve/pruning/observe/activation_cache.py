@@ -94,9 +94,9 @@ class ActivationCache:
                 f"{len(place)} tokens.",
                 "Pass --no-sequential, and no --memory or a larger one.",
             )
-        # Into page-locked memory in the order of the GPU's work. There is nobody who
-        # reads it on the CPU: it is copied back in the same order.
-        place.copy_(inputs, non_blocking=place.is_pinned())
+        # Into page-locked memory in the order of the GPU's work. Nothing reads it on
+        # the CPU: it is copied back in the same order.
+        place.copy_(inputs, non_blocking=inputs.is_cuda and place.is_pinned())
 
     def inputs(self, path: str, call: int, part: slice) -> Tensor:
         """Return the inputs of one call in one batch, [tokens, columns]."""

@@ -133,18 +133,18 @@ class BlockState:
                 return
 
     def first_outputs(self) -> Tensor | None:
-        """Return the block's current outputs for the first batch; None without text."""
+        """Return the block's current outputs for a few samples; None without text."""
         if self.streams is None:
             return None
-        part = next(self.stream.batches())
+        part = self.stream.compared()
         return self.stream.run(self.block, self.planned.index, part)
 
     def advance(self, before: Tensor | None) -> float | None:
         """Carry the pruned stream, if there is one, through the block as it is now.
 
         Args:
-            before: Y, outputs of the first batch with the dense weights; of the same
-                inputs as now, which come from pruned blocks.
+            before: Y, outputs of the first samples (`Stream.compared`) with the dense
+                weights; of the same inputs as now, which come from pruned blocks.
 
         Returns:
             ||Y - Y'|| / ||Y||, Y' being the outputs now; None without text.
@@ -155,7 +155,8 @@ class BlockState:
 
         def compare(part: slice, states: Tensor) -> None:
             if part.start == 0:
-                errors.append(float((states - before).norm() / before.norm()))
+                now = states[: len(before)]
+                errors.append(float((now - before).norm() / before.norm()))
 
         self.stream.advance(self.block, self.planned.index, compare)
         return errors[0]
