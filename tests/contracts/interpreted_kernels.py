@@ -17,7 +17,7 @@ from halve.runtime.cpu import bitmask_linear, operators, packed_linear
 from halve.runtime.cpu.bitmask_linear import BitmaskLinear
 from halve.runtime.cuda import bitmask_products, support
 from halve.runtime.cuda.bitmask_products import Bitmask
-from halve.runtime.cuda.side_index import has_slack, with_slack, word_starts
+from halve.runtime.cuda.side_index import has_slack, tile_kept, with_slack, word_starts
 
 assert bitmask_products.INTERPRETED, "TRITON_INTERPRET=1 is not set"
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-6}
@@ -43,9 +43,8 @@ def random_matrix(shape, dtype, kept=0.5):
 
 def bitmask(weight):
     packed = pack(weight)
-    starts = word_starts(packed.mask)
-    values = with_slack(packed.values)
-    return Bitmask(values, packed.mask, packed.offsets, starts, packed.columns)
+    index = word_starts(packed.mask), packed.columns, tile_kept(packed.mask)
+    return Bitmask(with_slack(packed.values), packed.mask, packed.offsets, *index)
 
 
 def relative_error(found, wanted):
@@ -77,13 +76,15 @@ def test_every_batch_is_multiplied(shape, dtype):
 
 @over_dtypes
 @pytest.mark.parametrize(("rows", "warps", "unroll"), [(1, 1, 2), (4, 4, 1), (8, 2, 3)])
-def test_a_vector_may_be_divided_in_any_way(rows, warps, unroll, dtype):
-    weight, x = random_matrix((9, 1100), dtype), torch.randn(1100).to(dtype)
-    y, bias = x.new_empty(9), torch.randn(9).to(dtype)
-    way = {"rows": rows, "warps": warps, "unroll": unroll}
-    bitmask_products.multiply_vector(x, bitmask(weight), bias, y, **way)
-    wanted = weight.double() @ x.double() + bias.double()
-    assert relative_error(y, wanted) < LIMITS[dtype]
+def test_work_may_be_divided_in_any_way(rows, warps, unroll, dtype):
+    weight = random_matrix((9, 1100), dtype)
+    matrix, bias = bitmask(weight), torch.randn(9).to(dtype)
+    for batch in (1, 2):
+        x, y = torch.randn(batch, 1100).to(dtype), torch.empty(batch, 9).to(dtype)
+        way = {"rows": rows, "warps": warps, "unroll": unroll}
+        bitmask_products.multiply_packed(x, matrix, bias, y, **way)
+        wanted = x.double() @ weight.double().T + bias.double()
+        assert relative_error(y, wanted) < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.02, 1.0])
@@ -105,6 +106,14 @@ def test_offsets_may_be_of_64_bits_and_rows_very_long():
     matrix = matrix._replace(offsets=matrix.offsets.to(torch.uint64))
     wanted = x.double() @ weight.double().T
     assert relative_error(bitmask_products.multiply(x, matrix), wanted) < 1e-6
+
+
+def test_the_fullest_tile_is_found():
+    weight = torch.zeros(3, 600)
+    weight[0, 200:300], weight[1, 256:259], weight[2, 512:] = 1, 1, 1
+    assert tile_kept(pack(weight).mask) == 88
+    weight[1, 256:512] = 1
+    assert tile_kept(pack(weight).mask) == 256
 
 
 def test_values_without_slack_are_copied():
@@ -263,13 +272,15 @@ def test_references_agree_with_the_kernels():
     packed, x = pack(weight), torch.randn(2, 130)
     parts = [packed.values, packed.mask, packed.offsets, word_starts(packed.mask)]
     assert isinstance(packed, BitmaskMatrix)
-    found = operators.packed_linear_indexed(x, parts, None, 130)
-    wanted = operators.packed_linear_indexed_reference(x, parts, None, 130)
+    found = operators.packed_linear_indexed(x, parts, None, 130, 90)
+    wanted = operators.packed_linear_indexed_reference(x, parts, None, 130, 90)
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
-    assert torch.equal(operators.unpack_indexed(parts, 130), weight)
-    assert torch.equal(operators.unpack_indexed_reference(parts, 130), weight)
+    assert torch.equal(operators.unpack_indexed(parts, 130, 90), weight)
+    assert torch.equal(operators.unpack_indexed_reference(parts, 130, 90), weight)
     with FakeTensorMode() as mode:
         shapes = [mode.from_tensor(part) for part in parts]
-        fake = operators.packed_linear_indexed(mode.from_tensor(x), shapes, None, 130)
+        fake = operators.packed_linear_indexed(
+            mode.from_tensor(x), shapes, None, 130, 90
+        )
         assert fake.shape == found.shape
-        assert operators.unpack_indexed(shapes, 130).shape == weight.shape
+        assert operators.unpack_indexed(shapes, 130, 90).shape == weight.shape

@@ -182,19 +182,19 @@ MATRIX = {"mask": "*u64", "offsets": "*u32", "starts": "*u16"}
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
 def test_a_weight_costs_few_instructions(kind, capability):
     from halve.runtime.cuda import launch  # noqa: PLC0415
-    from halve.runtime.cuda.bitmask_kernels import vector_kernel  # noqa: PLC0415
+    from halve.runtime.cuda.bitmask_kernels import vectors_kernel  # noqa: PLC0415
 
     def instructions(columns: int) -> int:
         """Return those of one program, whose steps are all written out."""
-        warps, rows = 4, launch.VECTOR_ROWS
+        warps, rows = 4, launch.PACKED_ROWS
         types = {name: f"*{kind}" for name in ("x", "values", "bias", "y")}
         constants = {
-            **{"COLUMNS": columns, "LANES": 32 * warps, "ROWS": rows},
+            **{"BATCH": 1, "COLUMNS": columns, "LANES": 32 * warps, "ROWS": rows},
             **{"UNROLL": columns // (256 * warps), "WHOLE": True},
             **{"BIASED": False, "INLINE": True},
         }
         code, spilled = machine_code(
-            *(vector_kernel, capability, warps),
+            *(vectors_kernel, capability, warps),
             *(types | MATRIX | {"rows": "i32"}, constants),
         )
         assert spilled == 0
@@ -202,7 +202,7 @@ def test_a_weight_costs_few_instructions(kind, capability):
 
     # What four more steps cost, of 8 weights a lane in each row.
     more = instructions(8192) - instructions(4096)
-    assert more / (4 * 8 * launch.VECTOR_ROWS) <= MOST_INSTRUCTIONS
+    assert more / (4 * 8 * launch.PACKED_ROWS) <= MOST_INSTRUCTIONS
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

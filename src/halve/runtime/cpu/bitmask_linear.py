@@ -14,7 +14,12 @@ from halve.runtime.cpu.operators import (
     unpack_indexed,
 )
 from halve.runtime.cpu.packed_linear import PackedLinear, wants_gradient
-from halve.runtime.cuda.side_index import has_slack, with_slack, word_starts
+from halve.runtime.cuda.side_index import (
+    has_slack,
+    tile_kept,
+    with_slack,
+    word_starts,
+)
 from halve.runtime.cuda.support import runs_kernels
 
 # Values, mask, offsets, and starts or None.
@@ -48,6 +53,8 @@ class BitmaskLinear(PackedLinear):
         self.register_buffer("weight_starts", None, persistent=False)
         # The mask that `weight_starts` belongs to, as `_identity` returns it.
         self._indexed_mask: tuple[int, int] | None = None
+        # Most values in a tile, as `side_index` counts them; 0 without the index.
+        self._tile_kept = 0
 
     @property
     def packed(self) -> BitmaskMatrix:
@@ -68,9 +75,10 @@ class BitmaskLinear(PackedLinear):
             x = x.to(self.weight.dtype)
         if not torch.compiler.is_compiling():
             self.prepare_device()
+        sizes = self.in_features, self._tile_kept
         if wants_gradient(x, self.bias):
-            return _Differentiable.apply(x, self.bias, self.in_features, *self._parts)
-        return _multiply(x, self._parts, self.bias, self.in_features)
+            return _Differentiable.apply(x, self.bias, sizes, *self._parts)
+        return _multiply(x, self._parts, self.bias, *sizes)
 
     def prepare_device(self) -> None:
         """Make what the kernels of the weight's device need, if it is missing or old.
@@ -92,12 +100,13 @@ class BitmaskLinear(PackedLinear):
         if mask != self._indexed_mask:
             with torch.inference_mode(False):
                 self.weight_starts = word_starts(self.weight_mask)
+                self._tile_kept = tile_kept(self.weight_mask)
             self._indexed_mask = mask
 
     def dense_weight(self) -> Tensor:
         """Return W, dense, [out_features, in_features]."""
         self.prepare_device()
-        return _unpack(self._parts, self.in_features)
+        return _unpack(self._parts, self.in_features, self._tile_kept)
 
     @property
     def _parts(self) -> Parts:
@@ -123,19 +132,21 @@ def _identity(mask: Tensor) -> tuple[int, int]:
     return mask.data_ptr(), version
 
 
-def _multiply(x: Tensor, parts: Parts, bias: Tensor | None, columns: int) -> Tensor:
+def _multiply(
+    x: Tensor, parts: Parts, bias: Tensor | None, columns: int, tile_kept: int
+) -> Tensor:
     values, mask, offsets, starts = parts
     if starts is None:
         return packed_linear(x, values, mask, offsets, bias, columns)
-    return packed_linear_indexed(x, parts, bias, columns)
+    return packed_linear_indexed(x, parts, bias, columns, tile_kept)
 
 
-def _unpack(parts: Parts, columns: int) -> Tensor:
+def _unpack(parts: Parts, columns: int, tile_kept: int) -> Tensor:
     """Return W, dense, [rows, columns]."""
     values, mask, offsets, starts = parts
     if starts is None:
         return BitmaskMatrix(values, mask, offsets, columns).unpack()
-    return unpack_indexed(parts, columns)
+    return unpack_indexed(parts, columns, tile_kept)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -146,18 +157,18 @@ class _Differentiable(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         x: Tensor,
         bias: Tensor | None,
-        columns: int,
+        sizes: tuple[int, int],
         *parts: Any,  # noqa: ANN401
     ) -> Tensor:
         ctx.save_for_backward(*parts)
-        ctx.columns = columns
-        return _multiply(x, parts, bias, columns)
+        ctx.sizes = sizes
+        return _multiply(x, parts, bias, *sizes)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # noqa: ANN401
         (gradient,) = grad_outputs
         # y = x W.T + b, so dL/dx = dL/dy W, and dL/db is dL/dy summed over all rows.
-        wanted, weight = ctx.needs_input_grad, _unpack(ctx.saved_tensors, ctx.columns)
+        wanted, weight = ctx.needs_input_grad, _unpack(ctx.saved_tensors, *ctx.sizes)
         for_x = gradient @ weight if wanted[0] else None
         for_bias = gradient.flatten(0, -2).sum(0) if wanted[1] else None
         return for_x, for_bias, None, *[None] * len(ctx.saved_tensors)

@@ -23,12 +23,12 @@ library.define(
     "packed_linear(Tensor x, Tensor values, Tensor mask, Tensor offsets, Tensor? bias, "
     "int columns) -> Tensor"
 )
-# With parts: values, mask, offsets, and the side index of `runtime.cuda.side_index`.
+# With parts: values, mask, offsets, and `word_starts` of `runtime.cuda.side_index`.
 library.define(
-    "packed_linear_indexed(Tensor x, Tensor[] parts, Tensor? bias, int columns) "
-    "-> Tensor"
+    "packed_linear_indexed(Tensor x, Tensor[] parts, Tensor? bias, int columns, "
+    "int tile_kept) -> Tensor"
 )
-library.define("unpack_indexed(Tensor[] parts, int columns) -> Tensor")
+library.define("unpack_indexed(Tensor[] parts, int columns, int tile_kept) -> Tensor")
 library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
@@ -84,7 +84,11 @@ def _packed_linear_cpu(
 
 
 def packed_linear_indexed_reference(
-    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, columns: int
+    x: Tensor,
+    parts: Sequence[Tensor],
+    bias: Tensor | None,
+    columns: int,
+    tile_kept: int,
 ) -> Tensor:
     """Return what `packed_linear_reference` does; the side index is not used.
 
@@ -93,13 +97,18 @@ def packed_linear_indexed_reference(
         parts: Values, mask, offsets, and stored values before each mask word.
         bias: [rows], of the dtype of x.
         columns: Input features.
+        tile_kept: Most values in a tile, as `runtime.cuda.side_index` counts them.
     """
     values, mask, offsets, _ = parts
     return packed_linear_reference(x, values, mask, offsets, bias, columns)
 
 
 def _packed_linear_indexed_cuda(
-    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, columns: int
+    x: Tensor,
+    parts: Sequence[Tensor],
+    bias: Tensor | None,
+    columns: int,
+    tile_kept: int,
 ) -> Tensor:
     # Imported here because it imports Triton, which is not installed everywhere.
     from halve.runtime.cuda import bitmask_products  # noqa: PLC0415
@@ -110,21 +119,25 @@ def _packed_linear_indexed_cuda(
         raise RuntimeError(
             f"starts of {list(starts.shape)} do not fit a mask of {list(mask.shape)}"
         )
-    matrix = bitmask_products.Bitmask(values, mask, offsets, starts, columns)
+    matrix = bitmask_products.Bitmask(values, mask, offsets, starts, columns, tile_kept)
     return bitmask_products.multiply(x, matrix, bias)
 
 
-def unpack_indexed_reference(parts: Sequence[Tensor], columns: int) -> Tensor:
+def unpack_indexed_reference(
+    parts: Sequence[Tensor], columns: int, tile_kept: int
+) -> Tensor:
     """Return W, dense, [rows, columns]; the side index is not used."""
     values, mask, offsets, _ = parts
     return BitmaskMatrix(values, mask, offsets, columns).unpack()
 
 
-def _unpack_indexed_cuda(parts: Sequence[Tensor], columns: int) -> Tensor:
+def _unpack_indexed_cuda(
+    parts: Sequence[Tensor], columns: int, tile_kept: int
+) -> Tensor:
     from halve.runtime.cuda import bitmask_products  # noqa: PLC0415
 
     values, mask, offsets, starts = parts
-    matrix = bitmask_products.Bitmask(values, mask, offsets, starts, columns)
+    matrix = bitmask_products.Bitmask(values, mask, offsets, starts, columns, tile_kept)
     return bitmask_products.unpack(matrix)
 
 
@@ -189,12 +202,18 @@ def _packed_linear_fake(
 
 
 def _packed_linear_indexed_fake(
-    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, columns: int
+    x: Tensor,
+    parts: Sequence[Tensor],
+    bias: Tensor | None,
+    columns: int,
+    tile_kept: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], parts[1].shape[0])
 
 
-def _unpack_indexed_fake(parts: Sequence[Tensor], columns: int) -> Tensor:
+def _unpack_indexed_fake(
+    parts: Sequence[Tensor], columns: int, tile_kept: int
+) -> Tensor:
     return parts[0].new_empty(parts[1].shape[0], columns)
 
 

@@ -22,7 +22,15 @@ import triton
 import triton.language as tl
 
 from halve.runtime.cuda import ptx
-from halve.runtime.cuda.lanes import join8, popcount, split8
+from halve.runtime.cuda.lanes import (
+    add_products,
+    dot8,
+    join8,
+    load8,
+    popcount,
+    store_sums,
+    zeros,
+)
 
 _ADD_OPERANDS = tl.constexpr(ptx.MULTIPLY_ADD_OPERANDS)
 _ADD_BF16 = tl.constexpr(ptx.multiply_add("bf16"))
@@ -101,10 +109,9 @@ def _expand(bits, place, INLINE: tl.constexpr):
 
 
 @triton.jit
-def _multiply_add(
-    total, bits, place, x0, x1, x2, x3, x4, x5, x6, x7, INLINE: tl.constexpr
-):
+def _multiply_add(total, bits, place, inputs, INLINE: tl.constexpr):
     """Return total + the weights of 8 columns times their inputs, in float32."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = inputs
     if INLINE:
         dtype: tl.constexpr = place.dtype.element_ty
         code: tl.constexpr = (
@@ -117,22 +124,18 @@ def _multiply_add(
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        w0, w1, w2, w3, w4, w5, w6, w7 = _expand(bits, place, INLINE)
-        total += w0.to(tl.float32) * x0 + w1.to(tl.float32) * x1
-        total += w2.to(tl.float32) * x2 + w3.to(tl.float32) * x3
-        total += w4.to(tl.float32) * x4 + w5.to(tl.float32) * x5
-        total += w6.to(tl.float32) * x6 + w7.to(tl.float32) * x7
+        total += dot8(_expand(bits, place, INLINE), inputs)
     return total
 
 
 @triton.jit
-def vector_kernel(
+def vectors_kernel(
     x, values, mask, offsets, starts, bias, y, rows,
-    COLUMNS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    UNROLL: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr,
+    BATCH: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr,
     INLINE: tl.constexpr,
 ):  # fmt: skip
-    """Write y = W x + bias for one x, [COLUMNS]; ROWS rows a program.
+    """Write y = x W.T + bias for x, [BATCH, COLUMNS]; ROWS rows of W a program.
 
     The kernel is bound by latency: a lane waits for a word before it can load values.
     So the words of UNROLL steps along the row are loaded at once. The barrier keeps
@@ -152,7 +155,7 @@ def vector_kernel(
     row_values = values + tl.load(offsets + own).to(tl.int64)[None, :]
     at = (own * WORDS)[None, :] + (lane // 8)[:, None]
     mask, starts = mask + at, starts + at
-    total = tl.zeros((LANES, ROWS), tl.float32)
+    totals = zeros(BATCH, LANES, ROWS)
     for begin in range(0, COLUMNS, UNROLL * STEP):
         words, firsts = (), ()
         for step in tl.static_range(UNROLL):
@@ -165,24 +168,18 @@ def vector_kernel(
             tl.debug_barrier()
         for step in tl.static_range(UNROLL):
             bits, place = _locate(words[step], firsts[step], shift, row_values)
-            column = begin + step * STEP + lane[:, None] * 8 + tl.arange(0, 8)[None, :]
-            if WITHIN:
-                inputs = tl.load(x + column).to(tl.float32)
+            column = begin + step * STEP + lane * 8
+            if BATCH == 1:
+                inputs = load8(x, column, COLUMNS, LANES, WITHIN)
+                totals = (_multiply_add(totals[0], bits, place, inputs, INLINE),)
             else:
-                inputs = tl.load(x + column, mask=column < COLUMNS, other=0).to(
-                    tl.float32
+                weights = _expand(bits, place, INLINE)
+                totals = add_products(
+                    totals, weights, x, column, BATCH, COLUMNS, LANES, WITHIN
                 )
-            x0, x1, x2, x3, x4, x5, x6, x7 = split8(inputs, LANES)
-            total = _multiply_add(
-                total, bits, place, x0[:, None], x1[:, None], x2[:, None], x3[:, None],
-                x4[:, None], x5[:, None], x6[:, None], x7[:, None], INLINE,
-            )  # fmt: skip
         mask += UNROLL * STEP_WORDS
         starts += UNROLL * STEP_WORDS
-    found = tl.sum(total, axis=0)
-    if BIASED:
-        found += tl.load(bias + own).to(tl.float32)
-    tl.store(y + row, found.to(y.dtype.element_ty), mask=row < rows)
+    store_sums(totals, bias, y, row, own, rows, BATCH, BIASED)
 
 
 @triton.jit
@@ -208,8 +205,7 @@ def unpack_kernel(
     inside = (word < WORDS)[:, None]
     words, firsts = _load(mask + at, inside, False), _load(starts + at, inside, False)
     bits, place = _locate(words, firsts, shift, row_values)
-    w0, w1, w2, w3, w4, w5, w6, w7 = _expand(bits, place, INLINE)
-    weight = join8(w0, w1, w2, w3, w4, w5, w6, w7, LANES, ROWS)
+    weight = join8(_expand(bits, place, INLINE), LANES, ROWS)
     column = tile * 8 * LANES + tl.arange(0, 8 * LANES)
     to = ((row - begin).to(tl.int64) * COLUMNS)[None, :] + column[:, None]
     exists = (column < COLUMNS)[:, None] & (row < end)[None, :]

@@ -13,11 +13,11 @@ import triton
 from torch import Tensor
 
 from halve.runtime.cuda import launch
-from halve.runtime.cuda.bitmask_kernels import unpack_kernel, vector_kernel
+from halve.runtime.cuda.bitmask_kernels import unpack_kernel, vectors_kernel
 from halve.runtime.cuda.side_index import SLACK, with_slack
 
 # Whether kernels run in Triton's interpreter, on tensors of the CPU.
-INTERPRETED = not isinstance(vector_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(vectors_kernel, triton.JITFunction)
 _LANES = 32
 
 
@@ -30,6 +30,7 @@ class Bitmask(NamedTuple):
         offsets: [rows + 1], uint32 or uint64.
         starts: [rows, words], as `side_index.word_starts` returns them.
         columns: Columns of the matrix.
+        tile_kept: As `side_index.tile_kept` returns it.
     """
 
     values: Tensor
@@ -37,6 +38,7 @@ class Bitmask(NamedTuple):
     offsets: Tensor
     starts: Tensor
     columns: int
+    tile_kept: int
 
     @property
     def rows(self) -> int:
@@ -66,9 +68,8 @@ def multiply(x: Tensor, matrix: Bitmask, bias: Tensor | None = None) -> Tensor:
     with _on_device(x):
         if batch == 0:
             pass
-        elif batch <= launch.VECTOR_BATCH:
-            for vector, result in zip(vectors, results, strict=True):
-                multiply_vector(vector, matrix, bias, result)
+        elif batch <= launch.PACKED_BATCH:
+            multiply_packed(vectors, matrix, bias, results)
         else:
             multiply_unpacked(vectors, matrix, bias, results)
     return y
@@ -88,35 +89,36 @@ def _launch(
     kernel[(programs,)](*arguments, **constants)
 
 
-def multiply_vector(  # noqa: PLR0913
+def multiply_packed(  # noqa: PLR0913
     x: Tensor,
     matrix: Bitmask,
     bias: Tensor | None,
     y: Tensor,
     *,
-    rows: int = launch.VECTOR_ROWS,
+    rows: int = launch.PACKED_ROWS,
     warps: int | None = None,
     unroll: int | None = None,
     inline: bool = not INTERPRETED,
 ) -> None:
-    """Write W x + bias into y.
+    """Write x W.T + bias into y, for a few vectors, without unpacking W.
 
     Args:
-        x: [columns], contiguous.
+        x: [batch, columns], contiguous.
         matrix: W.
         bias: [rows], or None.
-        y: [rows], contiguous.
+        y: [batch, rows], contiguous.
         rows: Rows a program, a power of two.
         warps: Warps a program, likewise, instead of what `launch` chooses.
         unroll: Steps along a row that load their words at once, likewise.
         inline: Whether columns are decoded by inline PTX.
     """
-    warps = warps or launch.vector_warps(matrix.columns)
-    unroll = unroll or launch.vector_unroll(matrix.columns, warps)
+    warps = warps or launch.warps_of(matrix.columns)
+    unroll = unroll or launch.unroll_of(matrix.columns, warps)
     _launch(
-        vector_kernel,
+        vectors_kernel,
         -(-matrix.rows // rows),
         *(x, *matrix.operands, x if bias is None else bias, y, matrix.rows),
+        BATCH=x.shape[0],
         COLUMNS=matrix.columns,
         LANES=_LANES * warps,
         ROWS=rows,

@@ -7,9 +7,12 @@ kernels need no scan over a row and may divide a row anywhere.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Kernels may read so many values past the last stored one (`ptx.OVERREAD`, rounded up).
 SLACK = 16
+# Columns of a tile, of which the first is a multiple of this.
+TILE_COLUMNS = 256
 # Rows longer than this need wider starts.
 _MAX_COLUMNS_16 = 2**16
 
@@ -30,6 +33,24 @@ def word_starts(mask: Tensor) -> Tensor:
     counts = _bits_of_words(mask)
     starts = counts.cumsum(1, dtype=torch.int32).sub_(counts)
     return starts.to(torch.uint16) if 64 * mask.shape[1] <= _MAX_COLUMNS_16 else starts
+
+
+def tile_kept(mask: Tensor) -> int:
+    """Return the most values that any row stores in a tile of `TILE_COLUMNS` columns.
+
+    A kernel that copies the values of tiles to shared memory needs so much of it.
+
+    Args:
+        mask: [rows, words], uint64, contiguous, on any device.
+
+    Cost:
+        As `word_starts`, and one synchronization.
+    """
+    if not mask.numel():
+        return 0
+    words = TILE_COLUMNS // 64
+    counts = pad(_bits_of_words(mask), (0, -mask.shape[1] % words))
+    return int(counts.view(len(mask), -1, words).sum(-1).max())
 
 
 def _bits_of_words(mask: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     # Imported here because it imports Triton, which is not installed everywhere.
     from halve.runtime.cuda.bitmask_products import (  # noqa: PLC0415
         Bitmask,
-        multiply_vector,
+        multiply_packed,
         unpack,
     )
 
@@ -70,11 +70,11 @@ def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     mask = mask.view(torch.uint64).view(2, 1)
     offsets = torch.tensor([0, 32, 64], device=device).to(torch.uint32)
     values = dense[:, 1::2].flatten().contiguous()
-    matrix = Bitmask(values, mask, offsets, word_starts(mask), 64)
-    x = torch.arange(64, dtype=dtype, device=device).remainder_(5)
-    y = x.new_empty(2)
-    multiply_vector(x, matrix, None, y)
+    matrix = Bitmask(values, mask, offsets, word_starts(mask), 64, 32)
+    x = torch.arange(64, dtype=dtype, device=device).remainder_(5)[None]
+    y = x.new_empty(1, 2)
+    multiply_packed(x, matrix, None, y)
     if not torch.equal(unpack(matrix), dense):
         return "they unpack a matrix wrongly"
-    agrees = torch.allclose(y.double(), dense.double() @ x.double(), rtol=_TOLERANCE)
+    agrees = torch.allclose(y.double(), x.double() @ dense.double().T, rtol=_TOLERANCE)
     return None if agrees else "they multiply wrongly"
