@@ -8,6 +8,7 @@ from halve.options import PruneOptions, RunOptions
 
 if TYPE_CHECKING:
     from halve.pruning import DryRun, Forecast
+    from halve.pruning.memory.gpu import GpuForecast
     from halve.pruning.plan import Plan
     from halve.records import Progress, PruneRecord
 
@@ -119,6 +120,8 @@ def _print_dry_run(dry_run: "DryRun", as_json: bool) -> None:
     _print_matrices(plan)
     _print_targets(plan)
     _print_forecast(forecast)
+    if dry_run.gpu is not None:
+        _print_gpu(dry_run.gpu)
     print(f"Output: {size(forecast.output)} in {len(plan.layout.shards)} files")
     print(f"Time, very roughly: {duration(dry_run.seconds)}")
 
@@ -147,6 +150,19 @@ def _print_targets(plan: "Plan") -> None:
     print(f"{plan.layout.prunable:,} prunable weights, {targets}.")
     if plan.options.allocation_held_out:
         print("Distributed over the blocks by error, after two to four trials.")
+
+
+def _print_gpu(gpu: "GpuForecast") -> None:
+    from halve.cli.console import size
+
+    where = "on the GPU" if gpu.keeps_hidden else "in the host's memory"
+    text = (
+        f"GPU memory ({gpu.name}), while {gpu.largest.name}: {size(gpu.peak)} of "
+        f"{size(gpu.total)}"
+    )
+    if gpu.hidden:
+        text += f"; hidden states ({size(gpu.hidden)}) stay {where}"
+    print(text if gpu.fits else f"{text}; batches will be smaller, or it will fail")
 
 
 def _print_forecast(forecast: "Forecast") -> None:

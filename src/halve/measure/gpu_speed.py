@@ -1,7 +1,4 @@
-"""How fast a model runs on a GPU: what `speed` measures, timed by the GPU's own clock.
-
-The host runs ahead of the GPU, so its clock would measure how fast work is submitted.
-"""
+"""How fast a model runs on a GPU; what is measured is described in `speed`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halve.runtime.cuda.clock import gpu_seconds
 from halve.runtime.cuda.decode import GreedyDecoder, has_greedy_loop
 
 # Tokens before those that are timed: one that sets up, and one that is captured.
@@ -17,18 +15,6 @@ _UNTIMED = 2
 # Much larger than any cache.
 _COPIED_BYTES = 2**30
 _COPIES = 20
-
-
-def gpu_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds from the beginning to the end of a piece of work on a GPU."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(device):
-        torch.cuda.synchronize()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-    return start.elapsed_time(end) / 1000  # given in milliseconds
 
 
 def time_prefill(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.errors import HalveError
-from halve.measure.gpu_speed import gpu_seconds, time_decoding, time_prefill
+from halve.measure.gpu_speed import time_decoding, time_prefill
 from halve.options import BenchOptions
 from halve.records import SpeedRecord
 from halve.runtime import decode
@@ -26,6 +26,7 @@ from halve.runtime.cpu.kernels import kernels
 from halve.runtime.cpu.packed_linear import PackedLinear
 from halve.runtime.cpu.quantized_linear import set_activations
 from halve.runtime.cpu.replace_modules import packed_layers
+from halve.runtime.cuda.clock import gpu_seconds
 from halve.runtime.generation import load
 
 TORCH, HALVE_DENSE, PACKED = "torch", "halve dense", "halve packed"

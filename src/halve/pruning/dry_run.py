@@ -7,7 +7,8 @@ from typing import Any
 from halve.checkpoint import resolve_model
 from halve.options import PruneOptions, RunOptions
 from halve.pruning.memory.duration import estimate_seconds
-from halve.pruning.memory.forecast import Forecast, forecast_run
+from halve.pruning.memory.forecast import Forecast, forecast_host
+from halve.pruning.memory.gpu import GpuForecast, forecast_gpu
 from halve.pruning.memory.limit import plan_memory
 from halve.pruning.plan import Plan, make_plan
 from halve.runtime.blockwise_model import choose_device
@@ -19,13 +20,15 @@ class DryRun:
 
     Attributes:
         plan: Model, options, and every tensor's place in the output.
-        forecast: Peak memory by phase, disk, and operations.
+        forecast: Peak memory of the host by phase, disk, and operations.
         seconds: Estimated duration on this machine; correct to about a factor of two.
+        gpu: Memory of the GPU; None if the run is on the CPU.
     """
 
     plan: Plan
     forecast: Forecast
     seconds: float
+    gpu: GpuForecast | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `halve prune --dry-run --json` prints."""
@@ -45,6 +48,18 @@ class DryRun:
             "bytes_disk": forecast.disk,
             "seconds": self.seconds,
             "identity": self.plan.identity(),
+        } | self._gpu_to_dict()
+
+    def _gpu_to_dict(self) -> dict[str, Any]:
+        """Return what is added for a run on a GPU."""
+        if self.gpu is None:
+            return {}
+        return {
+            "gpu": self.gpu.name,
+            "gpu_bytes_total": self.gpu.total,
+            "gpu_bytes_peak": self.gpu.peak,
+            "gpu_bytes_hidden_states": self.gpu.keeps_hidden * self.gpu.hidden,
+            "gpu_largest_phase": self.gpu.largest.name,
         }
 
 
@@ -56,6 +71,7 @@ def dry_run(
     trusted = run_options.trust_remote_code
     plan = make_plan(folder, options, trusted, needs_weights=False)
     memory = plan_memory(plan, run_options.memory, run_options.activation_memory)
-    forecast = forecast_run(plan, memory.activations, memory.deferred)
+    forecast = forecast_host(plan, memory.activations, memory.deferred)
+    gpu = forecast_gpu(plan)
     seconds = estimate_seconds(forecast, choose_device(options.device))
-    return DryRun(plan, forecast, seconds)
+    return DryRun(plan, forecast, seconds, gpu)

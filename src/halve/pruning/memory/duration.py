@@ -2,14 +2,18 @@
 
 import statistics
 import time
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from halve.numerics.matmul import linear
 from halve.pruning.memory.forecast import Forecast
+from halve.runtime.cuda.clock import gpu_seconds
 
-# Size of the square product that is timed, and how many times.
-_SIZE, _ROUNDS = 1024, 5
+# Size of the square product that is timed, and how many times. On a GPU a small one
+# would measure how long a launch takes.
+_SIZE, _GPU_SIZE, _ROUNDS = 1024, 8192, 5
 # Width of hidden states at which products take half the time of a run, measured:
 # docs/log.md. Their operations grow with the square of the width; the rest (attention,
 # copies, files) grows with the width.
@@ -23,13 +27,27 @@ def estimate_seconds(forecast: Forecast, device: torch.device) -> float:
     off by a factor of two either way.
 
     Cost:
-        A tenth of a second.
+        A tenth of a second; on a GPU a little more, and 768 MiB of its memory.
     """
-    square = torch.randn(_SIZE, _SIZE, device=device)
-    times: list[float] = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        float(linear(square, square)[0, 0])  # waits for the device
-        times.append(time.perf_counter() - started)
-    speed = 2 * _SIZE**3 / statistics.median(times)  # operations per second
+    speed = _operations_per_second(device)
     return forecast.operations / speed * (1 + _HALF_TIME_WIDTH / forecast.width)
+
+
+def _operations_per_second(device: torch.device) -> float:
+    """Return the multiplications and additions per second of a large product."""
+    on_gpu = device.type == "cuda"
+    size = _GPU_SIZE if on_gpu else _SIZE
+    square = torch.randn(size, size, device=device)
+    if on_gpu:
+        multiply = partial(linear, square, square)
+        multiply()  # sets up the library, and wakes the GPU
+        times = [gpu_seconds(multiply, device) for _ in range(_ROUNDS)]
+    else:
+        times = [_seconds(square) for _ in range(_ROUNDS)]
+    return 2 * size**3 / statistics.median(times)
+
+
+def _seconds(square: Tensor) -> float:
+    started = time.perf_counter()
+    linear(square, square)
+    return time.perf_counter() - started

@@ -7,24 +7,27 @@ phase (`phases`).
 import os
 import resource
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halve.calibration import default_activation_memory
 from halve.calibration_stats import CrossGram, GramMatrix
 from halve.layout import PlannedBlock
-from halve.pruning.memory.phases import Phase, Workload, all_phases
+from halve.pruning.memory.phases import Phase, Workload, all_phases, host_phases
 from halve.pruning.memory.solving import solving_operations
 from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.input_groups import expected_groups
 from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import candidates
 from halve.pruning.tune.block_reconstruction import tuning_passes
+from halve.runtime.blockwise_model import choose_device
 from halve.runtime.stream import Stream
 
 # What libraries load and allocate once a run is under way (kernels of BLAS and oneDNN,
 # tokenizer, text), measured: benchmarks/memory.py.
 _LIBRARIES = 80 * 2**20
+# The same for the libraries of CUDA: an estimate, not measured yet.
+_CUDA_LIBRARIES = 2**30
 # Forward passes of all windows through a block: one to collect statistics, and one
 # through the pruned block.
 _PASSES = 2
@@ -112,6 +115,26 @@ def forecast_run(
         output=plan.layout.output_bytes,
         operations=sum(_operations(work, block) for block in work.blocks),
         width=plan.width,
+    )
+
+
+def forecast_host(
+    plan: Plan, budget: int | None = None, deferred: bool = False
+) -> Forecast:
+    """Predict what a run takes of the host, wherever it computes.
+
+    Args:
+        plan: The run.
+        budget: As for `forecast_run`.
+        deferred: As for `forecast_run`.
+    """
+    forecast = forecast_run(plan, budget, deferred)
+    if choose_device(plan.options.device).type != "cuda":
+        return forecast
+    return replace(
+        forecast,
+        process=forecast.process + _CUDA_LIBRARIES,
+        phases=tuple(host_phases(plan)),
     )
 
 

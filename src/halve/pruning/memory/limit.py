@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from halve.calibration import default_activation_memory
 from halve.errors import HalveError
-from halve.pruning.memory.forecast import Forecast, forecast_run
+from halve.pruning.memory.forecast import Forecast, forecast_host
+from halve.pruning.memory.gpu import check_gpu
 from halve.pruning.plan import Plan
 
 # A tenth of a limit is left free where possible: runs have taken up to a tenth more
@@ -32,12 +33,13 @@ class MemoryPlan:
 def plan_memory(
     plan: Plan, memory: int | None, activations: int | None, processes: int = 1
 ) -> MemoryPlan:
-    """Choose where a run stores activations.
+    """Choose where a run stores activations, and look whether its GPU is large enough.
 
     Args:
         plan: The run.
-        memory: Bytes that the process may take; None for no limit. A tenth of it is
-            left free for what the forecast misses, unless the run only fits without.
+        memory: Bytes of the host's memory that the process may take; None for no limit.
+            A tenth of it is left free for what the forecast misses, unless the run only
+            fits without.
         activations: Bytes of activations that may stay in memory. None for what the
             limit leaves; without a limit, for this process's part of a quarter of the
             machine's memory.
@@ -45,12 +47,16 @@ def plan_memory(
 
     Raises:
         HalveError: The run needs more memory even with all activations on disk.
+
+    Warns:
+        HalveWarning: It is predicted to need more memory than its GPU has.
     """
+    check_gpu(plan)
     if memory is None:
         default = default_activation_memory() // processes
         return MemoryPlan(default if activations is None else activations)
     target = memory - memory // _MARGIN
-    together, deferred = (forecast_run(plan, 0, defer) for defer in (False, True))
+    together, deferred = (forecast_host(plan, 0, defer) for defer in (False, True))
     # Deferring takes disk space and time, so only where it is needed and helps.
     defers = together.peak > target and deferred.peak < together.peak
     forecast = deferred if defers else together

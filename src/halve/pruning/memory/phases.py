@@ -12,7 +12,7 @@ from functools import reduce
 from math import prod
 from operator import or_
 
-from halve.calibration_stats import CrossGram, GramMatrix, adding_nbytes
+from halve.calibration_stats import MAX_TILE, CrossGram, GramMatrix, adding_nbytes
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.numerics.matmul import HALF_DTYPES, widening_nbytes
 from halve.pruning.memory.solving import solving_cost
@@ -21,9 +21,16 @@ from halve.pruning.observe.held_out import HeldOut
 from halve.pruning.observe.input_groups import MAX_GROUPS_PER_STAGE, expected_groups
 from halve.pruning.plan import Plan
 from halve.pruning.tune.block_reconstruction import tuning_nbytes
-from halve.runtime.blockwise_model import loaded_dtype, windows_per_batch
+from halve.runtime.blockwise_model import (
+    BATCH_TOKENS,
+    loaded_dtype,
+    windows_per_batch,
+)
 from halve.runtime.stream import Stream
 from halve.solvers import Needs, Solver
+
+# The only use of memory that is the host's where a GPU computes.
+FILES = "files"
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,15 @@ class Workload:
         plan: The run.
         solvers: Solvers of the candidates.
         deferred: See `MemoryPlan`.
+        batch_limit: Tokens in a batch, unless one window has more.
+        tile: Rows of the largest tile or strip that is added to a sum at once.
     """
 
     plan: Plan
     solvers: list[Solver]
     deferred: bool
+    batch_limit: int = BATCH_TOKENS
+    tile: int = MAX_TILE
 
     @property
     def blocks(self) -> tuple[PlannedBlock, ...]:
@@ -89,7 +100,16 @@ class Workload:
     def batch_tokens(self) -> int:
         """Tokens in one batch."""
         length = self.plan.options.seq_len or 1
-        return min(windows_per_batch(length) * length, self.plan.tokens)
+        windows = windows_per_batch(length, self.batch_limit)
+        return min(windows * length, self.plan.tokens)
+
+    def adding_nbytes(self, columns: int) -> int:
+        """Return the bytes that adding a batch to a sum takes for a while, at most.
+
+        `calibration_stats.adding_nbytes` is for tiles of MAX_TILE rows.
+        """
+        usual = max(min(columns, MAX_TILE), 1)
+        return adding_nbytes(columns) // usual * max(min(columns, self.tile), 1)
 
     def deferred_groups(self, block: PlannedBlock) -> list[int]:
         """Return the columns of each group whose inputs are deferred."""
@@ -116,6 +136,19 @@ def all_phases(work: Workload) -> Iterator[Phase]:
         if work.plan.options.refine:
             yield _refining(work, block)
         yield _writing(work.plan, block)
+
+
+def host_phases(plan: Plan) -> Iterator[Phase]:
+    """Yield what a run on a GPU takes of the host's memory, block after block.
+
+    Everything is computed on the GPU. The host holds a block as it was read, on its way
+    to the GPU; and its shard on the way back, serialised, and read back to verify it.
+    """
+    yield Phase("embedding", {"embeddings": _outside_nbytes(plan)})
+    for block in plan.layout.blocks:
+        stored = _stored_nbytes(plan, block)
+        yield Phase("reading", {"weights": stored})
+        yield Phase("writing", {FILES: 3 * stored})
 
 
 def _collecting(work: Workload, block: PlannedBlock) -> Phase:
@@ -178,10 +211,15 @@ def _refining(work: Workload, block: PlannedBlock) -> Phase:
 
 def _writing(plan: Plan, block: PlannedBlock) -> Phase:
     """Return the phase in which a shard is written, and read back to verify it."""
-    names = plan.layout.shards[block.shard]
-    stored = sum(plan.layout.tensors[name].nbytes for name in names)
     weights = _weights_nbytes(plan, block)
-    return Phase("writing", {"weights": weights, "files": 2 * stored})
+    files = 2 * _stored_nbytes(plan, block)
+    return Phase("writing", {"weights": weights, FILES: files})
+
+
+def _stored_nbytes(plan: Plan, block: PlannedBlock) -> int:
+    """Return the bytes of a block's shard."""
+    names = plan.layout.shards[block.shard]
+    return sum(plan.layout.tensors[name].nbytes for name in names)
 
 
 def _statistics_nbytes(
@@ -197,7 +235,7 @@ def _statistics_nbytes(
     """
     if not work.needs_grams:
         return 0
-    adding = running * adding_nbytes(columns)
+    adding = running * work.adding_nbytes(columns)
     if work.corrects:
         return _stage_nbytes(work, block, columns, running) + adding
     # Statistics are freed once their group is solved. The widest group is usually the
