@@ -12,7 +12,7 @@ import torch
 from halve.formats.bitmask import pack
 from halve.runtime.cuda import few
 from halve.runtime.cuda.nvrtc import Argument, c_value
-from halve.runtime.cuda.side_index import with_slack, word_starts
+from halve.runtime.cuda.side_index import tile_kept, with_slack, word_starts
 
 EMULATOR = Path(__file__).parents[1] / "emulator"
 LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -84,12 +84,20 @@ def test_a_product_is_that_of_the_dense_matrix(
     weight = weight.to(dtype)
     packed = pack(weight)
     starts = word_starts(packed.mask)
-    most = few.most_in_tile(starts, packed.offsets)
+    kept = tile_kept(packed.mask)
     values = with_slack(packed.values)
-    assert few.can_multiply(values, columns, most)
+    assert few.can_multiply(values, columns, kept)
     x, bias = torch.randn(batch, columns).to(dtype), torch.randn(rows).to(dtype)
     y = torch.full((batch, rows), torch.nan, dtype=dtype)
     parts = (values, packed.mask, packed.offsets, starts)
-    few.multiply_few(x, parts, most, bias, y)
+    few.multiply_few(x, parts, kept, bias, y)
     wanted = x.double() @ weight.double().T + bias.double()
     assert (y.double() - wanted).norm() <= LIMITS[dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("n_tiles", [1, 2])
+def test_the_check_before_the_first_product_passes(n_tiles, dtype, build, monkeypatch):
+    monkeypatch.setattr(few, "_kernels", build)
+    monkeypatch.setattr(few, "_gpu", lambda device: (4, 227 * 1024))
+    assert few.find_fault(torch.device("cpu"), dtype, n_tiles) is None

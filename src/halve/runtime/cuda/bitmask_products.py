@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from halve.runtime.cuda import launch
+from halve.runtime.cuda import few, launch
 from halve.runtime.cuda.bitmask_kernels import unpack_kernel, vectors_kernel
 from halve.runtime.cuda.side_index import SLACK, with_slack
 
@@ -46,6 +46,12 @@ class Bitmask(NamedTuple):
         return self.mask.shape[0]
 
     @property
+    def suits_few(self) -> bool:
+        """Whether the kernel for batches takes the matrix."""
+        values = with_slack(self.values)
+        return few.can_multiply(values, self.columns, self.tile_kept)
+
+    @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Values, mask, offsets and starts, as the kernels may read them."""
         # An empty tensor has no address, and lanes read values even where none is kept.
@@ -68,6 +74,8 @@ def multiply(x: Tensor, matrix: Bitmask, bias: Tensor | None = None) -> Tensor:
     with _on_device(x):
         if batch == 0:
             pass
+        elif few.runs(x.device, x.dtype, batch) and matrix.suits_few:
+            few.multiply_few(vectors, matrix.operands, matrix.tile_kept, bias, results)
         elif batch <= launch.PACKED_BATCH:
             multiply_packed(vectors, matrix, bias, results)
         else:

@@ -5,6 +5,7 @@ it addresses itself, and the layout of the operands of the mma instruction. Ever
 here may be captured in a CUDA graph once a product of the same kind has been made.
 """
 
+import warnings
 from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -12,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halve.errors import HalveWarning
 from halve.runtime.cuda.nvrtc import Kernel, compile_source, load_kernel
+from halve.runtime.cuda.side_index import TILE_COLUMNS, with_slack, word_starts
 
 # Of the kernel: rows and columns of a tile, rows of x of an mma instruction, stages.
-_ROWS, COLUMNS, _SAMPLES, _STAGES = 16, 256, 8, 2
+_ROWS, _COLUMNS, _SAMPLES, _STAGES = 16, TILE_COLUMNS, 8, 2
 # Bytes of a piece that is copied to shared memory at once, and of the table there.
 _PIECE, _TABLE = 16, 64
 MOST_VECTORS = 2 * _SAMPLES
@@ -25,6 +28,8 @@ MAX_WARPS = {1: 20, 2: 16}
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_COLUMNS, _MAX_VALUES = 2**16, 2**32
+# Relative error of a product of 64 small integers: that of rounding the result.
+_TOLERANCE = 1e-2
 
 
 class Plan(NamedTuple):
@@ -50,29 +55,13 @@ class Plan(NamedTuple):
         return self.grid[1]
 
 
-def most_in_tile(starts: Tensor, offsets: Tensor) -> int:
-    """Return the most values that a row has within the columns of a tile.
-
-    Args:
-        starts: [rows, words], as `side_index.word_starts` returns them.
-        offsets: [rows + 1], uint32 or uint64.
-
-    Cost:
-        Waits for the device.
-    """
-    wide = offsets.to(torch.int64)
-    firsts = starts[:, :: COLUMNS // 64].to(torch.int64)
-    ends = torch.cat([firsts[:, 1:], (wide[1:] - wide[:-1])[:, None]], dim=1)
-    return int((ends - firsts).max()) if firsts.numel() else 0
-
-
-def can_multiply(values: Tensor, columns: int, most: int) -> bool:
+def can_multiply(values: Tensor, columns: int, kept: int) -> bool:
     """Whether the kernel takes a matrix, on whatever device it lies.
 
     Args:
         values: Its stored values.
         columns: Its columns.
-        most: What `most_in_tile` returns.
+        kept: What `side_index.tile_kept` returns.
     """
     return (
         values.dtype in _DTYPES
@@ -80,12 +69,71 @@ def can_multiply(values: Tensor, columns: int, most: int) -> bool:
         and columns <= _MAX_COLUMNS
         and values.numel() < _MAX_VALUES
         and values.data_ptr() % _PIECE == 0
-        and most > 0
+        and kept > 0
     )
 
 
+def runs(device: torch.device, dtype: torch.dtype, batch: int) -> bool:
+    """Whether products of so many vectors run the kernel on a device.
+
+    The first call for a GPU, a dtype and eight vectors more compiles the kernel, which
+    takes a second, and tries it on a tiny matrix. If it fails, one HalveWarning says
+    so. While a CUDA graph is captured nothing is tried.
+    """
+    if device.type != "cuda" or not 1 < batch <= MOST_VECTORS or dtype not in _DTYPES:
+        return False
+    key = device, dtype, _n_tiles(batch)
+    if key not in _works and not torch.cuda.is_current_stream_capturing():
+        _works[key] = _try(*key)
+    return _works.get(key, False)
+
+
+# Devices, dtypes and eights of vectors for which the kernel has been tried.
+_works: dict[tuple[torch.device, torch.dtype, int], bool] = {}
+
+
+def _try(device: torch.device, dtype: torch.dtype, n_tiles: int) -> bool:
+    # Whatever fails in the compiler and the driver has the same remedy.
+    try:
+        fault = find_fault(device, dtype, n_tiles)
+    except Exception as error:  # noqa: BLE001
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if fault is not None:
+        warnings.warn(
+            f"Halve's kernel for batches cannot run on {device} ({fault}). Packed "
+            "matrices are unpacked for them: results are the same, but take longer.",
+            HalveWarning,
+            stacklevel=2,
+        )
+    return fault is None
+
+
+@torch.inference_mode()
+def find_fault(device: torch.device, dtype: torch.dtype, n_tiles: int) -> str | None:
+    """Run the kernel on a matrix of which every other weight is stored.
+
+    Returns:
+        None if the result is right, else what is wrong.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
+        return "it needs compute capability 8.0"
+    dense = torch.arange(1, 129, dtype=dtype, device=device).view(2, 64).remainder_(7)
+    dense.add_(1)[:, ::2] = 0
+    mask = torch.tensor([0xAA] * 16, dtype=torch.uint8, device=device)
+    mask = mask.view(torch.uint64).view(2, 1)
+    offsets = torch.tensor([0, 32, 64], device=device).to(torch.uint32)
+    values = with_slack(dense[:, 1::2].flatten().contiguous())
+    batch = _SAMPLES * n_tiles
+    x = torch.arange(64 * batch, device=device).remainder_(5).to(dtype).view(batch, 64)
+    y = x.new_empty(batch, 2)
+    multiply_few(x, (values, mask, offsets, word_starts(mask)), 32, None, y)
+    wanted = x.double() @ dense.double().T
+    right = torch.allclose(y.double(), wanted, rtol=_TOLERANCE)
+    return None if right else "it multiplies wrongly"
+
+
 def divide(
-    rows: int, columns: int, batch: int, most: int, gpu: tuple[int, int]
+    rows: int, columns: int, batch: int, kept: int, gpu: tuple[int, int]
 ) -> Plan:
     """Choose how to divide a product.
 
@@ -93,17 +141,17 @@ def divide(
         rows: Rows of the matrix.
         columns: Columns of the matrix.
         batch: Vectors, at most `MOST_VECTORS`.
-        most: What `most_in_tile` returns.
+        kept: What `side_index.tile_kept` returns.
         gpu: Multiprocessors, and bytes of shared memory that a block may have.
     """
     multiprocessors, available = gpu
-    n_tiles = -(-batch // _SAMPLES)
+    n_tiles = _n_tiles(batch)
     # A row may begin anywhere in a piece. The pitch is an odd number of pieces, so that
     # neighbouring rows begin in different banks of shared memory.
-    pitch = _PIECE * (-(-(2 * most + _PIECE - 2) // _PIECE) | 1)
+    pitch = _PIECE * (-(-(2 * kept + _PIECE - 2) // _PIECE) | 1)
     sums = _STAGES * _ROWS * _SAMPLES * n_tiles * 4
     of_warp = _STAGES * _ROWS * pitch + sums
-    chunks = -(-columns // COLUMNS)
+    chunks = -(-columns // _COLUMNS)
     splits = -(-chunks // min((available - _TABLE) // of_warp, MAX_WARPS[n_tiles]))
     warps = -(-chunks // splits)
     blocks = min(-(-rows // _ROWS), max(multiprocessors // splits, 1))
@@ -114,7 +162,7 @@ def divide(
 def multiply_few(
     x: Tensor,
     parts: tuple[Tensor, Tensor, Tensor, Tensor],
-    most: int,
+    kept: int,
     bias: Tensor | None,
     y: Tensor,
 ) -> None:
@@ -123,13 +171,13 @@ def multiply_few(
     Args:
         x: [batch, columns], contiguous, 1 to `MOST_VECTORS` rows.
         parts: Values, mask, offsets and starts of W, for which `can_multiply`.
-        most: What `most_in_tile` returns.
+        kept: What `side_index.tile_kept` returns.
         bias: [rows], or None.
         y: [batch, rows], contiguous.
     """
     values, mask, offsets, starts = parts
     (batch, columns), rows = x.shape, mask.shape[0]
-    plan = divide(rows, columns, batch, most, _gpu(x.device))
+    plan = divide(rows, columns, batch, kept, _gpu(x.device))
     kernel, add = _kernels(x.device, x.dtype, plan.n_tiles)
     sums = None
     if plan.splits > 1:
@@ -148,6 +196,10 @@ def multiply_few(
         threads = 256
         grid = (-(-batch * rows // threads), 1)
         add.launch(grid, threads, [sums, bias, y, plan.splits, batch, rows])
+
+
+def _n_tiles(batch: int) -> int:
+    return -(-batch // _SAMPLES)
 
 
 @cache
