@@ -6,8 +6,8 @@ never on data: a launch can be captured in a CUDA graph.
 
 # A warp decodes so many columns at once: 32 lanes, 8 columns each.
 WARP_COLUMNS = 256
-# Largest batch that Triton multiplies by packed weights. Where the kernel of `few` runs,
-# it multiplies 2 vectors and more. All others are multiplied by unpacked weights.
+# Largest batch that Triton multiplies by packed weights. Where the kernel of `few`
+# runs, it multiplies 2 vectors and more. All others are multiplied by unpacked weights.
 PACKED_BATCH = 4
 # Rows of a program that multiplies by packed weights.
 PACKED_ROWS = 2
