@@ -20,8 +20,9 @@ from halve.numerics.matmul import FastMatmul, linear
 from halve.numerics.precision import matmul_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# Triton reads it when a kernel is defined: kernels then run on tensors of the CPU.
+# Triton reads it when a kernel is defined: unless it is 0, kernels run on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+KERNELS = CUDA if os.environ["TRITON_INTERPRET"] == "0" else CPU
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -112,29 +113,30 @@ def test_a_sum_is_as_precise_as_one_in_float64_and_rounded_once(terms):
 
 def sums_in_a_square(rows, columns):
     """Return empty sums whose rounding errors are in the mirror image, as in Grams."""
-    square = torch.zeros(rows + columns, rows + columns)
+    square = torch.zeros(rows + columns, rows + columns, device=KERNELS)
     return CompensatedSum(square[:rows, rows:], square[rows:, :rows].T)
+
+
+def separate_sums(rows, columns):
+    return CompensatedSum.zeros(rows, columns, device=KERNELS)
 
 
 @needs_triton
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (64, 64), (130, 200), (3, 500)])
-@pytest.mark.parametrize("make", [sums_in_a_square, CompensatedSum.zeros])
+@pytest.mark.parametrize("make", [sums_in_a_square, separate_sums])
 def test_the_kernel_adds_the_same_bits(shape, make, monkeypatch):
+    from halve.numerics.two_sum_kernel import add_two_sum  # noqa: PLC0415
+
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-20, 20, (6, *shape), generator=generator)
     batches = torch.randn(6, *shape, generator=generator) * 2.0**exponents
     batches[2, 0, 0] = -0.0
-    device = {} if make is sums_in_a_square else {"device": CPU}
-    plain, fused = make(*shape, **device), make(*shape, **device)
-    for terms in batches:
-        plain.add(terms.clone())
-    monkeypatch.setattr(compensated_sum, "has_triton", lambda device: True)
-    compensated_sum._fused.cache_clear()
-    try:
-        for terms in batches:
-            fused.add(terms.T.contiguous().T if terms is batches[1] else terms.clone())
-    finally:
-        compensated_sum._fused.cache_clear()
+    plain, fused = make(*shape), make(*shape)
+    for sums, kernel in ((plain, None), (fused, add_two_sum)):
+        monkeypatch.setattr(compensated_sum, "_fused", lambda device, k=kernel: k)
+        for index, terms in enumerate(batches.to(KERNELS)):
+            own = terms.clone()  # it is overwritten
+            sums.add(own.T.contiguous().T if index == 1 else own)
     for one, other in ((plain.high, fused.high), (plain.low, fused.low)):
         assert torch.equal(one, other)
         assert torch.equal(one.signbit(), other.signbit())
