@@ -64,9 +64,10 @@ def test_dense_and_packed_are_timed(row, decoding, pico, tmp_path, as_on_a_gpu):
 def test_dense_layers_are_torchs_own(pico, tmp_path, as_on_a_gpu):
     model = halve.load(packed(pico, tmp_path, "llama"), device="cpu")
     backends = speed.Backends(model)
-    assert {type(layer) for layer in backends.layers[TORCH].values()} == {
-        torch.nn.Linear
-    }
+    kinds = {type(layer) for layer in backends.layers[TORCH].values()}
+    assert kinds == {torch.nn.Linear}
+    # The head is read for each token, too.
+    assert backends.layers[PACKED]["lm_head"].weight is model.lm_head.weight
 
 
 def test_a_model_that_is_unpacked_is_not_compared_with_itself(pico, as_on_a_gpu):

@@ -96,11 +96,13 @@ class Backends:
             self.layers[PACKED_INT8] = self.layers[PACKED]
         for path, packed in list(packed_layers(model)):
             self._add(path, _dense(packed), packed)
+        # Such as the head. On a GPU there is no kernel for it, so it stays torch's own.
+        dense = nn.Linear if on_gpu(model) else DenseLinear
         for path, module in list(model.named_modules()):
-            if isinstance(module, DenseLinear):
+            if isinstance(module, dense):
                 self._add(path, module, module)
 
-    def _add(self, path: str, dense: DenseLinear, packed: nn.Module) -> None:
+    def _add(self, path: str, dense: nn.Linear, packed: nn.Module) -> None:
         made = {TORCH: plain_linear(dense), HALVE_DENSE: dense, PACKED: packed}
         for backend, layers in self.layers.items():
             if backend in made:

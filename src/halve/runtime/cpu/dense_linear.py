@@ -31,7 +31,7 @@ class DenseLinear(nn.Linear):
         return gradient or torch.is_autocast_enabled("cpu")
 
 
-def plain_linear(layer: DenseLinear) -> nn.Linear:
+def plain_linear(layer: nn.Linear) -> nn.Linear:
     """Return an nn.Linear that shares the weights of a layer."""
     plain = nn.Linear(1, 1, bias=False)
     share_state(plain, layer)
