@@ -7,15 +7,25 @@ for which the CPU is declared to be a GPU.
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from halve.formats.bitmask import BitmaskMatrix, pack
-from halve.runtime.cpu import bitmask_linear, operators, packed_linear
+from halve.formats.quantized_packing import pack as pack_codes
+from halve.grids import QuantScheme, fit_quant_params
+from halve.runtime.cpu import (
+    bitmask_linear,
+    operators,
+    packed_linear,
+    quantized_linear,
+    quantized_operators,
+)
 from halve.runtime.cpu.bitmask_linear import BitmaskLinear
-from halve.runtime.cuda import bitmask_products, support
+from halve.runtime.cpu.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from halve.runtime.cuda import bitmask_products, codes_products, support
 from halve.runtime.cuda.bitmask_products import Bitmask
 from halve.runtime.cuda.side_index import has_slack, tile_kept, with_slack, word_starts
 
@@ -130,9 +140,101 @@ def test_the_trial_run_finds_no_fault(dtype):
 
 
 def test_the_trial_run_finds_a_fault(monkeypatch):
+    cpu, dtype = torch.device("cpu"), torch.float32
+    monkeypatch.setattr(codes_products, "multiply", lambda x, m: torch.zeros(1, 2))
+    fault = support.find_fault(cpu, dtype)
+    assert fault == "they multiply by a matrix of codes wrongly"
     monkeypatch.setattr(bitmask_products, "unpack", lambda m: torch.zeros(2, 64))
-    fault = support.find_fault(torch.device("cpu"), torch.float32)
-    assert fault == "they unpack a matrix wrongly"
+    assert support.find_fault(cpu, dtype) == "they unpack a matrix of values wrongly"
+
+
+# --- Codes --------------------------------------------------------------------------
+
+# Every width, zero points, midrise, groups that cross bytes; with and without a mask.
+SCHEMES = [
+    (QuantScheme(8, 32), 0.0),
+    (QuantScheme(8, 64), 0.6),
+    (QuantScheme(4, 32, symmetric=False), 0.0),
+    (QuantScheme(4, 1000), 0.8),
+    (QuantScheme(3, 32, symmetric=False), 0.0),
+    (QuantScheme(3, 32, symmetric=False), 0.9),
+    (QuantScheme(2, 96, midrise=True), 0.0),
+    (QuantScheme(2, 32, midrise=True), 0.5),
+]
+over_schemes = pytest.mark.parametrize(("scheme", "zeros"), SCHEMES, ids=str)
+# Aligned rows of codes, and rows that end within a byte.
+CODE_SHAPES = [(9, 320), (3, 65)]
+
+
+def quantized(scheme, shape, zeros, dtype=torch.float16):
+    """Return a random matrix on a grid, packed as codes."""
+    weight = torch.randn(shape)
+    weight = weight.masked_fill(torch.rand(shape) < zeros, 0)
+    params = fit_quant_params(scheme.exact_in(dtype), weight)
+    rounded = params.fake_quantize(weight).masked_fill(weight == 0, 0)
+    packed = pack_codes(rounded.to(dtype), params)
+    assert packed is not None
+    assert (packed.mask is not None) == (zeros > 0)
+    return packed
+
+
+def codes(packed):
+    starts = None if packed.mask is None else word_starts(packed.mask)
+    parts = packed.codes, packed.scales, packed.zeros, packed.mask, packed.offsets
+    sizes = packed.columns, packed.bits, packed.group_size, packed.midrise
+    return codes_products.Codes.of((*parts, starts), sizes)
+
+
+@over_schemes
+def test_codes_are_unpacked_and_looked_up_to_the_bit(scheme, zeros):
+    for shape in CODE_SHAPES:
+        packed = quantized(scheme, shape, zeros)
+        matrix, weight = codes(packed), packed.unpack()
+        found = torch.empty_like(weight)
+        codes_products.unpack_rows(matrix, 0, found)
+        assert torch.equal(found.view(torch.int16), weight.view(torch.int16))
+        ids = torch.tensor([[2, 0], [1, 2]])
+        rows = codes_products.lookup(ids, matrix, torch.float32)
+        assert torch.equal(rows, weight[ids].float())
+
+
+@over_schemes
+def test_codes_are_multiplied(scheme, zeros):
+    for shape, dtype in zip(CODE_SHAPES, (torch.bfloat16, torch.float16), strict=True):
+        packed = quantized(scheme, shape, zeros)
+        weight, bias = packed.unpack().double(), torch.randn(shape[0]).to(dtype)
+        for batch in (1, 3, 6):
+            x = torch.randn(batch, shape[1]).to(dtype)
+            wanted = x.double() @ weight.T + bias.double()
+            found = codes_products.multiply(x, codes(packed), bias)
+            assert found.dtype == dtype
+            assert relative_error(found, wanted) < LIMITS[dtype]
+
+
+def test_codes_need_not_be_aligned():
+    packed = quantized(QuantScheme(4, 32), (4, 64), 0.0)
+    memory = torch.zeros(packed.codes.numel() + 1, dtype=torch.uint8)
+    memory[1:] = packed.codes.flatten()
+    matrix = codes(packed)._replace(codes=memory[1:].view(packed.codes.shape))
+    assert not matrix.constants["ALIGNED"]
+    found = torch.empty(4, 64, dtype=torch.float16)
+    codes_products.unpack_rows(matrix, 0, found)
+    assert torch.equal(found, packed.unpack())
+
+
+def test_a_row_that_does_not_exist_is_nan():
+    packed = quantized(QuantScheme(4, 32), (4, 64), 0.0)
+    ids = torch.tensor([4, -1, 3], dtype=torch.int32)
+    found = codes_products.lookup(ids, codes(packed), torch.float32)
+    assert found[:2].isnan().all() and torch.equal(found[2], packed.unpack()[3].float())
+
+
+def test_parts_of_wrong_sizes_are_rejected():
+    packed = quantized(QuantScheme(4, 32), (4, 64), 0.7)
+    for part in ("scales", "mask", "offsets"):
+        changed = replace(packed, **{part: getattr(packed, part)[:-1]})
+        with pytest.raises(RuntimeError, match="do not fit together"):
+            codes(changed)
 
 
 # --- The layer, for which the CPU is a GPU -------------------------------------------
@@ -151,8 +253,16 @@ register_cuda_operators_for_the_cpu()
 def on_gpu(monkeypatch):
     """Let kernels run on the CPU, until the returned function is called."""
     state = [True]
-    for module in (bitmask_linear, packed_linear):
+    modules = bitmask_linear, packed_linear, quantized_linear, quantized_operators
+    for module in modules:
         monkeypatch.setattr(module, "runs_kernels", lambda *_: state[0])
+    # Operators that have kernels of the CPU as well.
+    cuda = {
+        "quantized_linear": quantized_operators._quantized_linear_cuda,
+        "quantized_lookup": quantized_operators._quantized_lookup_cuda,
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(quantized_linear, name, function)
     return lambda: state.clear() or state.append(False)
 
 
@@ -284,3 +394,32 @@ def test_references_agree_with_the_kernels():
         )
         assert fake.shape == found.shape
         assert operators.unpack_indexed(shapes, 130, 90).shape == weight.shape
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.7])
+def test_layers_of_codes_on_a_gpu(on_gpu, zeros):
+    packed = quantized(QuantScheme(4, 32, symmetric=False), (9, 130), zeros)
+    bias, weight = torch.randn(9).half(), packed.unpack().double()
+    layer = QuantizedLinear(packed, torch.nn.Parameter(bias))._apply(torch.clone)
+    assert (layer.weight_starts is None) == (zeros == 0)
+    for dtype in (torch.float16, torch.float32):
+        x = torch.randn(2, 3, 130).to(dtype)
+        wanted = x.double() @ weight.T + bias.double()
+        assert relative_error(layer(x), wanted) < 2e-3
+    assert "weight_starts" not in layer.state_dict()
+    embedding = QuantizedEmbedding(packed)._apply(torch.clone)
+    ids = torch.tensor([[8, 0]])
+    assert torch.equal(embedding(ids), packed.unpack()[ids])
+    x = torch.randn(2, 130, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert relative_error(x.grad, weight.sum(0).expand(2, -1)) < 1e-2
+
+
+def test_codes_multiply_on_the_cpu_again(on_gpu):
+    packed = quantized(QuantScheme(4, 32), (9, 130), 0.7)
+    layer = QuantizedLinear(packed)._apply(torch.clone)
+    on_gpu()
+    layer._apply(torch.clone)
+    assert layer.weight_starts is None
+    assert len(layer.device_operands) == len(layer.operands)

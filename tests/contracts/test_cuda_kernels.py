@@ -220,3 +220,42 @@ def test_unpacking_spills_nothing(kind, capability):
         unpack_kernel, capability, launch.UNPACK_WARPS, types | MATRIX, constants
     )
     assert spilled == 0
+
+
+CODES = {
+    **{"codes": "*u8", "scales": "*fp16", "zero_codes": "*u8"},
+    **MATRIX,
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("bits", "masked"), [(8, False), (4, False), (3, True)])
+def test_kernels_for_codes_spill_nothing(bits, masked, capability):
+    from halve.runtime.cuda import launch  # noqa: PLC0415
+    from halve.runtime.cuda.codes_kernels import (  # noqa: PLC0415
+        codes_rows_kernel,
+        codes_vectors_kernel,
+    )
+
+    constants = {
+        **{"COLUMNS": 4096, "BITS": bits, "GROUP": 128, "ZEROS": masked},
+        **{"MIDRISE": False, "MASKED": masked, "ALIGNED": not masked},
+    }
+    types = {"x": "*bf16", "bias": "*bf16", "y": "*bf16", "rows": "i32"} | CODES
+    own = {
+        **{"BATCH": 1, "LANES": 32 * launch.CODES_WARPS, "ROWS": launch.CODES_ROWS},
+        **{"UNROLL": 1, "BIASED": False},
+    }
+    _, spilled = machine_code(
+        *(codes_vectors_kernel, capability, launch.CODES_WARPS),
+        *(types, constants | own),
+    )
+    assert spilled == 0
+    types = {"ids": "*i64", "dense": "*bf16", **CODES}
+    types |= dict.fromkeys(("begin", "count", "rows"), "i32")
+    own = {"LANES": 32, "ROWS": launch.UNPACK_ROWS, "LOOKUP": False}
+    _, spilled = machine_code(
+        *(codes_rows_kernel, capability, launch.UNPACK_WARPS),
+        *(types, constants | own),
+    )
+    assert spilled == 0

@@ -6,31 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halve._compat.torch import parameter_slots, tensor_version
+from halve._compat.torch import parameter_slots
 from halve.formats.bitmask import BitmaskMatrix
 from halve.runtime.cpu.operators import (
     packed_linear,
     packed_linear_indexed,
     unpack_indexed,
 )
-from halve.runtime.cpu.packed_linear import PackedLinear, wants_gradient
-from halve.runtime.cuda.side_index import (
-    has_slack,
-    tile_kept,
-    with_slack,
-    word_starts,
+from halve.runtime.cpu.packed_linear import (
+    IndexedMask,
+    PackedLinear,
+    wants_gradient,
 )
+from halve.runtime.cuda.side_index import has_slack, with_slack
 from halve.runtime.cuda.support import runs_kernels
 
 # Values, mask, offsets, and starts or None.
 Parts = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-class BitmaskLinear(PackedLinear):
+class BitmaskLinear(IndexedMask, PackedLinear):
     """A linear layer that multiplies by a matrix in bitmask format.
-
-    On a GPU whose kernels run it has a side index as well, which is made where the
-    layer arrives there and is in no file.
 
     Attributes:
         weight: The stored values, [kept]; on a GPU followed in their storage by a few
@@ -38,23 +34,16 @@ class BitmaskLinear(PackedLinear):
         weight_mask: [out_features, words], uint64.
         weight_offsets: [out_features + 1], uint32 or uint64.
         weight_layout: [rows, columns, transposed], int64.
-        weight_starts: Stored values of a row before each mask word, [out_features,
-            words]; None where no kernels run that need it. A buffer that is not
-            persistent.
+        weight_starts: See `IndexedMask`.
     """
 
     weight_mask: Tensor
     weight_offsets: Tensor
     weight_layout: Tensor
-    weight_starts: Tensor | None
 
     def __init__(self, packed: BitmaskMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__(packed, bias)
-        self.register_buffer("weight_starts", None, persistent=False)
-        # The mask that `weight_starts` belongs to, as `_identity` returns it.
-        self._indexed_mask: tuple[int, int] | None = None
-        # Most values in a tile, as `side_index` counts them; 0 without the index.
-        self._tile_kept = 0
+        self.expect_index()
 
     @property
     def packed(self) -> BitmaskMatrix:
@@ -75,7 +64,7 @@ class BitmaskLinear(PackedLinear):
             x = x.to(self.weight.dtype)
         if not torch.compiler.is_compiling():
             self.prepare_device()
-        sizes = self.in_features, self._tile_kept
+        sizes = self.in_features, self.tile_kept
         if wants_gradient(x, self.bias):
             return _Differentiable.apply(x, self.bias, sizes, *self._parts)
         return _multiply(x, self._parts, self.bias, *sizes)
@@ -87,26 +76,20 @@ class BitmaskLinear(PackedLinear):
         product: accelerate replaces tensors of a layer one by one.
         """
         if not runs_kernels(self.weight.device, self.weight.dtype):
-            if self._indexed_mask is not None:
-                self.weight_starts = self._indexed_mask = None
+            self.drop_index()
             return
         if not has_slack(self.weight):
-            # Not an inference tensor, which could not be saved for a gradient later.
+            # As in `index_mask`, not an inference tensor.
             with torch.inference_mode(False):
                 values = with_slack(self.weight.detach())
                 slots = parameter_slots(self)
                 slots["weight"] = nn.Parameter(values, requires_grad=False)
-        mask = _identity(self.weight_mask)
-        if mask != self._indexed_mask:
-            with torch.inference_mode(False):
-                self.weight_starts = word_starts(self.weight_mask)
-                self._tile_kept = tile_kept(self.weight_mask)
-            self._indexed_mask = mask
+        self.index_mask(self.weight_mask)
 
     def dense_weight(self) -> Tensor:
         """Return W, dense, [out_features, in_features]."""
         self.prepare_device()
-        return _unpack(self._parts, self.in_features, self._tile_kept)
+        return _unpack(self._parts, self.in_features, self.tile_kept)
 
     @property
     def _parts(self) -> Parts:
@@ -120,16 +103,10 @@ class BitmaskLinear(PackedLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: ANN401
         """Move or convert the layer; what belongs to its old device is dropped."""
-        self.weight_starts = self._indexed_mask = None
+        self.drop_index()
         super()._apply(fn, recurse)
         self.prepare_device()
         return self
-
-
-def _identity(mask: Tensor) -> tuple[int, int]:
-    """Return what changes if a mask is replaced, moved or written to."""
-    version = 0 if mask.is_inference() else tensor_version(mask)
-    return mask.data_ptr(), version
 
 
 def _multiply(

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from halve._compat.torch import tensor_version
 from halve.formats import PackedMatrix
+from halve.runtime.cuda.side_index import tile_kept, word_starts
 from halve.runtime.cuda.support import runs_kernels
 
 
@@ -140,6 +142,54 @@ def _register_parts(module: nn.Module, packed: PackedMatrix) -> None:
     module.weight = nn.Parameter(parts.pop(""), requires_grad=False)
     for suffix, part in parts.items():
         module.register_buffer(f"weight{suffix}", part)
+
+
+class IndexedMask(nn.Module):
+    """The side index of a mask, which kernels on a GPU need.
+
+    It is made where the module arrives on the GPU, and is in no file.
+
+    Attributes:
+        weight_starts: Stored values of a row before each mask word, [rows, words]; None
+            where no kernels run that need it. A buffer that is not persistent.
+        tile_kept: Most stored values in a tile, as `side_index` counts them; 0 without
+            the index.
+    """
+
+    weight_starts: Tensor | None
+
+    def expect_index(self) -> None:
+        """Register the index as missing; for constructors."""
+        self.register_buffer("weight_starts", None, persistent=False)
+        self.tile_kept = 0
+        # The mask that the index belongs to, as `_identity` returns it.
+        self._indexed: tuple[int, int] | None = None
+
+    def index_mask(self, mask: Tensor) -> None:
+        """Make the index of a mask, [rows, words], unless it is there.
+
+        Cost:
+            See `side_index`; one synchronization if the index is made.
+        """
+        if _identity(mask) == self._indexed:
+            return
+        # Not inference tensors, which could not be saved for a gradient later.
+        with torch.inference_mode(False):
+            self.weight_starts = word_starts(mask)
+            self.tile_kept = tile_kept(mask)
+        self._indexed = _identity(mask)
+
+    def drop_index(self) -> None:
+        """Forget the index."""
+        if self._indexed is not None:
+            self.weight_starts = self._indexed = None
+            self.tile_kept = 0
+
+
+def _identity(mask: Tensor) -> tuple[int, int]:
+    """Return what changes if a mask is replaced, moved or written to."""
+    version = 0 if mask.is_inference() else tensor_version(mask)
+    return mask.data_ptr(), version
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

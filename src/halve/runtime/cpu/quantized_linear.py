@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from halve.errors import HalveError
 from halve.formats.quantized_matrix import QuantizedMatrix
 from halve.runtime.cpu.packed_linear import (
+    IndexedMask,
     PackedEmbedding,
     PackedLinear,
     wants_gradient,
@@ -20,9 +21,10 @@ from halve.runtime.cpu.quantized_operators import (
     quantized_linear,
     quantized_lookup,
 )
+from halve.runtime.cuda.support import runs_kernels
 
 
-class _QuantizedWeight(nn.Module):
+class _QuantizedWeight(IndexedMask):
     """The parts of a quantized matrix as tensors of a module.
 
     Attributes:
@@ -31,6 +33,7 @@ class _QuantizedWeight(nn.Module):
         weight_zeros: Codes of zero as bits, uint8, or None.
         weight_mask: [rows, words], uint64, or None.
         weight_offsets: [rows + 1], or None.
+        weight_starts: See `IndexedMask`.
         weight_layout: Seven numbers, int64.
         layout: Columns, bits, group size, and whether the grid is midrise.
         dtype: Dtype of the dense weight.
@@ -55,6 +58,9 @@ class _QuantizedWeight(nn.Module):
         for name in ("weight_zeros", "weight_mask", "weight_offsets"):
             if not hasattr(self, name):
                 self.register_buffer(name, None)
+        self.expect_index()
+        # Whether kernels for GPUs run on the tensors, as `prepare_device` found.
+        self._on_gpu = False
 
     @property
     def packed(self) -> QuantizedMatrix:
@@ -77,15 +83,41 @@ class _QuantizedWeight(nn.Module):
             *(self.weight_mask, self.weight_offsets),
         ]
 
+    @property
+    def device_operands(self) -> list[Tensor | None]:
+        """The parts for the kernels of the weight's device, which are prepared.
+
+        On a GPU whose kernels run the side index is added, or None without a mask.
+        """
+        if not torch.compiler.is_compiling():
+            self.prepare_device()
+        return [*self.operands, self.weight_starts] if self._on_gpu else self.operands
+
+    def prepare_device(self) -> None:
+        """Make what the kernels of the weight's device need, if it is missing or old.
+
+        Called wherever the module may have arrived on another device, and before each
+        product: accelerate replaces tensors of a module one by one.
+        """
+        on_gpu = runs_kernels(self.weight.device, self.dtype)
+        if on_gpu != self._on_gpu:
+            self._on_gpu = on_gpu
+        if not on_gpu:
+            self.drop_index()
+        elif self.weight_mask is not None:
+            self.index_mask(self.weight_mask)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: ANN401
         """Move the module, and convert everything but the scales.
 
         Rounding scales would change every weight, and gain nothing.
         """
         scales = self.weight_scales
+        self.drop_index()
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.weight_scales = scales.to(self.weight_scales.device)
+        self.prepare_device()
         return self
 
 
@@ -93,7 +125,8 @@ class QuantizedLinear(_QuantizedWeight, PackedLinear):
     """A linear layer that multiplies by a matrix in quantized format.
 
     Attributes:
-        activations: How the kernels hold activations, a key of `ACTIVATIONS`.
+        activations: How the CPU's kernels hold activations, a key of `ACTIVATIONS`. On
+            a GPU inputs stay what they are, and products are added in float32.
     """
 
     def __init__(
@@ -119,7 +152,7 @@ class QuantizedLinear(_QuantizedWeight, PackedLinear):
             bias = bias.to(x.dtype)
         if wants_gradient(x, bias):
             return _Differentiable.apply(x, bias, self)
-        return quantized_linear(x, self.operands, bias, self.layout, self._mode)
+        return quantized_linear(x, self.device_operands, bias, self.layout, self._mode)
 
     def extra_repr(self) -> str:
         """Show shape, bits and group size."""
@@ -132,7 +165,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:  # noqa: ANN401
         ctx.layer = layer
-        return quantized_linear(x, layer.operands, bias, layer.layout, layer._mode)
+        return quantized_linear(
+            x, layer.device_operands, bias, layer.layout, layer._mode
+        )
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # noqa: ANN401
@@ -173,5 +208,9 @@ class QuantizedEmbedding(_QuantizedWeight, PackedEmbedding):
         self.adopt(packed)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows of token ids [...], [..., embedding_dim]."""
-        return quantized_lookup(input, self.operands, self.layout, self.dtype)
+        """Return the rows of token ids [...], [..., embedding_dim].
+
+        On a GPU, where an index cannot be checked without waiting for it, a row that
+        does not exist is NaN.
+        """
+        return quantized_lookup(input, self.device_operands, self.layout, self.dtype)

@@ -175,7 +175,7 @@ def vectors_kernel(
             else:
                 weights = _expand(bits, place, INLINE)
                 totals = add_products(
-                    totals, weights, x, column, BATCH, COLUMNS, LANES, WITHIN
+                    totals, weights, 1, x, column, BATCH, COLUMNS, LANES, WITHIN
                 )
         mask += UNROLL * STEP_WORDS
         starts += UNROLL * STEP_WORDS

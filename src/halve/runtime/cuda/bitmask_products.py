@@ -71,7 +71,7 @@ def multiply(x: Tensor, matrix: Bitmask, bias: Tensor | None = None) -> Tensor:
     vectors = x.reshape(-1, matrix.columns).contiguous()
     results = y.view(-1, matrix.rows)
     batch = vectors.shape[0]
-    with _on_device(x):
+    with on_device(x):
         if batch == 0:
             pass
         elif few.runs(x.device, x.dtype, batch) and matrix.suits_few:
@@ -83,17 +83,18 @@ def multiply(x: Tensor, matrix: Bitmask, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make a tensor's device the current one, on which Triton launches kernels."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _launch(
+def launch_kernel(
     kernel: Any,  # noqa: ANN401  (Triton's types do not show how it is called)
     programs: int,
     *arguments: Tensor | int,
     **constants: int,
 ) -> None:
+    """Launch programs of a kernel on the current device and stream."""
     kernel[(programs,)](*arguments, **constants)
 
 
@@ -122,7 +123,7 @@ def multiply_packed(  # noqa: PLR0913
     """
     warps = warps or launch.warps_of(matrix.columns)
     unroll = unroll or launch.unroll_of(matrix.columns, warps)
-    _launch(
+    launch_kernel(
         vectors_kernel,
         -(-matrix.rows // rows),
         *(x, *matrix.operands, x if bias is None else bias, y, matrix.rows),
@@ -169,7 +170,7 @@ def unpack_rows(
     """Write some rows of W into `dense`, [rows, columns], bit for bit."""
     tiles = -(-matrix.columns // launch.WARP_COLUMNS)
     steps = -(-(rows.stop - rows.start) // launch.UNPACK_ROWS)
-    _launch(
+    launch_kernel(
         unpack_kernel,
         steps * tiles,
         *(*matrix.operands, dense, rows.start, rows.stop),
@@ -184,6 +185,6 @@ def unpack_rows(
 def unpack(matrix: Bitmask) -> Tensor:
     """Return W, dense, [rows, columns]."""
     dense = matrix.values.new_empty(matrix.rows, matrix.columns)
-    with _on_device(dense):
+    with on_device(dense):
         unpack_rows(matrix, slice(0, matrix.rows), dense)
     return dense

@@ -88,15 +88,16 @@ def zeros(BATCH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def add_products(
-    totals, weights, x, column,
+    totals, weights, scale, x, column,
     BATCH: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
     WITHIN: tl.constexpr,
 ):  # fmt: skip
-    """Return totals of each vector of a batch + the weights of 8 columns times inputs.
+    """Add the weights of 8 columns, times a scale, times the inputs of each vector.
 
     Args:
         totals: BATCH tensors [LANES, ROWS].
         weights: 8 tensors [LANES, ROWS].
+        scale: [LANES, ROWS], or 1.
         x: [BATCH, COLUMNS].
         column: First column of each lane, [LANES].
         BATCH: Vectors.
@@ -107,7 +108,8 @@ def add_products(
     sums = ()
     for vector in tl.static_range(BATCH):
         inputs = load8(x + vector * COLUMNS, column, COLUMNS, LANES, WITHIN)
-        sums = sums + (totals[vector] + dot8(weights, inputs),)  # noqa: RUF005
+        total = totals[vector] + dot8(weights, inputs) * scale
+        sums = sums + (total,)  # noqa: RUF005
     return sums
 
 

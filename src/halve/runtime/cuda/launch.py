@@ -15,6 +15,8 @@ PACKED_ROWS = 2
 _WARPS, _WARPS_LONG, _LONG = 4, 8, 8192
 # It loads the mask words of so many steps at once, at least and at most.
 _UNROLL = 4, 8
+# Rows and warps of a program that multiplies by codes.
+CODES_ROWS, CODES_WARPS = 4, 4
 # Bytes of weights that are unpacked at once, to stay in the L2 (50 MB on an H100).
 STRIP_BYTES = 2**24
 # The height of a strip is a multiple of this, as the tiles of matrix products are.

@@ -4,10 +4,11 @@ import warnings
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from halve._compat.triton import has_triton
 from halve.errors import HalveWarning
-from halve.runtime.cuda.side_index import word_starts
+from halve.runtime.cuda.side_index import tile_kept, word_starts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative error of a product of 64 small integers: that of rounding the result.
@@ -52,29 +53,52 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @torch.inference_mode()
 def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run each kernel on a matrix of which every other weight is stored.
+    """Run each kernel on a matrix of 2 rows, small numbers, half of them 0.
 
     Returns:
         None if all results are right, else which one is wrong.
     """
-    # Imported here because it imports Triton, which is not installed everywhere.
-    from halve.runtime.cuda.bitmask_products import (  # noqa: PLC0415
-        Bitmask,
-        multiply_packed,
-        unpack,
-    )
-
     dense = torch.arange(1, 129, dtype=dtype, device=device).view(2, 64).remainder_(7)
     dense.add_(1)[:, ::2] = 0
-    mask = torch.tensor([0xAA] * 16, dtype=torch.uint8, device=device)
-    mask = mask.view(torch.uint64).view(2, 1)
-    offsets = torch.tensor([0, 32, 64], device=device).to(torch.uint32)
-    values = dense[:, 1::2].flatten().contiguous()
-    matrix = Bitmask(values, mask, offsets, word_starts(mask), 64, 32)
     x = torch.arange(64, dtype=dtype, device=device).remainder_(5)[None]
-    y = x.new_empty(1, 2)
-    multiply_packed(x, matrix, None, y)
-    if not torch.equal(unpack(matrix), dense):
-        return "they unpack a matrix wrongly"
-    agrees = torch.allclose(y.double(), x.double() @ dense.double().T, rtol=_TOLERANCE)
-    return None if agrees else "they multiply wrongly"
+    results = {
+        "a matrix of values": _by_bitmask(x, dense),
+        "a matrix of codes": _by_codes(x, dense),
+    }
+    for name, (unpacked, product) in results.items():
+        if not torch.equal(unpacked, dense):
+            return f"they unpack {name} wrongly"
+        wanted = x.double() @ dense.double().T
+        if not torch.allclose(product.double(), wanted, rtol=_TOLERANCE):
+            return f"they multiply by {name} wrongly"
+    return None
+
+
+def _by_bitmask(x: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a matrix, packed and unpacked, and the product with the packed one."""
+    # Imported here because it imports Triton, which is not installed everywhere.
+    from halve.runtime.cuda import bitmask_products  # noqa: PLC0415
+
+    # The odd columns are stored.
+    mask = torch.tensor([0xAA] * 16, dtype=torch.uint8, device=x.device)
+    mask = mask.view(torch.uint64).view(2, 1)
+    offsets = torch.tensor([0, 32, 64], device=x.device).to(torch.uint32)
+    values = dense[:, 1::2].flatten().contiguous()
+    matrix = bitmask_products.Bitmask(
+        values, mask, offsets, word_starts(mask), 64, tile_kept(mask)
+    )
+    return bitmask_products.unpack(matrix), bitmask_products.multiply(x, matrix)
+
+
+def _by_codes(x: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same with codes of 4 bits, of which 8 means 0."""
+    from halve.runtime.cuda import codes_products  # noqa: PLC0415
+
+    codes = (dense + 8).to(torch.uint8)
+    codes = codes[:, ::2] | codes[:, 1::2] << 4
+    scales = torch.ones(2, 1, dtype=torch.float16, device=x.device)
+    parts = (codes, scales, None, None, None, None)
+    matrix = codes_products.Codes.of(parts, (64, 4, 64, 0))
+    unpacked = torch.empty_like(dense)
+    codes_products.unpack_rows(matrix, 0, unpacked)
+    return unpacked, codes_products.multiply(x, matrix)
