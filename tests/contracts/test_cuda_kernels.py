@@ -1,261 +1,475 @@
-"""The kernels for GPUs, tested without a GPU.
+"""The kernels of packed layers on GPUs against plain products, in Triton's interpreter.
 
-Three parts cover them: Triton's interpreter runs the kernels, with the decoding of
-columns in Triton; a small machine runs the PTX that takes its place on a GPU; and the
-kernels are compiled for two GPUs, of which the machine code is counted.
+There kernels run on tensors of the CPU, and so do layers for which the CPU is declared
+to be a GPU. The interpreter must be chosen before triton is imported (`conftest`).
 """
 
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import copy
+import io
+from dataclasses import replace
 
 import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
-pytest.importorskip("triton", reason="triton is not installed; it is for Linux x86-64")
+pytest.importorskip("triton", reason="Triton is not installed")
 
-from halve.runtime.cuda import ptx
+import halve
+from halve.formats.bitmask import BitmaskMatrix, pack
+from halve.formats.quantized_packing import pack as pack_codes
+from halve.grids import QuantScheme, fit_quant_params
+from halve.runtime.cpu import (
+    bitmask_linear,
+    operators,
+    packed_linear,
+    quantized_linear,
+    quantized_operators,
+)
+from halve.runtime.cpu.bitmask_linear import BitmaskLinear
+from halve.runtime.cpu.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from halve.runtime.cuda import bitmask_products, codes_products, support
+from halve.runtime.cuda.bitmask_products import Bitmask
+from halve.runtime.cuda.side_index import has_slack, tile_kept, with_slack, word_starts
 
-INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
-# Those of an A100 and an H100.
-CAPABILITIES = (80, 90)
-# Instructions of a warp for 32 weights. An H100 issues 11 to 13 in the time in which
-# its memory delivers them.
-MOST_INSTRUCTIONS = 8.5
-
-
-def test_kernels_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = (
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        INTERPRETED,
-    )
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-
-# --- The PTX --------------------------------------------------------------------------
-
-
-class Machine:
-    """Runs straight PTX of one lane; a value of 16 bits is the number that it means.
-
-    Args:
-        operands: Operand such as `$1` -> value; results are added.
-        memory: Values by address.
-    """
-
-    def __init__(self, operands: dict[str, Any], memory: dict[int, float]) -> None:
-        self.state = dict(operands)
-        self.memory = memory
-
-    def run(self, code: str) -> dict[str, Any]:
-        for statement in filter(None, map(str.strip, code.strip("{} ").split(";"))):
-            if statement.startswith(".reg"):
-                continue
-            guard = re.match(r"@(p\d) (.*)", statement)
-            if guard is None:
-                self._execute(statement)
-            elif self.state[guard[1]]:
-                self._execute(guard[2])
-        return self.state
-
-    def _execute(self, statement: str) -> None:
-        operation, _, rest = statement.partition(" ")
-        to, *names = re.findall(r"\{z, \w+\}|\[[^\]]+\]|[$\w]+", rest)
-        if operation.startswith("ld.global.nc"):
-            base, _, offset = names[0].strip("[]").partition("+")
-            self.state[to] = self.memory[self.state[base] + int(offset)]
-            return
-        a, *more = (self._value(name) for name in names)
-        results = {
-            "mov": lambda: a,
-            "cvt": lambda: a,
-            "and": lambda: a & more[0],
-            "setp": lambda: a != more[0],
-            "popc": lambda: int(a).bit_count(),
-            "mad": lambda: a * more[0] + more[1],
-            "fma": lambda: a * more[0] + more[1],
-            "selp": lambda: a if more[1] else more[0],
-        }
-        self.state[to] = results[operation.partition(".")[0]]()
-
-    def _value(self, name: str) -> Any:
-        name = name.strip("{}").removeprefix("z, ")  # the upper half of a float32
-        return self.state[name] if name in self.state else int(name)
+pytestmark = pytest.mark.skipif(
+    not bitmask_products.INTERPRETED, reason="kernels are compiled, for a GPU"
+)
+LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-6}
+over_dtypes = pytest.mark.parametrize("dtype", LIMITS)
+# Less than a word, whole and ragged words, ragged programs; several steps of a program.
+SHAPES = [(1, 1), (3, 63), (4, 64), (5, 65), (2, 264), (9, 1000), (4, 1024)]
+over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
-def test_the_ptx_decodes_all_bytes(kind):
-    size, first = (4 if kind == "fp32" else 2), 5
-    memory = {size * place: float(place + 1) for place in range(first, 40)}
-    x = [0.5, 2.0, -1.0, 3.0, 0.25, 8.0, -4.0, 1.5]
-    for bits in range(256):
-        places = iter(range(first, 40))
-        wanted = [memory[size * next(places)] if bits >> j & 1 else 0 for j in range(8)]
-        above = bits | 0xABC << 8  # of the next lanes
-        operands = {"$8": above, "$9": size * first}
-        found = Machine(operands, memory).run(ptx.expand(kind))
-        assert [float(found[f"${j}"]) for j in range(8)] == wanted
-        operands = {"$1": 10.0, "$2": above, "$3": size * first}
-        operands |= {f"${4 + j}": x[j] for j in range(8)}
-        total = Machine(operands, memory).run(ptx.multiply_add(kind))["$0"]
-        assert total == 10 + sum(a * b for a, b in zip(wanted, x, strict=True))
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
-def test_no_more_is_read_than_the_slack(kind):
-    size = 4 if kind == "fp32" else 2
-    kept = 3
-    memory = {size * place: 1.0 for place in range(kept + ptx.OVERREAD)}
-    for bits, first in ((0b111, 0), (0b1, 2), (0, kept)):
-        Machine({"$8": bits, "$9": size * first}, memory).run(ptx.expand(kind))
+def random_matrix(shape, dtype, kept=0.5):
+    """Return a matrix with an empty row, a full one, and a minus zero."""
+    weight = torch.randn(shape).masked_fill(torch.rand(shape) >= kept, 0)
+    if shape[0] > 2:
+        weight[1], weight[2] = 0, torch.randn(shape[1])
+    weight[-1, -1] = -0.0
+    return weight.to(dtype)
 
 
-# --- Machine code ---------------------------------------------------------------------
+def bitmask(weight):
+    packed = pack(weight)
+    index = word_starts(packed.mask), packed.columns, tile_kept(packed.mask)
+    return Bitmask(with_slack(packed.values), packed.mask, packed.offsets, *index)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+def relative_error(found, wanted):
+    difference = (found.detach().double() - wanted).norm()
+    return float(difference / wanted.norm().clamp(min=1e-30))
+
+
+@over_dtypes
+@over_shapes
+def test_unpacking_restores_every_bit(shape, dtype):
+    weight = random_matrix(shape, dtype)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    found = bitmask_products.unpack(bitmask(weight))
+    assert torch.equal(found.view(bits), weight.view(bits))
+
+
+@over_dtypes
+@over_shapes
+def test_every_batch_is_multiplied(shape, dtype):
+    weight = random_matrix(shape, dtype)
+    matrix, bias = bitmask(weight), torch.randn(shape[0]).to(dtype)
+    for batch in (0, 1, 3, 17):
+        x = torch.randn(batch, shape[1]).to(dtype)
+        wanted = x.double() @ weight.double().T + bias.double()
+        found = bitmask_products.multiply(x, matrix, bias)
+        assert found.dtype == dtype
+        assert relative_error(found, wanted) < LIMITS[dtype]
+
+
+@over_dtypes
+@pytest.mark.parametrize(("rows", "warps", "unroll"), [(2, 1, 2), (4, 4, 1), (8, 2, 3)])
+def test_work_may_be_divided_in_any_way(rows, warps, unroll, dtype):
+    weight = random_matrix((5, 1100), dtype)
+    matrix, bias = bitmask(weight), torch.randn(5).to(dtype)
+    for batch in (1, 2):
+        x, y = torch.randn(batch, 1100).to(dtype), torch.empty(batch, 5).to(dtype)
+        way = {"rows": rows, "warps": warps, "unroll": unroll}
+        bitmask_products.multiply_packed(x, matrix, bias, y, **way)
+        wanted = x.double() @ weight.double().T + bias.double()
+        assert relative_error(y, wanted) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02, 1.0])
+def test_any_fraction_may_be_zero(kept):
+    weight = random_matrix((2, 300), torch.float16, kept)
+    if not kept:
+        weight.zero_()
+    for batch in (1, 2):
+        x = torch.randn(batch, 300).half()
+        found = bitmask_products.multiply(x, bitmask(weight))
+        assert relative_error(found, x.double() @ weight.double().T) < 2e-3
+
+
+def test_offsets_may_be_of_64_bits_and_rows_very_long():
+    columns = 2**16 + 1
+    weight, x = random_matrix((1, columns), torch.float32), torch.randn(1, columns)
+    matrix = bitmask(weight)
+    assert matrix.starts.dtype == torch.int32
+    matrix = matrix._replace(offsets=matrix.offsets.to(torch.uint64))
+    wanted = x.double() @ weight.double().T
+    assert relative_error(bitmask_products.multiply(x, matrix), wanted) < 1e-6
+
+
+def test_the_fullest_tile_is_found():
+    weight = torch.zeros(3, 600)
+    weight[0, 200:300], weight[1, 256:259], weight[2, 512:] = 1, 1, 1
+    assert tile_kept(pack(weight).mask) == 88
+    weight[1, 256:512] = 1
+    assert tile_kept(pack(weight).mask) == 256
+
+
+def test_values_without_slack_are_copied():
+    weight = random_matrix((4, 128), torch.float32)
+    packed = pack(weight)
+    matrix = bitmask(weight)._replace(values=packed.values.clone())
+    assert not has_slack(matrix.values)
+    assert torch.equal(bitmask_products.unpack(matrix), weight)
+
+
+@over_dtypes
+def test_the_trial_run_finds_no_fault(dtype):
+    assert support.find_fault(torch.device("cpu"), dtype) is None
+
+
+def test_the_trial_run_finds_a_fault(monkeypatch):
+    cpu, dtype = torch.device("cpu"), torch.float32
+    monkeypatch.setattr(codes_products, "multiply", lambda x, m: torch.zeros(1, 2))
+    fault = support.find_fault(cpu, dtype)
+    assert fault == "they multiply by a matrix of codes wrongly"
+    monkeypatch.setattr(bitmask_products, "unpack", lambda m: torch.zeros(2, 64))
+    assert support.find_fault(cpu, dtype) == "they unpack a matrix of values wrongly"
+
+
+# --- Codes --------------------------------------------------------------------------
+
+# Every width, zero points, midrise, groups that cross bytes; with and without a mask.
+SCHEMES = [
+    (QuantScheme(8, 32), 0.0),
+    (QuantScheme(8, 64), 0.6),
+    (QuantScheme(4, 32, symmetric=False), 0.0),
+    (QuantScheme(4, 1000), 0.8),
+    (QuantScheme(3, 32, symmetric=False), 0.0),
+    (QuantScheme(3, 32, symmetric=False), 0.9),
+    (QuantScheme(2, 96, midrise=True), 0.0),
+    (QuantScheme(2, 32, midrise=True), 0.5),
+]
+over_schemes = pytest.mark.parametrize(("scheme", "zeros"), SCHEMES, ids=str)
+# Aligned rows of codes, and rows that end within a byte.
+CODE_SHAPES = [(9, 320), (3, 65)]
+
+
+def quantized(scheme, shape, zeros, dtype=torch.float16):
+    """Return a random matrix on a grid, packed as codes."""
+    weight = torch.randn(shape)
+    weight = weight.masked_fill(torch.rand(shape) < zeros, 0)
+    params = fit_quant_params(scheme.exact_in(dtype), weight)
+    rounded = params.fake_quantize(weight).masked_fill(weight == 0, 0)
+    packed = pack_codes(rounded.to(dtype), params)
+    assert packed is not None
+    assert (packed.mask is not None) == (zeros > 0)
+    return packed
+
+
+def codes(packed):
+    starts = None if packed.mask is None else word_starts(packed.mask)
+    parts = packed.codes, packed.scales, packed.zeros, packed.mask, packed.offsets
+    sizes = packed.columns, packed.bits, packed.group_size, packed.midrise
+    return codes_products.Codes.of((*parts, starts), sizes)
+
+
+@over_schemes
+def test_codes_are_unpacked_and_looked_up_to_the_bit(scheme, zeros):
+    for shape in CODE_SHAPES:
+        packed = quantized(scheme, shape, zeros)
+        matrix, weight = codes(packed), packed.unpack()
+        found = torch.empty_like(weight)
+        codes_products.unpack_rows(matrix, 0, found)
+        assert torch.equal(found.view(torch.int16), weight.view(torch.int16))
+        ids = torch.tensor([[2, 0], [1, 2]])
+        rows = codes_products.lookup(ids, matrix, torch.float32)
+        assert torch.equal(rows, weight[ids].float())
+
+
+@over_schemes
+def test_codes_are_multiplied(scheme, zeros):
+    for shape, dtype in zip(CODE_SHAPES, (torch.bfloat16, torch.float16), strict=True):
+        packed = quantized(scheme, shape, zeros)
+        weight, bias = packed.unpack().double(), torch.randn(shape[0]).to(dtype)
+        for batch in (1, 3, 6):
+            x = torch.randn(batch, shape[1]).to(dtype)
+            wanted = x.double() @ weight.T + bias.double()
+            found = codes_products.multiply(x, codes(packed), bias)
+            assert found.dtype == dtype
+            assert relative_error(found, wanted) < LIMITS[dtype]
+
+
+def test_codes_need_not_be_aligned():
+    packed = quantized(QuantScheme(4, 32), (4, 64), 0.0)
+    memory = torch.zeros(packed.codes.numel() + 1, dtype=torch.uint8)
+    memory[1:] = packed.codes.flatten()
+    matrix = codes(packed)._replace(codes=memory[1:].view(packed.codes.shape))
+    assert not matrix.constants["ALIGNED"]
+    found = torch.empty(4, 64, dtype=torch.float16)
+    codes_products.unpack_rows(matrix, 0, found)
+    assert torch.equal(found, packed.unpack())
+
+
+def test_a_row_that_does_not_exist_is_nan():
+    packed = quantized(QuantScheme(4, 32), (4, 64), 0.0)
+    ids = torch.tensor([4, -1, 3], dtype=torch.int32)
+    found = codes_products.lookup(ids, codes(packed), torch.float32)
+    assert found[:2].isnan().all() and torch.equal(found[2], packed.unpack()[3].float())
+
+
+def test_parts_of_wrong_sizes_are_rejected():
+    packed = quantized(QuantScheme(4, 32), (4, 64), 0.7)
+    for part in ("scales", "mask", "offsets"):
+        changed = replace(packed, **{part: getattr(packed, part)[:-1]})
+        with pytest.raises(RuntimeError, match="do not fit together"):
+            codes(changed)
+
+
+# --- The layer, for which the CPU is a GPU -------------------------------------------
+
+
+@pytest.fixture
+def cuda_operators():
+    """Let operators that have no kernels of the CPU run those of GPUs there."""
+    with torch.library._scoped_library("halve", "IMPL") as library:
+        for name in ("packed_linear_indexed", "unpack_indexed"):
+            function = operators._IMPLEMENTATIONS[name][1]["CUDA"]
+            library.impl(name, function, "CPU")
         yield
 
 
-def machine_code(
-    kernel: Any, capability: int, warps: int, types: dict[str, str], constants: Any
-) -> tuple[int, int]:
-    """Compile a kernel; return its instructions and the bytes that it spills.
-
-    Args:
-        kernel: A function of `triton.jit`.
-        capability: Of the GPU, such as 90.
-        warps: Warps of a program.
-        types: Type of each argument that is no constant, such as `*bf16`. Addresses and
-            numbers are multiples of 16.
-        constants: Value of each constant.
-    """
-    import triton  # noqa: PLC0415
-    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
-    from triton.compiler import ASTSource  # noqa: PLC0415
-
-    aligned = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in types
+@pytest.fixture
+def on_gpu(monkeypatch, cuda_operators):
+    """Let kernels run on the CPU, until the returned function is called."""
+    state = [True]
+    modules = bitmask_linear, packed_linear, quantized_linear, quantized_operators
+    for module in modules:
+        monkeypatch.setattr(module, "runs_kernels", lambda *_: state[0])
+    # Operators that have kernels of the CPU as well.
+    cuda = {
+        "quantized_linear": quantized_operators._quantized_linear_cuda,
+        "quantized_lookup": quantized_operators._quantized_lookup_cuda,
     }
-    signature = types | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, constants, aligned)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    return _count(compiled.asm["cubin"])
+    for name, function in cuda.items():
+        monkeypatch.setattr(quantized_linear, name, function)
+    return lambda: state.clear() or state.append(False)
 
 
-def _count(cubin: bytes) -> tuple[int, int]:
-    import triton  # noqa: PLC0415
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    path = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    path.write_bytes(cubin)
-    listing, usage = (
-        subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
-        for option in ("--dump-sass", "--dump-resource-usage")
-    )
-    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", listing.stdout)
-    last = max(i for i, line in enumerate(code) if "EXIT" in line)
-    memory = re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout)
-    return last + 1, sum(map(int, memory))
+def moved(weight, bias=None, transposed=False):
+    """Return the layer of a matrix, as it is when it has been moved."""
+    bias = None if bias is None else torch.nn.Parameter(bias)
+    packed = pack(weight.T.contiguous() if transposed else weight, transposed)
+    return BitmaskLinear(packed, bias)._apply(torch.clone)
 
 
-MATRIX = {"mask": "*u64", "offsets": "*u32", "starts": "*u16"}
+@over_dtypes
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layer_on_a_gpu_multiplies(on_gpu, dtype, transposed):
+    weight, bias = random_matrix((9, 130), dtype), torch.randn(9).to(dtype)
+    layer = moved(weight, bias, transposed)
+    assert layer.weight_starts is not None
+    for shape in ((2, 3, 130), (130,), (0, 130)):
+        x = torch.randn(shape).to(dtype)
+        wanted = x.double() @ weight.double().T + bias.double()
+        assert relative_error(layer(x), wanted) < LIMITS[dtype]
+    x = torch.randn(130, 5).to(dtype).T
+    wanted = x.double() @ weight.double().T + bias.double()
+    assert relative_error(layer(x), wanted) < LIMITS[dtype]
+    assert torch.equal(layer.dense_weight(), weight)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
-def test_a_weight_costs_few_instructions(kind, capability):
-    from halve.runtime.cuda import launch  # noqa: PLC0415
-    from halve.runtime.cuda.bitmask_kernels import vectors_kernel  # noqa: PLC0415
+def test_gradients_pass_to_input_and_bias(on_gpu):
+    weight, bias = random_matrix((9, 130), torch.float32), torch.randn(9)
+    layer, x = moved(weight, bias), torch.randn(2, 3, 130, requires_grad=True)
+    layer(x).square().sum().backward()
+    y = x.detach().clone().requires_grad_()
+    plain = bias.clone().requires_grad_()
+    torch.nn.functional.linear(y, weight, plain).square().sum().backward()
+    assert layer.bias is not None
+    for found, wanted in ((x.grad, y.grad), (layer.bias.grad, plain.grad)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
-    def instructions(columns: int) -> int:
-        """Return those of one program, whose steps are all written out."""
-        warps, rows = 4, launch.PACKED_ROWS
-        types = {name: f"*{kind}" for name in ("x", "values", "bias", "y")}
-        constants = {
-            **{"BATCH": 1, "COLUMNS": columns, "LANES": 32 * warps, "ROWS": rows},
-            **{"UNROLL": columns // (256 * warps), "WHOLE": True},
-            **{"BIASED": False, "INLINE": True},
-        }
-        code, spilled = machine_code(
-            *(vectors_kernel, capability, warps),
-            *(types | MATRIX | {"rows": "i32"}, constants),
+
+def test_operands_that_do_not_fit_are_rejected(on_gpu):
+    layer = moved(random_matrix((9, 130), torch.float32))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        layer(torch.randn(2, 130).half())
+    with pytest.raises(RuntimeError, match="do not fit"):
+        layer(torch.randn(2, 131))
+
+
+def test_the_file_does_not_change(on_gpu):
+    layer = moved(random_matrix((9, 130), torch.float16))
+    parts = pack(random_matrix((9, 130), torch.float16)).parts
+    names = {"weight" + suffix for suffix in parts}
+    assert set(layer.state_dict()) == names
+    assert layer.weight.numel() == int(layer.weight_offsets[-1])
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "half", "load", "replace"])
+def test_the_side_index_is_that_of_the_mask(on_gpu, how):
+    weight, other = (random_matrix((9, 130), torch.float32) for _ in range(2))
+    other[5:7] = other[5:7].roll(3, 1)
+    layer = moved(weight)
+    if how == "deepcopy":
+        layer = copy.deepcopy(layer)
+    elif how == "pickle":
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        layer = torch.load(file, weights_only=False)
+    elif how == "half":
+        layer, weight = layer.half(), weight.half()
+        assert layer.weight_mask.dtype == torch.uint64
+    elif how == "load":  # in place, a matrix with as many values
+        weight = weight.roll(7, 1)
+        layer.load_state_dict(moved(weight).state_dict())
+    else:  # one by one, as accelerate does
+        packed = pack(other)
+        layer.weight = torch.nn.Parameter(packed.values, requires_grad=False)
+        for name in ("mask", "offsets"):
+            layer._buffers[f"weight_{name}"] = getattr(packed, name)
+        weight = other
+    x = torch.randn(1, 130).to(weight.dtype)
+    wanted = x.double() @ weight.double().T
+    assert relative_error(layer(x), wanted) < LIMITS[weight.dtype]
+    assert torch.equal(layer.dense_weight(), weight)
+    assert has_slack(layer.weight)
+
+
+def test_back_on_the_cpu_the_side_index_is_gone(on_gpu):
+    weight = random_matrix((9, 130), torch.float32)
+    layer = moved(weight)
+    on_gpu()  # it is the CPU again
+    layer._apply(torch.clone)
+    assert layer.weight_starts is None
+    x = torch.randn(3, 130)
+    assert relative_error(layer(x), x.double() @ weight.double().T) < 1e-6
+
+
+def test_an_index_made_in_inference_mode_has_gradients_later(on_gpu):
+    weight = random_matrix((9, 130), torch.float32)
+    layer = BitmaskLinear(pack(weight))
+    with torch.inference_mode():
+        layer(torch.randn(1, 130))
+    x = torch.randn(2, 130, requires_grad=True)
+    layer(x).sum().backward()
+    wanted = weight.sum(0).expand(2, -1)
+    torch.testing.assert_close(x.grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_converts_the_input(on_gpu):
+    weight = random_matrix((9, 130), torch.bfloat16)
+    layer, x = moved(weight), torch.randn(2, 130)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert relative_error(found, x.double() @ weight.double().T) < 1e-2
+
+
+def test_references_agree_with_the_kernels(cuda_operators):
+    weight = random_matrix((9, 130), torch.float32)
+    packed, x = pack(weight), torch.randn(2, 130)
+    parts = [packed.values, packed.mask, packed.offsets, word_starts(packed.mask)]
+    assert isinstance(packed, BitmaskMatrix)
+    found = operators.packed_linear_indexed(x, parts, None, 130, 90)
+    wanted = operators.packed_linear_indexed_reference(x, parts, None, 130, 90)
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(operators.unpack_indexed(parts, 130, 90), weight)
+    assert torch.equal(operators.unpack_indexed_reference(parts, 130, 90), weight)
+    with FakeTensorMode() as mode:
+        shapes = [mode.from_tensor(part) for part in parts]
+        fake = operators.packed_linear_indexed(
+            mode.from_tensor(x), shapes, None, 130, 90
         )
-        assert spilled == 0
-        return code
-
-    # What four more steps cost, of 8 weights a lane in each row.
-    more = instructions(8192) - instructions(4096)
-    assert more / (4 * 8 * launch.PACKED_ROWS) <= MOST_INSTRUCTIONS
+        assert fake.shape == found.shape
+        assert operators.unpack_indexed(shapes, 130, 90).shape == weight.shape
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
-def test_unpacking_spills_nothing(kind, capability):
-    from halve.runtime.cuda import launch  # noqa: PLC0415
-    from halve.runtime.cuda.bitmask_kernels import unpack_kernel  # noqa: PLC0415
+@pytest.mark.parametrize("zeros", [0.0, 0.7])
+def test_layers_of_codes_on_a_gpu(on_gpu, zeros):
+    packed = quantized(QuantScheme(4, 32, symmetric=False), (9, 130), zeros)
+    bias, weight = torch.randn(9).half(), packed.unpack().double()
+    layer = QuantizedLinear(packed, torch.nn.Parameter(bias))._apply(torch.clone)
+    assert (layer.weight_starts is None) == (zeros == 0)
+    for dtype in (torch.float16, torch.float32):
+        x = torch.randn(2, 3, 130).to(dtype)
+        wanted = x.double() @ weight.T + bias.double()
+        assert relative_error(layer(x), wanted) < 2e-3
+    assert "weight_starts" not in layer.state_dict()
+    embedding = QuantizedEmbedding(packed)._apply(torch.clone)
+    ids = torch.tensor([[8, 0]])
+    assert torch.equal(embedding(ids), packed.unpack()[ids])
+    x = torch.randn(2, 130, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert relative_error(x.grad, weight.sum(0).expand(2, -1)) < 1e-2
 
-    types = {"values": f"*{kind}", "dense": f"*{kind}", "begin": "i32", "end": "i32"}
-    constants = {
-        **{"COLUMNS": 11008, "LANES": 32},
-        **{"ROWS": launch.UNPACK_ROWS, "INLINE": True},
-    }
-    _, spilled = machine_code(
-        unpack_kernel, capability, launch.UNPACK_WARPS, types | MATRIX, constants
+
+def test_codes_multiply_on_the_cpu_again(on_gpu):
+    packed = quantized(QuantScheme(4, 32), (9, 130), 0.7)
+    layer = QuantizedLinear(packed)._apply(torch.clone)
+    on_gpu()
+    layer._apply(torch.clone)
+    assert layer.weight_starts is None
+    assert len(layer.device_operands) == len(layer.operands)
+
+
+def test_accelerate_may_offload_a_layer(on_gpu):
+    weight, bias = random_matrix((9, 130), torch.float32), torch.randn(9)
+    layer = BitmaskLinear(pack(weight), torch.nn.Parameter(bias))
+    values = {name: t.clone() for name, t in layer.state_dict().items()}
+    hook = AlignDevicesHook("cpu", offload=True, weights_map=values)
+    add_hook_to_module(layer, hook)
+    x = torch.randn(2, 130)
+    wanted = x.double() @ weight.double().T + bias.double()
+    for _ in range(2):
+        assert layer.weight.is_meta
+        assert relative_error(layer(x), wanted) < 1e-6
+
+
+def test_a_model_on_a_gpu_computes_what_the_dense_one_does(on_gpu, pico, tmp_path):
+    halve.prune(pico("llama"), tmp_path / "dense", sparsity="50%", solver="magnitude")
+    halve.pack(tmp_path / "dense", tmp_path / "packed")
+    dense, packed = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("dense", "packed")
     )
-    assert spilled == 0
-
-
-CODES = {
-    **{"codes": "*u8", "scales": "*fp16", "zero_codes": "*u8"},
-    **MATRIX,
-}
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("bits", "masked"), [(8, False), (4, False), (3, True)])
-def test_kernels_for_codes_spill_nothing(bits, masked, capability):
-    from halve.runtime.cuda import launch  # noqa: PLC0415
-    from halve.runtime.cuda.codes_kernels import (  # noqa: PLC0415
-        codes_rows_kernel,
-        codes_vectors_kernel,
+    layers = [m for m in packed.modules() if isinstance(m, BitmaskLinear)]
+    assert layers and all(layer.weight_starts is not None for layer in layers)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, dense(ids).logits)
+    packed.save_pretrained(tmp_path / "again")
+    before, after = (
+        {
+            name: tensor.shape
+            for path in (tmp_path / folder).glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        for folder in ("packed", "again")
     )
-
-    constants = {
-        **{"COLUMNS": 4096, "BITS": bits, "GROUP": 128, "ZEROS": masked},
-        **{"MIDRISE": False, "MASKED": masked, "ALIGNED": not masked},
-    }
-    types = {"x": "*bf16", "bias": "*bf16", "y": "*bf16", "rows": "i32"} | CODES
-    own = {
-        **{"BATCH": 1, "LANES": 32 * launch.CODES_WARPS, "ROWS": launch.CODES_ROWS},
-        **{"UNROLL": 1, "BIASED": False},
-    }
-    _, spilled = machine_code(
-        *(codes_vectors_kernel, capability, launch.CODES_WARPS),
-        *(types, constants | own),
-    )
-    assert spilled == 0
-    types = {"ids": "*i64", "dense": "*bf16", **CODES}
-    types |= dict.fromkeys(("begin", "count", "rows"), "i32")
-    own = {"LANES": 32, "ROWS": launch.UNPACK_ROWS, "LOOKUP": False}
-    _, spilled = machine_code(
-        *(codes_rows_kernel, capability, launch.UNPACK_WARPS),
-        *(types, constants | own),
-    )
-    assert spilled == 0
+    assert before == after
+    with torch.no_grad():
+        found = torch.compile(layers[0], backend="eager", fullgraph=True)(
+            torch.ones(1, layers[0].in_features)
+        )
+    torch.testing.assert_close(found[0], layers[0].dense_weight().sum(1))
