@@ -1,6 +1,7 @@
 """The CUDA C++ kernel for a few vectors, on a CPU that emulates a GPU."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from importlib.resources import files
@@ -11,11 +12,15 @@ import torch
 
 from halve.formats.bitmask import pack
 from halve.runtime.cuda import few
-from halve.runtime.cuda.nvrtc import Argument, c_value
+from halve.runtime.cuda.nvrtc import Argument, NvrtcError, c_value
 from halve.runtime.cuda.side_index import tile_kept, with_slack, word_starts
 
 EMULATOR = Path(__file__).parents[1] / "emulator"
 LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# Instructions of a warp for 32 weights.
+MOST_INSTRUCTIONS = 12
+# Bytes of registers in memory, outside of the loop over columns.
+SPILLED = {1: 0, 2: 8}
 # Rows, columns, vectors, share that is stored, multiprocessors.
 PRODUCTS = [
     (16, 256, 8, 0.5, 1),  # one tile
@@ -101,3 +106,37 @@ def test_the_check_before_the_first_product_passes(n_tiles, dtype, build, monkey
     monkeypatch.setattr(few, "_kernels", build)
     monkeypatch.setattr(few, "_gpu", lambda device: (4, 227 * 1024))
     assert few.find_fault(torch.device("cpu"), dtype, n_tiles) is None
+
+
+@pytest.mark.parametrize("n_tiles", [1, 2])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_a_weight_costs_few_instructions(architecture, n_tiles, tmp_path):
+    pytest.importorskip("triton", reason="its package has the disassembler")
+    try:
+        cubin = few.compile_few(architecture, torch.bfloat16, n_tiles)
+    except NvrtcError as error:
+        pytest.skip(str(error))
+    code, spilled = _disassemble(cubin, tmp_path)
+    steps = [i for i, line in enumerate(code) if "HMMA" in line][::n_tiles]
+    assert len(steps) == 16  # of 16 columns, in a tile of 256
+    # A lane has 8 of the weights of a step.
+    assert (steps[-1] - steps[0]) / (15 * 8) <= MOST_INSTRUCTIONS
+    assert spilled <= SPILLED[n_tiles]
+
+
+def _disassemble(cubin: bytes, folder: Path) -> tuple[list[str], int]:
+    """Return the instructions of the kernel, and the bytes that it spills."""
+    import triton  # noqa: PLC0415
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    path = folder / "few.cubin"
+    path.write_bytes(cubin)
+    listing, usage = (
+        subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
+        for option in ("--dump-sass", "--dump-resource-usage")
+    )
+    (code,) = re.findall(
+        r"Function : halve_few\n(.*?)(?:Function :|\Z)", listing.stdout, re.S
+    )
+    (memory,) = re.findall(r"halve_few:\n.*?STACK:(\d+)", usage.stdout)
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code), int(memory)

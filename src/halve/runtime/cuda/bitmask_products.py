@@ -144,7 +144,7 @@ def multiply_unpacked(
 ) -> None:
     """Write x W.T + bias into y, [batch, rows], by torch's product.
 
-    W is unpacked strip by strip into one scratch that stays in the L2 cache.
+    W is unpacked strip by strip into one scratch.
     """
     height = launch.strip_rows(matrix.rows, matrix.columns, x.element_size())
     scratch = x.new_empty(height, matrix.columns)

@@ -186,8 +186,7 @@ def multiply_packed(
 def multiply_unpacked(x: Tensor, matrix: Codes, bias: Tensor | None, y: Tensor) -> None:
     """Write x W.T + bias into y, [batch, rows], by torch's product.
 
-    W is unpacked strip by strip, in the dtype of x, into one scratch that stays in the
-    L2 cache.
+    W is unpacked strip by strip, in the dtype of x, into one scratch.
     """
     height = launch.strip_rows(matrix.rows, matrix.columns, x.element_size())
     scratch = x.new_empty(height, matrix.columns)

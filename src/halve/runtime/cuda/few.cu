@@ -3,10 +3,12 @@
 // A warp owns COLUMNS neighbouring columns, whose inputs it keeps in registers, and takes
 // tile after tile of ROWS rows. The values of a tile are copied to shared memory while the
 // tile before is multiplied. There every lane finds the values of its fragment of the mma
-// instruction by counting bits of the mask: of the four lanes of a quad and the two rows
-// g and g + 8, lane t needs the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16.
+// instruction by counting bits of the mask. Lane t of quad g has rows g and g + 8, and of
+// every 16 columns those from 4t to 4t + 3: the instruction wants others, but its columns
+// may be permuted if those of x are permuted alike.
 //
-// Compiled by NVRTC with -DN_TILES=1 or 2 and, for float16, -DHALF=1.
+// Compiled by NVRTC with -DN_TILES=1 or 2, -DMAX_WARPS and, for float16, -DHALF=1. The
+// tests define EMULATED and give what is between `#ifndef EMULATED` themselves.
 
 #ifndef EMULATED
 typedef unsigned char uint8_t;
@@ -21,9 +23,6 @@ typedef unsigned long long uint64_t;
 #ifndef HALF
 #define HALF 0
 #endif
-#ifndef ACCUMULATORS
-#define ACCUMULATORS 1
-#endif
 #ifndef MAX_WARPS
 #define MAX_WARPS 16
 #endif
@@ -36,7 +35,6 @@ constexpr uint32_t ALL = 0xffffffffu;
 #define DEVICE __device__ __forceinline__
 
 DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(ALL, v, lane); }
-DEVICE uint32_t shuffle_up(uint32_t v, int by) { return __shfl_up_sync(ALL, v, by); }
 DEVICE int lane_id() { return threadIdx.x & 31; }
 DEVICE int warp_id() { return threadIdx.x >> 5; }
 DEVICE int thread_id() { return threadIdx.x; }
@@ -122,7 +120,8 @@ struct Row {
   uint64_t word;    // word t of the tile
   uint32_t start;   // values of the row before it
   uint32_t offset;  // values of the matrix before the row
-  uint32_t last;    // values of the row up to the tile's end; of the matrix, in the last tile
+  uint32_t last;    // values of the row up to the tile's end; in the last tile of a row,
+                    // values of the matrix up to there
 };
 
 // What it needs to decode the row: word t, and the offset of its first value in shared
@@ -205,9 +204,6 @@ typedef uint32_t Inputs[WORDS][4][N_TILES][2];  // of each word, step of 16 colu
 DEVICE void multiply(const Place &place_a, const Place &place_b, const Inputs &x,
                      float (&sums)[N_TILES][4], uint32_t table, int lane) {
   const int t = lane & 3, quad = lane & ~3;
-#if ACCUMULATORS == 2
-  float more[N_TILES][4] = {};
-#endif
 #pragma unroll
   for (int word = 0; word < WORDS; ++word) {
     const int from = quad | word;
@@ -226,9 +222,6 @@ DEVICE void multiply(const Place &place_a, const Place &place_b, const Inputs &x
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n) {
           const uint32_t *inputs = x[word][2 * half + step][n];
-#if ACCUMULATORS == 2
-          if (step) mma(more[n], weights, inputs[0], inputs[1]); else
-#endif
           mma(sums[n], weights, inputs[0], inputs[1]);
         }
       }
@@ -236,10 +229,6 @@ DEVICE void multiply(const Place &place_a, const Place &place_b, const Inputs &x
       at_b += 2 * popcount(b);
     }
   }
-#if ACCUMULATORS == 2
-  for (int n = 0; n < N_TILES; ++n)
-    for (int i = 0; i < 4; ++i) sums[n][i] += more[n][i];
-#endif
 }
 
 DEVICE void read_inputs(Inputs &x, const uint16_t *from, int samples, int columns,

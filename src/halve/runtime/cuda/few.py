@@ -21,6 +21,8 @@ from halve.runtime.cuda.side_index import TILE_COLUMNS, with_slack, word_starts
 _ROWS, _COLUMNS, _SAMPLES, _STAGES = 16, TILE_COLUMNS, 8, 2
 # Bytes of a piece that is copied to shared memory at once, and of the table there.
 _PIECE, _TABLE = 16, 64
+# Bytes of shared memory that every block takes for itself.
+_RESERVED = 1024
 MOST_VECTORS = 2 * _SAMPLES
 # Warps of a block: more would not have enough registers.
 MAX_WARPS = {1: 20, 2: 16}
@@ -145,18 +147,23 @@ def divide(
         gpu: Multiprocessors, and bytes of shared memory that a block may have.
     """
     multiprocessors, available = gpu
-    n_tiles = _n_tiles(batch)
+    n_tiles, chunks = _n_tiles(batch), -(-columns // _COLUMNS)
+    row_tiles = -(-rows // _ROWS)
     # A row may begin anywhere in a piece. The pitch is an odd number of pieces, so that
     # neighbouring rows begin in different banks of shared memory.
     pitch = _PIECE * (-(-(2 * kept + _PIECE - 2) // _PIECE) | 1)
     sums = _STAGES * _ROWS * _SAMPLES * n_tiles * 4
     of_warp = _STAGES * _ROWS * pitch + sums
-    chunks = -(-columns // _COLUMNS)
-    splits = -(-chunks // min((available - _TABLE) // of_warp, MAX_WARPS[n_tiles]))
+    # Two small blocks on a multiprocessor wait less for their slowest warp than a large
+    # one. But if one is enough for all columns, no sums of parts have to be added.
+    most = min((available - _TABLE) // of_warp, MAX_WARPS[n_tiles])
+    resident = 1 if chunks <= most and row_tiles < 4 * multiprocessors else 2
+    shared = available // resident - (resident - 1) * _RESERVED - _TABLE
+    most = max(min(shared // of_warp, MAX_WARPS[n_tiles] // resident), 1)
+    splits = -(-chunks // most)
     warps = -(-chunks // splits)
-    blocks = min(-(-rows // _ROWS), max(multiprocessors // splits, 1))
-    shared_memory = _TABLE + warps * of_warp
-    return Plan((blocks, splits), warps, pitch, shared_memory, n_tiles)
+    blocks = min(row_tiles, max(resident * multiprocessors // splits, 1))
+    return Plan((blocks, splits), warps, pitch, _TABLE + warps * of_warp, n_tiles)
 
 
 def multiply_few(
