@@ -75,13 +75,14 @@ class BitmaskLinear(IndexedMask, PackedLinear):
         Called wherever the layer may have arrived on another device, and before each
         product: accelerate replaces tensors of a layer one by one.
         """
-        if not runs_kernels(self.weight.device, self.weight.dtype):
+        weight = self.weight
+        if not runs_kernels(weight.device, weight.dtype):
             self.drop_index()
             return
-        if not has_slack(self.weight):
+        if not has_slack(weight):
             # As in `index_mask`, not an inference tensor.
             with torch.inference_mode(False):
-                values = with_slack(self.weight.detach())
+                values = with_slack(weight.detach())
                 slots = parameter_slots(self)
                 slots["weight"] = nn.Parameter(values, requires_grad=False)
         self.index_mask(self.weight_mask)
