@@ -57,8 +57,13 @@ def test_its_phases_are_those_of_the_cpu_without_files(options, pico, gpu):
     found = forecast(plan)
     assert (found.name, found.total, found.taken) == ("H100", TOTAL, 2**30)
     for mine, other in zip(found.phases, forecast_run(plan).phases, strict=True):
-        parts = {name: n for name, n in other.parts.items() if name != "files"}
-        assert (mine.name, mine.parts) == (other.name, parts)
+        assert mine.name == other.name
+        assert mine.parts.keys() == other.parts.keys() - {"files"}
+        # Batches and tiles are larger; the rest is the same.
+        larger = {"activations", "grams", "batch"}
+        for part, count in mine.parts.items():
+            assert count >= other.parts[part]
+            assert count == other.parts[part] or part in larger
     streams = 0 if options.get("solver") == "magnitude" else 1 + plan.options.has_dense
     assert found.hidden == streams * 4 * plan.tokens * plan.width
     assert found.peak == found.taken + found.hidden + found.largest.bytes

@@ -77,10 +77,10 @@ class HalveQuantizer(HfQuantizer):
         if use_device_kernels(model):
             kernels()  # warns now, rather than in the first product, if there are none
             use_dense_kernel(model)
-            if self.prepares_decoding:
-                prepare(model)
         if not any(True for _ in packed_layers(model)):
             self.remove_quantization_config(model)
+        elif self.prepares_decoding:
+            prepare(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:  # noqa: ANN401

@@ -10,15 +10,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from halve.calibration_stats import max_tile
 from halve.errors import HalveWarning
-from halve.pruning.memory.phases import FILES, Phase, Workload, all_phases
+from halve.pruning.memory.phases import (
+    FILES,
+    Phase,
+    Workload,
+    all_phases,
+    token_nbytes,
+)
 from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import candidates
-from halve.runtime.blockwise_model import BATCH_TOKENS, choose_device
+from halve.runtime.blockwise_model import batch_tokens_within, choose_device
 from halve.runtime.stream import Stream
 
 # What the context of CUDA and its libraries take: an estimate, not measured yet.
 _CONTEXT = 600 * 2**20
+_GPU = torch.device("cuda")
 # One in so many parts of the memory is lost to fragments.
 _MARGIN = 10
 
@@ -101,8 +109,9 @@ def forecast_memory(
     """
     solvers = [c.solver for c in candidates(plan.options, plan.layout.dtype)]
     work = Workload(plan, solvers, deferred=False)
-    limit = BATCH_TOKENS if batch_limit is None else batch_limit
-    work = replace(work, batch_limit=limit)
+    usual = batch_tokens_within(gpu.total, token_nbytes(work))
+    limit = usual if batch_limit is None else batch_limit
+    work = replace(work, batch_limit=limit, tile=max_tile(_GPU))
     streams = work.runs_text * (1 + plan.options.has_dense)
     return replace(
         gpu,

@@ -311,6 +311,12 @@ def _elements(plan: Plan, names: Iterable[str]) -> int:
     return sum(prod(plan.layout.tensors[name].shape) for name in names)
 
 
+def token_nbytes(work: Workload) -> int:
+    """Return the bytes of activations of one token, in the block that has the most."""
+    every = (_batch_nbytes(work, block) for block in work.blocks)
+    return max(every) // work.batch_tokens
+
+
 def _batch_nbytes(work: Workload, block: PlannedBlock) -> int:
     """Return the bytes of activations while a batch runs through the block."""
     if not work.runs_text:

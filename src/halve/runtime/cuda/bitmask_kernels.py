@@ -137,9 +137,9 @@ def vectors_kernel(
 ):  # fmt: skip
     """Write y = x W.T + bias for x, [BATCH, COLUMNS]; ROWS rows of W a program.
 
-    A lane waits for a word before it can load values, so the words of UNROLL steps along
-    the row are loaded at once. The barrier keeps ptxas from moving them back to their
-    steps. (On an H100 one step was as fast; a GPU with less parallelism may differ.)
+    A lane waits for a word before it can load values, so the words of UNROLL steps
+    along the row are loaded at once. The barrier keeps ptxas from moving them back to
+    their steps. (On an H100 one step was as fast; smaller GPUs may differ.)
 
     COLUMNS is a constant, so that offsets within a row become immediates. Rows past the
     last are read as the last; clamping them costs instructions, hence WHOLE.
