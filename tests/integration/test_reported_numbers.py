@@ -31,7 +31,9 @@ over_families = pytest.mark.parametrize("family", BLOCKS)
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(BlockwiseModel.__init__, "__defaults__", (BATCH * LENGTH,))
+    defaults: Any = BlockwiseModel.__init__.__defaults__
+    changed = (BATCH * LENGTH, *defaults[1:])
+    monkeypatch.setattr(BlockwiseModel.__init__, "__defaults__", changed)
 
 
 @pytest.fixture

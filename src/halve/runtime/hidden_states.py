@@ -88,7 +88,7 @@ class SideCopies:
         """
         self._hidden, self._device = hidden, device
         shape = (2, min(samples, len(hidden)), *hidden.shape[1:])
-        self._on_gpu = torch.empty(shape, device=device)
+        self._halves = torch.empty(shape, device=device)
         self._turn = 0
         self._arriving: dict[tuple[int, int], _Copy] = {}
         self._leaving: _Copy | None = None
@@ -101,7 +101,7 @@ class SideCopies:
         It overwrites the batch that was started two calls earlier, whose computation
         must have been queued.
         """
-        buffer = self._on_gpu[self._turn][: part.stop - part.start]
+        buffer = self._halves[self._turn][: part.stop - part.start]
         self._turn = 1 - self._turn
         with self._beside():
             buffer.copy_(self._hidden[part], non_blocking=True)
