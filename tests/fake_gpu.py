@@ -6,14 +6,15 @@ it is computed on the CPU. As on a real GPU, an operation on tensors of two devi
 raises RuntimeError, unless one of them is a scalar or an index, and numpy cannot read
 what is on the GPU. What makes the host wait for the GPU is counted.
 
-Not imitated: memory, streams, pinned memory, the results of CUDA's own algorithms, and
-what does not pass through torch's operators, as Triton's kernels (which its interpreter
-runs).
+Not imitated: how much memory is taken, streams, pinned memory, the results of CUDA's
+own algorithms, and what does not pass through torch's operators, as Triton's kernels
+(which its interpreter runs).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -160,6 +161,23 @@ def _whole(device: torch.device) -> torch.device:
     return GPU if device.type == "cuda" else device
 
 
+_MEMORY = 8 * 2**30
+# What would initialize CUDA.
+_CUDA: dict[str, Any] = {
+    "is_available": lambda: True,
+    "current_device": lambda: 0,
+    "device_of": lambda _: nullcontext(),
+    "set_device": lambda _: None,
+    "synchronize": lambda _: None,
+    "empty_cache": lambda: None,
+    "get_device_name": lambda _: "a GPU that is not there",
+    "get_device_properties": lambda _: SimpleNamespace(total_memory=_MEMORY),
+    "mem_get_info": lambda _: (_MEMORY, _MEMORY),
+    "memory_reserved": lambda _: 0,
+    "memory_allocated": lambda _: 0,
+}
+
+
 @contextmanager
 def fake_gpu() -> Iterator[Counter[str]]:
     """Let there be a GPU within this context.
@@ -168,13 +186,6 @@ def fake_gpu() -> Iterator[Counter[str]]:
         How often the host has waited for it, by operator.
     """
     devices, waits = Devices(), Counter[str]()
-    # What would initialize CUDA.
-    with (
-        patch("torch.cuda.device_of", lambda _: nullcontext()),
-        patch("torch.cuda.empty_cache", lambda: None),
-        patch("torch.cuda.is_available", lambda: True),
-        patch("torch.cuda.current_device", lambda: 0),
-        _Operators(devices, waits),
-        _Functions(devices),
-    ):
+    cuda = patch.multiple("torch.cuda", **_CUDA)
+    with cuda, _Operators(devices, waits), _Functions(devices):
         yield waits
