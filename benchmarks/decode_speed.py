@@ -14,21 +14,25 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 import halve
+from halve.runtime.decode import new_cache, prepare
 
 
 class Decoder:
     """A process that holds a model and times it on request."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, activations: str | None = None) -> None:
         """Start the process and wait until the model is loaded.
 
         Args:
             folder: Folder of a model, dense or packed.
+            activations: As in `halve.load`.
         """
         # Not forked: OpenMP's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(folder, other))
+        self._process = context.Process(
+            target=_serve, args=(folder, activations, other)
+        )
         self._process.start()
         other.close()
         self._pipe.recv()
@@ -49,10 +53,12 @@ class Decoder:
         self._process.join()
 
 
-def _serve(folder: Path, pipe: Connection) -> None:
+def _serve(folder: Path, activations: str | None, pipe: Connection) -> None:
     """Load a model, then send the seconds of each request until there are no more."""
     disable_progress_bar()
-    model = halve.load(folder, "cpu")
+    options = {} if activations is None else {"activations": activations}
+    model = halve.load(folder, "cpu", **options)
+    prepare(model)
     pipe.send(None)
     while True:
         try:
@@ -67,7 +73,7 @@ def _serve(folder: Path, pipe: Connection) -> None:
 @torch.inference_mode()
 def _seconds(model: Any, tokens: int) -> float:
     """Decode greedily after a prompt of one token, as llama-bench does."""
-    state = model(torch.tensor([[1]]), use_cache=True)
+    state = model(torch.tensor([[1]]), use_cache=True, past_key_values=new_cache(model))
     started = time.perf_counter()
     for _ in range(tokens):
         ids = state.logits[:, -1:].argmax(-1)

@@ -12,6 +12,7 @@ Prints a table, and writes every figure to OUT.json as soon as it is known.
 """
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -54,6 +55,7 @@ LIMITS = {
     "opt": 130,
 }
 SECONDS = 470
+CPU = torch.device("cpu")
 SHAPES = [(4096, 4096), (11008, 4096), (14336, 4096), (28672, 8192)]
 BATCHES = [1, 2, 4, 8, 16]
 PROMPTS = [512, 2048]
@@ -113,8 +115,8 @@ def machine() -> None:
     tell("gpu", [torch.cuda.get_device_name(), *torch.cuda.mem_get_info()])
     source = torch.randint(0, 255, (2**32,), dtype=torch.uint8, device="cuda")
     target, words = torch.empty_like(source), source.view(torch.int64)
-    copy = seconds([partial(target.copy_, source)] * 3)
-    tell("copy, TB/s read and written", 2 * source.numel() / copy / 1e12)
+    taken = seconds([partial(target.copy_, source)] * 3)
+    tell("copy, TB/s read and written", 2 * source.numel() / taken / 1e12)
     tell("read, TB/s", source.numel() / seconds([words.sum] * 3) / 1e12)
     source = target = words = torch.empty(0)  # freed
     for dtype, precision in (
@@ -146,15 +148,15 @@ def bitmask_layer(weight: Tensor) -> nn.Module:
     return LAYERS["bitmask"](packed, None).to("cpu").to("cuda")
 
 
-def quantized_layer(bits: int, weight: Tensor) -> tuple[nn.Module, Tensor]:
+def quantized_layer(bits: int, rows: int, columns: int) -> tuple[nn.Module, Tensor]:
     """Return a layer of integer codes in groups of 128, and its dense matrix."""
     scheme = QuantScheme(bits, group_size=128)
-    matrix = weight.float().cpu()
+    matrix = torch.randn(rows, columns, device="cuda")
     params = fit_quant_params(scheme, matrix)
-    rounded = params.fake_quantize(matrix).to(weight.dtype)
-    packed = FORMATS["quantized"].pack(rounded, False, params)
+    rounded = params.fake_quantize(matrix).bfloat16()
+    packed = FORMATS["quantized"].pack(rounded.cpu(), False, params.to(CPU))
     assert packed is not None
-    return LAYERS["quantized"](packed, None).to("cuda"), packed.unpack().cuda()
+    return LAYERS["quantized"](packed, None).to("cuda"), rounded
 
 
 def error(layer: nn.Module, weight: Tensor, batch: int) -> float:
@@ -176,7 +178,7 @@ def agreement(dtype: torch.dtype, rows: int, columns: int) -> dict[str, Any]:
 
 def quantized_agreement(bits: int) -> dict[str, Any]:
     """Return whether products with integer codes are right."""
-    layer, dense = quantized_layer(bits, torch.randn(96, 1024).bfloat16())
+    layer, dense = quantized_layer(bits, 96, 1024)
     errors = {batch: error(layer, dense, batch) for batch in (1, 3, 16, 200)}
     right = max(errors.values()) < ROUNDING[torch.bfloat16]
     return {"right": right, "errors": errors}
@@ -203,10 +205,10 @@ def race(rows: int, columns: int) -> dict[str, Any]:
 
 def quantized_race(bits: int) -> dict[str, Any]:
     """Time torch's dense product and one with integer codes."""
-    rows, columns = 14336, 4096
-    layer, dense = quantized_layer(bits, torch.randn(rows, columns).bfloat16())
+    rows, columns = 8192, 4096
+    layer, dense = quantized_layer(bits, rows, columns)
     # More than the L2 holds, so that each product reads its weights from memory.
-    layers = [layer, *(quantized_copy(layer) for _ in range(5))]
+    layers = [layer, *(copy.deepcopy(layer) for _ in range(9))]
     weights = [dense, *(dense.clone() for _ in range(2))]
     found = {}
     for batch in (1, 2, 16, 512):
@@ -215,12 +217,6 @@ def quantized_race(bits: int) -> dict[str, Any]:
         ours = seconds([partial(each, x) for each in layers])
         found[f"x{batch}"] = [theirs / ours, 1e6 * theirs, 1e6 * ours]
     return found
-
-
-def quantized_copy(layer: nn.Module) -> nn.Module:
-    """Return a copy of a layer with tensors of its own."""
-    copied = layer.cpu()
-    return type(layer)(copied.packed, None).to("cuda")  # pyright: ignore
 
 
 def kernels() -> None:
@@ -413,9 +409,9 @@ def llama() -> None:
 
 def opt() -> None:
     """Tell the phases of a block of OPT-175B's size."""
-    for precision in ("high", "highest"):
-        work = partial(block_one, "opt-175b", 128, precision)
-        attempt(f"opt-175b block, {precision}", work)
+    for precision, samples in (("high", 128), ("highest", 32)):
+        work = partial(block_one, "opt-175b", samples, precision)
+        attempt(f"opt-175b block, {precision}, {samples} windows", work)
 
 
 # --- All parts ------------------------------------------------------------------------

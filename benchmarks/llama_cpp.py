@@ -53,6 +53,7 @@ import halve
 from halve.calibration import cut_segments, draw_windows, load_corpus, load_encoder
 from halve.measure import write_random_model
 from halve.patterns import parse_pattern
+from halve.runtime.cpu.quantized_operators import ACTIVATIONS
 
 HALVE, RIVAL = "Halve", "llama.cpp"
 TYPES = (
@@ -354,13 +355,19 @@ def speed(task: argparse.Namespace, rival: LlamaCpp) -> Iterator[dict]:
 
 
 def halve_runners(task: argparse.Namespace, stack: ExitStack) -> Iterator[Runner]:
-    """Yield a random Llama packed with half of its weights, and the given folders."""
+    """Yield a random Llama packed with half of its weights, and the given folders.
+
+    Folders of codes are run with activations of 16 bits, the default, and of 8 bits, as
+    llama.cpp's are.
+    """
     for folder in [random_packed(task), *task.packed]:
         matrices = halve.inspect(folder).matrices
         bits = 8 * sum(m.bytes for m in matrices)
         weights = sum(m.rows * m.columns for m in matrices)
-        decoder = stack.enter_context(closing(Decoder(folder)))
-        yield Runner(HALVE, folder.name, bits / weights, decoder.decode)
+        for activations in ACTIVATIONS if folder in task.packed else (None,):
+            decoder = stack.enter_context(closing(Decoder(folder, activations)))
+            name = " ".join(filter(None, [folder.name, activations]))
+            yield Runner(HALVE, name, bits / weights, decoder.decode)
 
 
 def random_packed(task: argparse.Namespace) -> Path:
@@ -417,7 +424,7 @@ def timed(
             "ratio_range": [min(ratios), max(ratios)],
         }
         print(
-            f"  {runner.family:10}{runner.name:14} {runner.bits:7.4f} bits  "
+            f"  {runner.family:10}{runner.name:22} {runner.bits:7.4f} bits  "
             f"{row['tokens_per_second']:7.1f} tokens/s  {row['ratio']:.2f} times "
             f"{runners[0].name} ({min(ratios):.2f} to {max(ratios):.2f})",
             flush=True,

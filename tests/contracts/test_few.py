@@ -4,6 +4,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -57,19 +58,19 @@ def build(tmp_path_factory):
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("emulator")
 
-    def kernels(_, dtype, n_tiles):
-        library = folder / f"few{n_tiles}{dtype}.so"
+    def kernels(bulk, _, dtype, n_tiles):
+        library = folder / f"few{n_tiles}{dtype}{bulk}.so"
         if not library.exists():
             source = str(files("halve.runtime.cuda"))
             flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
             flags += ["-Wno-unknown-pragmas", f"-I{source}", f"-DN_TILES={n_tiles}"]
-            flags += [f"-DHALF={int(dtype == torch.float16)}"]
+            flags += [f"-DHALF={int(dtype == torch.float16)}", f"-DBULK={bulk}"]
             command = ["c++", *flags, "-o", library, EMULATOR / "few.cpp"]
             subprocess.run(command, check=True, capture_output=True)
         loaded = ctypes.CDLL(str(library))
         return EmulatedKernel(loaded.run_few), EmulatedKernel(loaded.run_few_sum)
 
-    return kernels
+    return lambda bulk: partial(kernels, int(bulk))
 
 
 # The most warps of a block differ, so that columns are divided among blocks, too.
@@ -84,8 +85,9 @@ CASES = [
 def test_a_product_is_that_of_the_dense_matrix(
     product, dtype, warps, build, monkeypatch
 ):
+    bulk = dtype == torch.bfloat16 or product[2] > 8
     rows, columns, batch, kept, multiprocessors = product
-    monkeypatch.setattr(few, "_kernels", build)
+    monkeypatch.setattr(few, "_kernels", build(bulk))
     monkeypatch.setattr(few, "_gpu", lambda device: (multiprocessors, 227 * 1024))
     monkeypatch.setattr(few, "MAX_WARPS", {1: warps, 2: warps})
     torch.manual_seed(0)
@@ -106,10 +108,13 @@ def test_a_product_is_that_of_the_dense_matrix(
     assert (y.double() - wanted).norm() <= LIMITS[dtype] * wanted.norm()
 
 
+@pytest.mark.parametrize("bulk", [False, True])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("n_tiles", [1, 2])
-def test_the_check_before_the_first_product_passes(n_tiles, dtype, build, monkeypatch):
-    monkeypatch.setattr(few, "_kernels", build)
+def test_the_check_before_the_first_product_passes(
+    n_tiles, dtype, bulk, build, monkeypatch
+):
+    monkeypatch.setattr(few, "_kernels", build(bulk))
     monkeypatch.setattr(few, "_gpu", lambda device: (4, 227 * 1024))
     assert few.find_fault(torch.device("cpu"), dtype, n_tiles) is None
 
