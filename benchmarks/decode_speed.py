@@ -56,8 +56,7 @@ class Decoder:
 def _serve(folder: Path, activations: str | None, pipe: Connection) -> None:
     """Load a model, then send the seconds of each request until there are no more."""
     disable_progress_bar()
-    options = {} if activations is None else {"activations": activations}
-    model = halve.load(folder, "cpu", **options)
+    model = halve.load(folder, "cpu", activations=activations or "int16")
     prepare(model)
     pipe.send(None)
     while True:
