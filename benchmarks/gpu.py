@@ -332,7 +332,8 @@ def prune_one(**options: Any) -> dict[str, Any]:
         with pruned(device, samples=SAMPLES, **own) as out:
             taken = time.perf_counter() - begun
             judged = halve.perplexity(out, data="stdlib", segments=64, device="cuda")
-            tensors = load_file(out / "model.safetensors")
+            files = out.glob("*.safetensors")
+            tensors = {n: t for path in files for n, t in load_file(path).items()}
         masks[device] = {n: t == 0 for n, t in tensors.items() if t.dim() == 2}
         found[device] = {"s": taken, "perplexity": judged.perplexity}
     same = [

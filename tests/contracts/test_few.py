@@ -4,7 +4,6 @@ import ctypes
 import re
 import shutil
 import subprocess
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,8 +19,6 @@ EMULATOR = Path(__file__).parents[1] / "emulator"
 LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # Instructions of a warp for 32 weights.
 MOST_INSTRUCTIONS = 12
-# Bytes of registers in memory, outside of the loop over columns.
-SPILLED = {1: 0, 2: 8}
 # Rows, columns, vectors, share that is stored, multiprocessors.
 PRODUCTS = [
     (16, 256, 8, 0.5, 1),  # one tile
@@ -58,19 +55,19 @@ def build(tmp_path_factory):
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("emulator")
 
-    def kernels(bulk, _, dtype, n_tiles):
-        library = folder / f"few{n_tiles}{dtype}{bulk}.so"
+    def kernels(_, dtype, n_tiles):
+        library = folder / f"few{n_tiles}{dtype}.so"
         if not library.exists():
             source = str(files("halve.runtime.cuda"))
             flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
             flags += ["-Wno-unknown-pragmas", f"-I{source}", f"-DN_TILES={n_tiles}"]
-            flags += [f"-DHALF={int(dtype == torch.float16)}", f"-DBULK={bulk}"]
+            flags += [f"-DHALF={int(dtype == torch.float16)}"]
             command = ["c++", *flags, "-o", library, EMULATOR / "few.cpp"]
             subprocess.run(command, check=True, capture_output=True)
         loaded = ctypes.CDLL(str(library))
         return EmulatedKernel(loaded.run_few), EmulatedKernel(loaded.run_few_sum)
 
-    return lambda bulk: partial(kernels, int(bulk))
+    return kernels
 
 
 # The most warps of a block differ, so that columns are divided among blocks, too.
@@ -85,9 +82,8 @@ CASES = [
 def test_a_product_is_that_of_the_dense_matrix(
     product, dtype, warps, build, monkeypatch
 ):
-    bulk = dtype == torch.bfloat16 or product[2] > 8
     rows, columns, batch, kept, multiprocessors = product
-    monkeypatch.setattr(few, "_kernels", build(bulk))
+    monkeypatch.setattr(few, "_kernels", build)
     monkeypatch.setattr(few, "_gpu", lambda device: (multiprocessors, 227 * 1024))
     monkeypatch.setattr(few, "MAX_WARPS", {1: warps, 2: warps})
     torch.manual_seed(0)
@@ -108,13 +104,10 @@ def test_a_product_is_that_of_the_dense_matrix(
     assert (y.double() - wanted).norm() <= LIMITS[dtype] * wanted.norm()
 
 
-@pytest.mark.parametrize("bulk", [False, True])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("n_tiles", [1, 2])
-def test_the_check_before_the_first_product_passes(
-    n_tiles, dtype, bulk, build, monkeypatch
-):
-    monkeypatch.setattr(few, "_kernels", build(bulk))
+def test_the_check_before_the_first_product_passes(n_tiles, dtype, build, monkeypatch):
+    monkeypatch.setattr(few, "_kernels", build)
     monkeypatch.setattr(few, "_gpu", lambda device: (4, 227 * 1024))
     assert few.find_fault(torch.device("cpu"), dtype, n_tiles) is None
 
@@ -132,7 +125,7 @@ def test_a_weight_costs_few_instructions(architecture, n_tiles, tmp_path):
     assert len(steps) == 16  # of 16 columns, in a tile of 256
     # A lane has 8 of the weights of a step.
     assert (steps[-1] - steps[0]) / (15 * 8) <= MOST_INSTRUCTIONS
-    assert spilled <= SPILLED[n_tiles]
+    assert spilled == 0
 
 
 def _disassemble(cubin: bytes, folder: Path) -> tuple[list[str], int]:

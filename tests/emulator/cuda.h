@@ -80,21 +80,6 @@ DEVICE void copy_async_if(bool condition, void *to, const void *from) {
   if ((uintptr_t)from % 16 || offset % 16 || offset + 16 > sizeof shared) std::abort();
   std::memcpy(to, from, 16);
 }
-DEVICE void start_barrier(uint64_t *barrier, int copies) { *barrier = copies; }
-DEVICE void copy_bulk(void *to, const void *from, uint32_t size, uint64_t *barrier) {
-  for (uint32_t i = 0; i < size; i += 16)
-    copy_async_if(true, (uint8_t *)to + i, (const uint8_t *)from + i);
-  __atomic_fetch_sub(barrier, 1, __ATOMIC_RELEASE);
-}
-// All copies of a turn have been asked for when a lane begins to wait for them, and the
-// last lane that has waited starts the next turn.
-DEVICE void wait_barrier(uint64_t *barrier, uint32_t) {
-  sync_warp();
-  if (__atomic_load_n(barrier, __ATOMIC_ACQUIRE) != 0) std::abort();
-  sync_warp();
-  if (lane_id() == 0) *barrier = 16;
-  sync_warp();
-}
 DEVICE void commit() {}
 template <int PENDING> DEVICE void wait() {}
 

@@ -7,8 +7,8 @@
 // every 16 columns those from 4t to 4t + 3: the instruction wants others, but its columns
 // may be permuted if those of x are permuted alike.
 //
-// Compiled by NVRTC with -DN_TILES=1 or 2, -DMAX_WARPS, for float16 -DHALF=1, and for
-// compute capability 9.0 and later -DBULK=1. The tests define EMULATED and give what is between `#ifndef EMULATED` themselves.
+// Compiled by NVRTC with -DN_TILES=1 or 2, -DMAX_WARPS and, for float16, -DHALF=1. The
+// tests define EMULATED and give what is between `#ifndef EMULATED` themselves.
 
 #ifndef EMULATED
 typedef unsigned char uint8_t;
@@ -22,9 +22,6 @@ typedef unsigned long long uint64_t;
 #endif
 #ifndef HALF
 #define HALF 0
-#endif
-#ifndef BULK
-#define BULK 0
 #endif
 #ifndef MAX_WARPS
 #define MAX_WARPS 16
@@ -59,31 +56,6 @@ DEVICE uint32_t shift_wrap(uint32_t low, uint32_t high, uint32_t by) {
 }
 extern __shared__ uint4 shared_memory_[];
 DEVICE uint8_t *shared_memory() { return (uint8_t *)shared_memory_; }
-#if BULK
-// Copies of any size in the background, by the copy engine of compute capability 9.0,
-// which leaves the load units to the decoding. A barrier in shared memory counts what
-// has arrived: each of `copies` lanes says how many bytes it has asked for.
-DEVICE uint32_t shared_address(const void *p) {
-  return (uint32_t)__cvta_generic_to_shared(p);
-}
-DEVICE void start_barrier(uint64_t *barrier, int copies) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1; fence.mbarrier_init.release.cluster;"
-               ::"r"(shared_address(barrier)), "r"(copies) : "memory");
-}
-DEVICE void copy_bulk(void *to, const void *from, uint32_t size, uint64_t *barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)), "r"(size) : "memory");
-  if (size)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(size),
-                 "r"(shared_address(barrier)) : "memory");
-}
-DEVICE void wait_barrier(uint64_t *barrier, uint32_t parity) {
-  asm volatile("{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; "
-               "@p bra DONE; bra WAIT; DONE: }" ::"r"(shared_address(barrier)),
-               "r"(parity) : "memory");
-}
-#else
 // Copy 16 bytes to shared memory in the background.
 DEVICE void copy_async_if(bool condition, void *to, const void *from) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; "
@@ -95,7 +67,6 @@ DEVICE void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> DEVICE void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
-#endif
 DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if HALF
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -176,26 +147,20 @@ DEVICE Row read_row(const Matrix &w, int row, int first, int t) {
   return found;
 }
 
-// Start to copy the values of a row to shared memory; returns where they will be. `copier`
-// is the lane of each quad that copies, where one copy is enough.
+// Start to copy the values of a row to shared memory; returns where they will be.
 DEVICE Place fetch(const Matrix &w, const Row &row, bool exists, int first, uint32_t to,
-                   int pitch, int lane, int copier, uint64_t *barrier) {
+                   int pitch, int lane) {
   const int t = lane & 3;
   const uint32_t start = shuffle(row.start, lane & ~3);  // of the tile
   const uint32_t begin = row.offset + start;
   const uint32_t end = first + WORDS < w.words ? row.offset + row.last : row.last;
   const uint32_t skew = 2 * begin & 15, size = skew + 2 * (end - begin);
-  const uint8_t *from = (const uint8_t *)w.values + (2ull * begin - skew);
-#if BULK
-  if (t == copier) copy_bulk(shared_memory() + to, from, (size + 15) & ~15u, barrier);
-#else
+  const uint8_t *from = (const uint8_t *)w.values + (2ull * begin - skew) + 16 * t;
   uint8_t *target = shared_memory() + to + 16 * t;
-  from += 16 * t;
 #pragma unroll
   for (int k = 0; k < 320; k += 64) copy_async_if(16 * t + k < size, target + k, from + k);
   for (int k = 320; k < pitch; k += 64)
     copy_async_if(16 * t + k < size, target + k, from + k);
-#endif
   const uint64_t word = exists && first + t < w.words ? row.word : 0;
   return {word, to + skew + 2 * (row.start - start)};
 }
@@ -344,16 +309,11 @@ extern "C"
   const int tiles = (rows + ROWS - 1) / ROWS, next = blocks_x();
   const bool works = first < words;  // else it waits for the sums only
   const uint32_t stage_size = ROWS * pitch;
-  uint64_t *barriers = (uint64_t *)(shared_memory() + 64) + STAGES * warp_id();
-  const uint32_t head = 64 + 16 * warps;  // the table and the barriers
-  float *buffers = (float *)(shared_memory() + head);
+  float *buffers = (float *)(shared_memory() + 64);  // behind the table
   const int buffer_size = warps * ROWS * SAMPLES;
   const uint32_t stages =
-      head + 8 * buffer_size + (STAGES * warp_id() * ROWS + g) * pitch;
+      64 + 8 * buffer_size + (STAGES * warp_id() * ROWS + g) * pitch;
   if (thread_id() < 16) ((uint32_t *)shared_memory())[thread_id()] = selectors(thread_id());
-#if BULK
-  if (lane < STAGES) start_barrier(barriers + lane, ROWS);
-#endif
   sync_block();
   Inputs inputs;
   read_inputs(inputs, x, samples, columns, chunk, lane);
@@ -365,39 +325,30 @@ extern "C"
   if (works) {
     row_a = read_row(w, row, first, t);
     row_b = read_row(w, row + 8, first, t);
-    a = fetch(w, row_a, row < rows, first, stages, pitch, lane, 0, barriers);
-    b = fetch(w, row_b, row + 8 < rows, first, stages + 8 * pitch, pitch, lane, 1,
-              barriers);
+    a = fetch(w, row_a, row < rows, first, stages, pitch, lane);
+    b = fetch(w, row_b, row + 8 < rows, first, stages + 8 * pitch, pitch, lane);
     if (tile + next < tiles) {
       row_a = read_row(w, row + next * ROWS, first, t);
       row_b = read_row(w, row + next * ROWS + 8, first, t);
     }
   }
-#if !BULK
   commit();
-#endif
   for (int turn = 0; tile < tiles; tile += next, ++turn) {
     Place next_a = {}, next_b = {};
     const int stage = turn & 1;
     row += next * ROWS;
     if (works && tile + next < tiles) {
       const uint32_t to = stages + (stage ^ 1) * stage_size;
-      uint64_t *barrier = barriers + (stage ^ 1);
-      next_a = fetch(w, row_a, row < rows, first, to, pitch, lane, 0, barrier);
-      next_b = fetch(w, row_b, row + 8 < rows, first, to + 8 * pitch, pitch, lane, 1,
-                     barrier);
+      next_a = fetch(w, row_a, row < rows, first, to, pitch, lane);
+      next_b = fetch(w, row_b, row + 8 < rows, first, to + 8 * pitch, pitch, lane);
       if (tile + 2 * next < tiles) {
         row_a = read_row(w, row + next * ROWS, first, t);
         row_b = read_row(w, row + next * ROWS + 8, first, t);
       }
     }
-#if BULK
-    if (works) wait_barrier(barriers + stage, turn >> 1 & 1);
-#else
     commit();
     wait<1>();
     sync_warp();
-#endif
     float sums[N_TILES][4] = {};
     if (works) multiply(a, b, inputs, sums, 0, lane);
     // Two buffers in turn, so that one barrier is enough.

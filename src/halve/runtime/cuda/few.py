@@ -19,17 +19,15 @@ from halve.runtime.cuda.side_index import TILE_COLUMNS, with_slack, word_starts
 
 # Of the kernel: rows and columns of a tile, rows of x of an mma instruction, stages.
 _ROWS, _COLUMNS, _SAMPLES, _STAGES = 16, TILE_COLUMNS, 8, 2
-# Bytes of a piece that is copied to shared memory, of the table there and of a barrier.
-_PIECE, _TABLE, _BARRIER = 16, 64, 8
+# Bytes of a piece that is copied to shared memory at once, and of the table there.
+_PIECE, _TABLE = 16, 64
 # Bytes of shared memory that every block takes for itself.
 _RESERVED = 1024
 MOST_VECTORS = 2 * _SAMPLES
-# Warps of a block: more would not have enough registers.
-MAX_WARPS = {1: 20, 2: 16}
+# Warps of a block, by eights of vectors: more would not have enough registers.
+MAX_WARPS = {1: 20, 2: 12}
 # The least compute capability with cp.async and bfloat16.
 _CAPABILITY = (8, 0)
-# From this one on, values are copied by the copy engine.
-_BULK_ARCHITECTURE = 90
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_COLUMNS, _MAX_VALUES = 2**16, 2**32
 # Relative error of a product of 64 small integers: that of rounding the result.
@@ -155,7 +153,7 @@ def divide(
     # neighbouring rows begin in different banks of shared memory.
     pitch = _PIECE * (-(-(2 * kept + _PIECE - 2) // _PIECE) | 1)
     sums = _STAGES * _ROWS * _SAMPLES * n_tiles * 4
-    of_warp = _STAGES * (_ROWS * pitch + _BARRIER) + sums
+    of_warp = _STAGES * _ROWS * pitch + sums
     # Two small blocks on a multiprocessor wait less for their slowest warp than a large
     # one. But if one is enough for all columns, no sums of parts have to be added.
     most = min((available - _TABLE) // of_warp, MAX_WARPS[n_tiles])
@@ -236,6 +234,5 @@ def compile_few(architecture: str, dtype: torch.dtype, n_tiles: int) -> bytes:
         f"-DN_TILES={n_tiles}",
         f"-DHALF={int(dtype == torch.float16)}",
         f"-DMAX_WARPS={MAX_WARPS[n_tiles]}",
-        f"-DBULK={int(int(architecture.removeprefix('sm_')) >= _BULK_ARCHITECTURE)}",
     ]
     return compile_source(source, architecture, options)

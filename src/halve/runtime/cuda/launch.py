@@ -17,9 +17,9 @@ _WARPS, _WARPS_LONG, _LONG = 4, 8, 8192
 _UNROLL = 4, 8
 # Rows and warps of a program that multiplies by codes.
 CODES_ROWS, CODES_WARPS = 4, 4
-# Bytes of weights that are unpacked at once, to stay in the L2 cache (50 MB on an
-# H100). Python takes longer to launch the kernels of smaller strips than these take.
-STRIP_BYTES = 2**25
+# Bytes of weights that are unpacked at once. Strips that stay in the L2 cache (50 MB on
+# an H100) would take the GPU less time, but Python more time to launch than that saves.
+STRIP_BYTES = 2**27
 # The height of a strip is a multiple of this, as the tiles of matrix products are.
 _STRIP_ROWS = 256
 # Rows and warps of a program that unpacks.
