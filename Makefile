@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/halve demo
 
 test: $(READY)
-	$(BIN)/pytest -n auto -m "not slow"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
 # Tests with the oldest dependencies that pyproject.toml allows, in a separate virtual
 # environment of several gigabytes, unless pip is configured for CPU builds of torch.
