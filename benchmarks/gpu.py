@@ -62,6 +62,8 @@ PROMPTS = [512, 2048]
 TOKENS = 128
 # Windows on which the bundled model is pruned.
 SAMPLES = 32
+# What share of a mask must be the CPU's, and by how much perplexity may differ.
+LEAST_AGREEMENT, MOST_PERPLEXITY = 0.985, 0.005
 PAPER_TOKENS = 128 * 2048
 BUNDLED = Path(halve.__file__).parent / "data" / "pycode-opt"
 # Largest relative error of a product against float64, by dtype.
@@ -339,7 +341,12 @@ def prune_one(**options: Any) -> dict[str, Any]:
     same = [
         float((masks["cpu"][n] == m).float().mean()) for n, m in masks["cuda"].items()
     ]
-    return found | {"masks agree": sum(same) / len(same), "least": min(same)}
+    found |= {"masks agree": sum(same) / len(same), "least": min(same)}
+    if options["solver"] == "sparsegpt":  # others choose between solutions as well
+        ratio = found["cuda"]["perplexity"] / found["cpu"]["perplexity"]
+        close = abs(ratio - 1) <= MOST_PERPLEXITY
+        found["right"] = found["masks agree"] >= LEAST_AGREEMENT and close
+    return found
 
 
 def prune() -> None:

@@ -21,6 +21,8 @@ from halve.runtime.cuda.side_index import TILE_COLUMNS, with_slack, word_starts
 _ROWS, _COLUMNS, _SAMPLES, _STAGES = 16, TILE_COLUMNS, 8, 2
 # Bytes of a piece that is copied to shared memory at once, and of the table there.
 _PIECE, _TABLE = 16, 64
+# Bytes of two numbers, which the kernel loads at once from x.
+_PAIR = 4
 # Bytes of shared memory that every block takes for itself.
 _RESERVED = 1024
 MOST_VECTORS = 2 * _SAMPLES
@@ -184,6 +186,8 @@ def multiply_few(
     """
     values, mask, offsets, starts = parts
     (batch, columns), rows = x.shape, mask.shape[0]
+    if x.data_ptr() % _PAIR:  # a view from an odd number on
+        x = x.clone()
     plan = divide(rows, columns, batch, kept, _gpu(x.device))
     kernel, add = _kernels(x.device, x.dtype, plan.n_tiles)
     sums = None
