@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "entry.h"
+#include "threads.h"
 
 namespace halve {
 namespace {
@@ -67,9 +68,11 @@ int32_t run(const halve_operation& o, int64_t position, int32_t threads) {
 int32_t halve_run(const halve_operation* operations, int64_t count, int64_t position,
                   int32_t threads) {
   if (operations == nullptr || position < 0 || threads < 1) return HALVE_BAD_ARGUMENT;
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t status = halve::run(operations[i], position, threads);
-    if (status != HALVE_OK) return status;
-  }
-  return HALVE_OK;
+  int32_t status = HALVE_OK;
+  halve::with_team(threads, [&] {
+    for (int64_t i = 0; i < count && status == HALVE_OK; ++i) {
+      status = halve::run(operations[i], position, threads);
+    }
+  });
+  return status;
 }

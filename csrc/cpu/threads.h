@@ -5,6 +5,7 @@
 #define HALVE_THREADS_H
 
 #include "kernel.h"
+#include "team.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -22,22 +23,49 @@ inline Range part_of(int64_t size, int64_t grain, int64_t index, int64_t count) 
   return {first * grain, last * grain < size ? last * grain : size};
 }
 
-// Calls `body(range, thread)` on at most `threads` threads. Each thread gets one
-// contiguous range, so that it reads one long stream, which can be prefetched.
+// Calls `body(index, count)` with the indices of `count` threads, which is at most
+// `threads`.
 template <class Body>
-void parallel_for(int64_t size, [[maybe_unused]] int64_t grain,
-                  [[maybe_unused]] int threads, Body body) {
+void on_threads([[maybe_unused]] int threads, Body body) {
 #if defined(_OPENMP)
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    {
-      const int index = omp_get_thread_num();
-      body(part_of(size, grain, index, omp_get_num_threads()), index);
-    }
+    body(omp_get_thread_num(), omp_get_num_threads());
     return;
   }
 #endif
-  body(Range{0, size}, 0);
+  body(0, 1);
+}
+
+// Calls `body(range, thread)` on at most `threads` threads, those of the team where the
+// caller leads one. Each thread gets one contiguous range, so that it reads one long
+// stream, which can be prefetched.
+template <class Body>
+void parallel_for(int64_t size, int64_t grain, int threads, Body body) {
+  const auto part = [&](int index, int count) {
+    const int used = count < threads ? count : threads;
+    if (index < used) body(part_of(size, grain, index, used), index);
+  };
+  Team* team = Team::current();
+  if (team != nullptr && threads > 1) {
+    team->run(part);
+  } else {
+    on_threads(threads, part);
+  }
+}
+
+// Calls `work()` on this thread, which leads a team of at most `threads` meanwhile: its
+// parallel loops cost less.
+template <class Work>
+void with_team(int threads, Work work) {
+  Team team;
+  on_threads(threads, [&](int index, int count) {
+    if (index == 0) {
+      team.lead(count, work);
+    } else {
+      team.follow(index);
+    }
+  });
 }
 
 }  // namespace halve

@@ -195,7 +195,8 @@ typedef struct {
 } halve_operation;
 
 /* Runs operations one after another: a decode step of a model without the costs of
-   calling each from another language. `position` is the number of tokens before the
+   calling each from another language. Its threads stay together for all of them, and
+   spin where they wait for each other. `position` is the number of tokens before the
    new one. Returns the status of the first operation that fails. */
 HALVE_API int32_t halve_run(const halve_operation* operations, int64_t count,
                             int64_t position, int32_t threads);

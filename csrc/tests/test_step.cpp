@@ -174,6 +174,39 @@ void test_store() {
   }
 }
 
+// Products of different sizes take turns on one team: more rounds, and more threads,
+// than there are CPUs. Each equals the product alone, to the bit.
+void test_teams() {
+  Random random;
+  const int64_t columns = 256, sizes[] = {700, 3, 2048};
+  const Bytes x = random_numbers(random, HALVE_F32, columns);
+  std::vector<Bytes> weights, alone, together;
+  for (const int64_t size : sizes) {
+    weights.push_back(random_numbers(random, HALVE_F32, size * columns));
+    together.emplace_back(size * sizeof(float));
+    alone.emplace_back(size * sizeof(float));
+    CHECK(halve_dense_linear(weights.back().data(), HALVE_F32, size, columns, x.data(), 1,
+                             nullptr, alone.back().data(), 1) == HALVE_OK,
+          "alone");
+  }
+  for (const int32_t threads : {1, 2, 3, 7}) {
+    std::vector<halve_operation> operations;
+    for (int i = 0; i < 60; ++i) {
+      Bytes& y = together[i % 3];
+      halve_operation o =
+          operation(HALVE_DENSE, HALVE_F32, 1, columns, x, weights[i % 3], y);
+      o.size = sizes[i % 3];
+      operations.push_back(o);
+    }
+    for (Bytes& y : together) std::memset(y.data(), 0xff, y.size());
+    CHECK(halve_run(operations.data(), 60, 0, threads) == HALVE_OK, "team");
+    for (int i = 0; i < 3; ++i) {
+      CHECK(std::memcmp(together[i].data(), alone[i].data(), alone[i].size()) == 0,
+            "%d threads, product %d", threads, i);
+    }
+  }
+}
+
 void test_bad_operations() {
   Random random;
   const Bytes x = random_numbers(random, HALVE_F32, 8);
@@ -202,6 +235,7 @@ int main() {
   test_bad_arguments();
   test_operations();
   test_store();
+  test_teams();
   test_bad_operations();
   if (failures == 0) std::printf("steps: all tests passed\n");
   return failures != 0;
