@@ -9,7 +9,7 @@ from halve.errors import HalveWarning
 
 # Whether `auto` takes a GPU where there is one. False as long as no release has passed
 # its checks on one: then a GPU is used only where the user names it. The help of
-# `--device` (options.py) says the same.
+# `--device` (options/shared.py) says the same.
 AUTO_TAKES_GPU = False
 
 

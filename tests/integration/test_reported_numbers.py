@@ -139,7 +139,7 @@ def tuning_error(dense: Any, pruned: Any, family: str, held_out: Tensor) -> list
 def test_the_errors_of_tuning_are_those_of_held_out_windows(
     family, pico, text, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("halve.options._HELD_OUT", SAMPLES // (2 * BATCH))
+    monkeypatch.setattr("halve.options.prune._HELD_OUT", SAMPLES // (2 * BATCH))
     options: dict[str, Any] = SIZES | {"calibration": str(text), "solver": "auto"}
     tuned = halve.prune(
         pico(family), tmp_path / "tuned", refine=True, epochs=4, **options
@@ -164,7 +164,7 @@ def searched(
     peaked, text, tmp_path, monkeypatch
 ) -> Callable[[str], tuple[Any, Tensor, AllocationRecord, list[Any]]]:
     """Return a function that searches and returns the model of each trial."""
-    monkeypatch.setattr("halve.options._HELD_OUT", SAMPLES // (2 * BATCH))
+    monkeypatch.setattr("halve.options.prune._HELD_OUT", SAMPLES // (2 * BATCH))
     tensors: list[Trial] = []
     real = search.prune_block
 

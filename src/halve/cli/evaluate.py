@@ -4,8 +4,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 from halve.cli.options import Json, Model, Quiet, with_options
-from halve.option import Option
-from halve.options import TEXT, EvalOptions
+from halve.option import TEXT, Option
+from halve.options import EvalOptions
 
 if TYPE_CHECKING:
     from halve.records import ComparisonRecord, PerplexityRecord

@@ -1,47 +1,32 @@
-"""The options of every command, each declared once.
+"""Options of pruning."""
 
-A field's annotation carries its help text, unit, choices and heading (`Option`). The
-command line, the keywords of the Python functions and `docs/api/options.md` are built
-from these classes or tested against them. Importing this module loads neither torch nor
-typer, so that `halve --help` is fast.
-"""
-
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated
 
 from halve.errors import HalveError
 from halve.option import (
     CALIBRATION,
     FEW_BITS,
-    MEASUREMENT,
-    MODEL,
     OUTPUT,
     RESOURCES,
     SOLVER,
     TARGET,
-    TEXT,
     Option,
-    check_ranges,
     documented,
 )
+from halve.options.choices import (
+    ALLOCATION_CHOICES,
+    HEAD_CHOICES,
+    PRECISION_CHOICES,
+    QUANTIZE_CHOICES,
+    SOLVER_CHOICES,
+)
+from halve.options.run import RunKeywords
+from halve.options.shared import LENGTH, Device
 
 if TYPE_CHECKING:
     from halve.grids import QuantScheme
     from halve.patterns import Pattern
-    from halve.records import Progress
-
-_LENGTH = "the model's maximum, or 2048 if that is less"
-
-# Names that the modules below define. They are repeated here because those modules
-# import torch; a test compares them.
-SOLVER_CHOICES = ("auto", "admm", "sparsegpt", "wanda", "magnitude")
-QUANTIZE_CHOICES = ("int8", "int4", "int3", "int2")
-HEAD_CHOICES = ("auto", "none", "int8", "int4")
-ACTIVATION_CHOICES = ("int16", "int8")
-ALLOCATION_CHOICES = ("uniform", "error")
-PRECISION_CHOICES = ("highest", "high")
 
 # Solvers that correct their targets by default, because it lowers their error. The
 # others follow their papers, which do not.
@@ -53,36 +38,6 @@ _HELD_OUT = 16
 _FINE_HEAD = 3.5
 # Packed codes come in groups of a multiple of this, which the kernels need.
 _GROUP_MULTIPLE = 32
-
-
-Device = Annotated[
-    str, Option("Where to compute: cpu, cuda, or auto (for now the CPU).", RESOURCES)
-]
-ActivationMemory = Annotated[
-    int | None,
-    Option(
-        "Memory for hidden states, such as 8GiB; the rest spills to disk.",
-        RESOURCES,
-        unit="bytes",
-        unset="a quarter of the machine's memory",
-        metavar="SIZE",
-        details="Spilled hidden states are read from a memory-mapped file. Changes no "
-        "result.",
-    ),
-]
-Activations = Annotated[
-    str,
-    Option(
-        "How inputs are multiplied with packed codes: as integers of 16 or 8 bits.",
-        RESOURCES,
-        choices=ACTIVATION_CHOICES,
-        details="int16 loses less than bfloat16 inputs do. int8 is faster, and changes "
-        "results by about 0.6 %, more where a few inputs are far larger than the rest.",
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool, Option("Allow Python code that comes with the model to run.")
-]
 
 
 @documented
@@ -128,7 +83,7 @@ class PruneOptions:
     ] = 128
     seq_len: Annotated[
         int | None,
-        Option("Length of a window.", CALIBRATION, unit="tokens", unset=_LENGTH),
+        Option("Length of a window.", CALIBRATION, unit="tokens", unset=LENGTH),
     ] = None
     seed: Annotated[
         int, Option("Seed for drawing the calibration windows.", CALIBRATION)
@@ -423,201 +378,6 @@ class PruneOptions:
             )
 
 
-@documented
-@dataclass(frozen=True)
-class RunOptions:
-    """Options of a pruning run that change no result."""
-
-    activation_memory: ActivationMemory = None
-    memory: Annotated[
-        int | None,
-        Option(
-            "Limit on the memory of the whole process, such as 20GiB.",
-            RESOURCES,
-            unit="bytes",
-            unset="no limit",
-            metavar="SIZE",
-            details="Decides how much of the hidden states spills to disk, and whether "
-            "the Gram matrices of a block's widest inputs are deferred and computed "
-            "from disk. A run that cannot fit is refused before it starts. Changes no "
-            "result.",
-        ),
-    ] = None
-    trust_remote_code: TrustRemoteCode = False
-    progress: "Callable[[Progress], None]" = lambda progress: None
-
-
-@documented
-@dataclass(frozen=True)
-class EvalOptions:
-    """Options of an evaluation."""
-
-    data: Annotated[
-        str,
-        Option(
-            "Text to evaluate on: wikitext2, ptb, c4, stdlib, a Hub data set, or a "
-            ".txt, .jsonl or .parquet file.",
-            TEXT,
-            details="wikitext2 (joined by blank lines) and ptb are the test splits; c4 "
-            "is the first 1100 documents of the validation split, 256 segments; stdlib "
-            "is the modules of this Python's library that calibration does not use.",
-        ),
-    ] = "wikitext2"
-    seq_len: Annotated[
-        int | None,
-        Option("Length of a segment.", TEXT, unit="tokens", unset=_LENGTH),
-    ] = None
-    segments: Annotated[
-        int | None,
-        Option(
-            "Maximum number of segments, from the beginning of the text.",
-            TEXT,
-            unset="all",
-            minimum=1,
-        ),
-    ] = None
-    device: Device = "auto"
-    activation_memory: ActivationMemory = None
-    trust_remote_code: TrustRemoteCode = False
-    progress: Callable[[int, int], None] = lambda block, blocks: None
-
-    def check(self) -> None:
-        """Raise HalveError on the first number out of range."""
-        check_ranges(self)
-
-
-@documented
-@dataclass(frozen=True)
-class PackOptions:
-    """Options of packing and unpacking."""
-
-    positive_zeros: Annotated[
-        bool,
-        Option(
-            "Turn negative zeros into zeros first, which saves their bytes.",
-            OUTPUT,
-            details="They result from multiplying a weight by a mask. Otherwise they "
-            "are stored like any other weight, bit for bit.",
-        ),
-    ] = False
-    trust_remote_code: TrustRemoteCode = False
-    progress: "Callable[[Progress], None]" = lambda progress: None
-
-
-@documented
-@dataclass(frozen=True)
-class BenchOptions:
-    """Options of a benchmark."""
-
-    random_llama: Annotated[
-        str | None,
-        Option(
-            "Generate a random Llama of this size instead: 110m, 1.2b, 7b or 8b.",
-            MODEL,
-            metavar="SIZE",
-        ),
-    ] = None
-    random_opt: Annotated[
-        str | None,
-        Option(
-            "Generate a random OPT of this size instead: 125m, 1.3b or 6.7b.",
-            MODEL,
-            metavar="SIZE",
-        ),
-    ] = None
-    sparsity: Annotated[
-        str | float, Option("Sparsity of the random model: 50%, 0.5 or 2:4.", MODEL)
-    ] = "50%"
-    quantize: Annotated[
-        str | None,
-        Option(
-            "Grid of the random model's weights, rounded to nearest.",
-            MODEL,
-            choices=QUANTIZE_CHOICES,
-            unset="no quantization",
-        ),
-    ] = None
-    activations: Annotated[
-        str,
-        Option(
-            "int8 times packed codes with 8-bit inputs as well.",
-            MEASUREMENT,
-            choices=ACTIVATION_CHOICES,
-        ),
-    ] = "int16"
-    prompt: Annotated[
-        int | None,
-        Option(
-            "Tokens of the prompt; 0 skips the test.",
-            MEASUREMENT,
-            unit="tokens",
-            unset="512, or the model's maximum",
-            minimum=0,
-            flags=("--pp",),
-        ),
-    ] = None
-    generated: Annotated[
-        int | None,
-        Option(
-            "Tokens to generate; 0 skips the test.",
-            MEASUREMENT,
-            unit="tokens",
-            unset="128, or the model's maximum",
-            minimum=0,
-            flags=("--tg",),
-        ),
-    ] = None
-    batches: Annotated[
-        tuple[int, ...],
-        Option(
-            "Sequences to decode at a time; may be repeated.",
-            MEASUREMENT,
-            minimum=1,
-            flags=("--batch",),
-        ),
-    ] = (1, 4, 16)
-    rounds: Annotated[
-        int,
-        Option("Number of repetitions.", MEASUREMENT, minimum=1),
-    ] = 5
-    threads: Annotated[
-        int | None,
-        Option(
-            "Number of threads.",
-            MEASUREMENT,
-            unset="torch's own setting",
-            minimum=1,
-            maximum=4 * (os.cpu_count() or 1),
-        ),
-    ] = None
-    device: Device = "auto"
-    trust_remote_code: TrustRemoteCode = False
-    progress: Callable[[str], None] = lambda step: None
-
-    def check(self) -> None:
-        """Raise HalveError on the first option that is invalid."""
-        check_ranges(self)
-        if self.activations not in ACTIVATION_CHOICES:
-            raise HalveError(
-                f"There is no {self.activations!r} for activations.",
-                f"Choose one of {', '.join(ACTIVATION_CHOICES)} (--activations).",
-            )
-
-    def names_one_model(self, model: str | os.PathLike[str] | None) -> bool:
-        """Return whether exactly one model, given or random, is named."""
-        named = (model, self.random_llama, self.random_opt)
-        return sum(name is not None for name in named) == 1
-
-
-class RunKeywords(TypedDict, total=False):
-    """The fields of `RunOptions` as keywords."""
-
-    activation_memory: int | None
-    memory: int | None
-    trust_remote_code: bool
-    progress: "Callable[[Progress], None]"
-
-
 class PruneKeywords(RunKeywords, total=False):
     """The fields of `PruneOptions` and `RunOptions` as keywords."""
 
@@ -642,33 +402,3 @@ class PruneKeywords(RunKeywords, total=False):
     target_bits: float | None
     allocation: str
     matmul_precision: str
-
-
-class EvalKeywords(TypedDict, total=False):
-    """The fields of `EvalOptions` as keywords."""
-
-    data: str
-    seq_len: int | None
-    segments: int | None
-    device: str
-    activation_memory: int | None
-    trust_remote_code: bool
-    progress: Callable[[int, int], None]
-
-
-class BenchKeywords(TypedDict, total=False):
-    """The fields of `BenchOptions` as keywords."""
-
-    random_llama: str | None
-    random_opt: str | None
-    sparsity: str | float
-    quantize: str | None
-    activations: str
-    prompt: int | None
-    generated: int | None
-    batches: tuple[int, ...]
-    rounds: int
-    threads: int | None
-    device: str
-    trust_remote_code: bool
-    progress: Callable[[str], None]

@@ -1,0 +1,37 @@
+"""Options that several commands have."""
+
+from typing import Annotated
+
+from halve.option import RESOURCES, Option
+from halve.options.choices import ACTIVATION_CHOICES
+
+LENGTH = "the model's maximum, or 2048 if that is less"
+
+Device = Annotated[
+    str, Option("Where to compute: cpu, cuda, or auto (for now the CPU).", RESOURCES)
+]
+ActivationMemory = Annotated[
+    int | None,
+    Option(
+        "Memory for hidden states, such as 8GiB; the rest spills to disk.",
+        RESOURCES,
+        unit="bytes",
+        unset="a quarter of the machine's memory",
+        metavar="SIZE",
+        details="Spilled hidden states are read from a memory-mapped file. Changes no "
+        "result.",
+    ),
+]
+Activations = Annotated[
+    str,
+    Option(
+        "How inputs are multiplied with packed codes: as integers of 16 or 8 bits.",
+        RESOURCES,
+        choices=ACTIVATION_CHOICES,
+        details="int16 loses less than bfloat16 inputs do. int8 is faster, and changes "
+        "results by about 0.6 %, more where a few inputs are far larger than the rest.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, Option("Allow Python code that comes with the model to run.")
+]
