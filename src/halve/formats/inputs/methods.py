@@ -40,6 +40,9 @@ _REMEDIES = {
     "`model.save_pretrained()`, and use that.",
 }
 _BLOCK_DIMENSIONS = 2
+_BLOCK_SIZE = "weight_block_size"
+# Where an entry of FP8 does not give the size (`FineGrainedFP8Config` of transformers).
+_DEFAULT_BLOCK = [128, 128]
 
 
 def declared_entry(config: object) -> dict[str, Any] | None:
@@ -144,8 +147,9 @@ def _block(entry: dict[str, Any]) -> tuple[int, int] | None:
 
     Not trusted: `ScaledMatrix` uses it only if the number of scales agrees.
     """
-    sizes = [_sizes(entry.get("weight_block_size")), *_block_structures(entry)]
-    return next((size for size in sizes if size is not None), None)
+    if entry.get("quant_method") == _COMPRESSED:
+        return next(iter(_block_structures(entry)), None)
+    return _sizes(entry.get(_BLOCK_SIZE, _DEFAULT_BLOCK))
 
 
 def _block_structures(entry: dict[str, Any]) -> set[tuple[int, int]]:

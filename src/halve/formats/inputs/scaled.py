@@ -55,8 +55,8 @@ class ScaledMatrix(StoredMatrix):
         scales: [..., tiles down, tiles across], of a floating dtype or E8M0 exponents
             (float8_e8m0fnu, or their bytes as uint8); or one number.
         zeros: Zero points, of the shape of the scales; None if they are all 0.
-        block: Rows and columns of a tile according to the config; None if it gives
-            none. Where it does not fit the number of scales, tiles divide the matrix.
+        block: Rows and columns of a tile according to the config, which counts only
+            where the number of scales agrees; None if it gives none.
     """
 
     codes: Tensor
@@ -90,21 +90,22 @@ class ScaledMatrix(StoredMatrix):
     def tile(self) -> tuple[int, int] | None:
         """Rows and columns that share a scale; None if the scales do not fit.
 
-        The last tiles of a block may be partial: DeepSeek-V3 has matrices of 576 rows.
+        Where the config gives no block that fits, only rows, groups of columns and the
+        whole matrix can have scales of their own: from the number of blocks alone, the
+        size of those that do not divide the matrix could only be guessed. The last
+        tiles of a block may be partial, as of the 576 rows of DeepSeek-V3.
         """
         if self.codes.dim() < 2 or len(self.grid) < 2:  # noqa: PLR2004
             return None
-        sizes, counts = self.codes.shape[-2:], self.grid
-        if 0 in (*sizes, *counts):
+        (rows, columns), (down, across) = self.codes.shape[-2:], self.grid
+        if 0 in {rows, columns, down, across}:
             return None
-        if self.block is not None:
-            tiles = [-(-n // b) for n, b in zip(sizes, self.block, strict=True)]
-            if tiles == list(counts):
-                rows, columns = map(min, self.block, sizes)
-                return rows, columns
-        if any(n % count for n, count in zip(sizes, counts, strict=True)):
+        if self.block is not None and self.grid == _counts((rows, columns), self.block):
+            return min(self.block[0], rows), min(self.block[1], columns)
+        groups = down == rows and columns % across == 0
+        if self.grid != (1, 1) and not groups:
             return None
-        return sizes[0] // counts[0], sizes[1] // counts[1]
+        return rows // down, columns // across
 
     def check(self, name: str) -> None:
         """Raise CheckpointError if shapes or dtypes of the parts are inconsistent."""
@@ -170,6 +171,11 @@ class ScaledMatrix(StoredMatrix):
         index = torch.arange(rows.start, rows.stop, device=numbers.device) // down
         spread = numbers[index].repeat_interleave(across, dim=1)
         return spread[:, : self.codes.shape[-1]]
+
+
+def _counts(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Return the numbers of blocks down and across, partial ones included."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
 @dataclass(frozen=True)
