@@ -35,6 +35,7 @@ from halve.records import (
     PackRecord,
     PruneRecord,
 )
+from tests.quantized_inputs import WRITERS
 from tests.tables import FAMILIES, family_config
 
 Files = dict[str, bytes]
@@ -120,6 +121,44 @@ def _quantized_seeds() -> list[tuple[torch.Tensor, QuantScheme]]:
         (sparse, QuantScheme(8)),
         (dense, QuantScheme(2, midrise=True)),
     ]
+
+
+def _as_announced(entry: dict[str, Any]) -> Callable[[bytes], Files]:
+    """Add a config.json that says how the matrices are quantized."""
+    config = json.dumps({"quantization_config": entry}).encode()
+    return lambda data: _as_safetensors(data) | {"config.json": config}
+
+
+def _written(*rows: str) -> list[dict[str, torch.Tensor]]:
+    """Return a small matrix in some formats of other projects."""
+    weight = torch.linspace(-1, 1, 6 * 48).view(6, 48).bfloat16()
+    return [WRITERS[row].write("w", weight)[0] for row in rows]
+
+
+def _compressed_seeds() -> list[bytes]:
+    tensors = _written(
+        *("float-quantized, blocks", "int-quantized, groups", "sparse-bitmask"),
+        *("sparse-24-bitmask", "sparse-24-bitmask of fp8"),
+    )
+    return [_of_safetensors(save(contents)) for contents in tensors]
+
+
+def _mxfp4_seeds() -> list[bytes]:
+    octets = torch.arange(2 * 3 * 5 * 16).to(torch.uint8)
+    tensors = {"e_blocks": octets.view(2, 3, 5, 16), "e_scales": octets[:30]}
+    tensors["e_scales"] = tensors["e_scales"].view(2, 3, 5).clone()
+    return [_of_safetensors(save(tensors))]
+
+
+def _entry_files(data: bytes) -> Files:
+    """Treat an input as what config.json says of an FP8 matrix of two tiles."""
+    (tensors,) = _written("fp8 partial blocks")
+    config = b'{"quantization_config": ' + data + b"}"
+    return {"model.safetensors": save(tensors), "config.json": config}
+
+
+def _entry_seeds() -> list[bytes]:
+    return [json.dumps(writer.entry).encode() for writer in WRITERS.values()]
 
 
 def _index_seeds() -> list[bytes]:
@@ -266,6 +305,16 @@ _PACKED = (
     *(*_HEADER, "U8", "F16", '"w"', "w_mask", "w_offsets", "w_layout"),
     *("w_scales", "w_zeros"),
 )
+_QUANTIZED = (
+    *(*_HEADER, "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", '"w.weight"'),
+    *("weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx"),
+    *("w.compressed", "w.bitmask", "w.shape", "w.row_offsets", "e_blocks", "e_scales"),
+)
+_ENTRY = (
+    *("quant_method", "compressed-tensors", "fp8", "mxfp4", "config_groups", "weights"),
+    *("block_structure", "weight_block_size", "sparsity_config", "format", "null"),
+    *("1000000000000", "-1", "true", "[128, 128]", '"128x128"', "{}", "[]"),
+)
 _CONFIG = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "null"),
     *("architectures", "model_type", "layer_types", "text_config", "rope_scaling"),
@@ -304,6 +353,19 @@ TARGETS = {
         _read_checkpoint,
         _PACKED,
     ),
+    "compressed": Target(
+        _compressed_seeds,
+        _as_announced(WRITERS["float-quantized, blocks"].entry),
+        _read_checkpoint,
+        _QUANTIZED,
+    ),
+    "mxfp4": Target(
+        _mxfp4_seeds,
+        _as_announced({"quant_method": "mxfp4"}),
+        _read_checkpoint,
+        _QUANTIZED,
+    ),
+    "quantization-entry": Target(_entry_seeds, _entry_files, _read_checkpoint, _ENTRY),
     "pickle": Target(_pickle_seeds, _pickle_files, _read_checkpoint, _PICKLE),
     "config": Target(
         _config_seeds, lambda data: {"config.json": data}, _read_config, _CONFIG

@@ -1,7 +1,8 @@
 """The tensors of a checkpoint by name, read one by one.
 
-Reads safetensors and `pytorch_model.bin`, in one file or in shards. A packed matrix
-appears as the dense matrix that it stands for: name, shape, dtype and values.
+Reads safetensors and `pytorch_model.bin`, in one file or in shards. A packed or
+quantized matrix appears as the dense matrix that it stands for: name, shape, dtype and
+values.
 
 Headers are untrusted and are validated before anything is allocated. Files are opened
 for each read and closed after it.
@@ -13,12 +14,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from halve.checkpoint.config_entry import read_entry
 from halve.checkpoint.index import indexed_shards
 from halve.checkpoint.packed_view import describe_packed, fold_packed, read_packed
 from halve.checkpoint.shard import read_header, read_tensors
 from halve.checkpoint.tensor_info import TensorInfo
 from halve.errors import CheckpointError
-from halve.formats import PackedMatrix
+from halve.formats import PackedMatrix, readers_of
 from halve.untrusted import truncated
 
 
@@ -38,9 +40,12 @@ class Checkpoint:
     def open(cls, folder: Path) -> "Checkpoint":
         """Read the index, all headers, and the layouts of packed matrices.
 
+        config.json says whether matrices are quantized by others than Halve, and how.
+
         Raises:
             CheckpointError: There are no weights; a shard is missing, damaged, outside
                 the folder, or not as the index says; or a packed matrix is incomplete.
+            UnsupportedModelError: A matrix is quantized in a way that is not read.
         """
         tensors: dict[str, TensorInfo] = {}
         for shard, promised in indexed_shards(folder).items():
@@ -54,11 +59,15 @@ class Checkpoint:
                     )
                 tensors[info.name] = info
             _check_promised(folder, shard, promised, tensors)
-        return cls(folder, fold_packed(folder, tensors))
+        readers = readers_of(read_entry(folder))
+        return cls(folder, fold_packed(folder, tensors, readers))
 
     @classmethod
     def of_files(cls, paths: Iterable[Path]) -> "Checkpoint":
-        """Read the headers of some files of one folder, as `open` does of all."""
+        """Read the headers of some files of one folder, as `open` does of all.
+
+        config.json is not read: the files must be Halve's.
+        """
         files = list(paths)
         folder = files[0].parent
         infos = (info for path in files for info in read_header(folder, path.name))
@@ -75,13 +84,18 @@ class Checkpoint:
         return [part for info in self.tensors.values() for part in info.stored]
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every tensor is stored as it is."""
+        return not self.formats
+
+    @property
     def is_packed(self) -> bool:
-        """Whether any matrix is stored packed."""
-        return bool(self.formats)
+        """Whether any matrix is stored in a format that Halve writes."""
+        return any(info.is_packed for info in self.tensors.values())
 
     @property
     def formats(self) -> set[str]:
-        """Names of the packed formats in which matrices are stored."""
+        """Names of the formats in which matrices are stored that are not dense."""
         return {info.format for info in self.tensors.values() if info.format}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -92,19 +106,23 @@ class Checkpoint:
                 matrix are inconsistent.
         """
         infos = [self.tensors[name] for name in names]
-        tensors = read_tensors(self.folder, [i for i in infos if i.format is None])
+        tensors = read_tensors(self.folder, [i for i in infos if i.found is None])
         for info in infos:
-            if info.format is not None:
+            if info.found is not None:
                 tensors[info.name] = read_packed(self.folder, info).unpack()
         return tensors
 
     def describe_packed(self, name: str) -> PackedMatrix:
-        """Return a packed matrix whose tensors are on the meta device."""
-        return describe_packed(self.folder, self.tensors[name])
+        """Return a matrix of Halve's formats whose tensors are on the meta device."""
+        packed = describe_packed(self.folder, self.tensors[name])
+        assert isinstance(packed, PackedMatrix)
+        return packed
 
     def read_packed(self, name: str) -> PackedMatrix:
-        """Return a packed matrix, checked, in newly allocated memory."""
-        return read_packed(self.folder, self.tensors[name])
+        """Return a matrix of Halve's formats, checked, in newly allocated memory."""
+        packed = read_packed(self.folder, self.tensors[name])
+        assert isinstance(packed, PackedMatrix)
+        return packed
 
 
 def _check_promised(

@@ -37,6 +37,9 @@ DTYPES = {
     "U64": torch.uint64,
     "U32": torch.uint32,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "BOOL": torch.bool,
 }
 

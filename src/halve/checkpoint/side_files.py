@@ -18,10 +18,10 @@ from halve.checkpoint.files import (
     write_text,
 )
 from halve.checkpoint.output import RECORD
+from halve.formats import ENTRIES, TEXT_CONFIG, declared_entry
 from halve.untrusted import is_inside, parse_json
 
 _INDEX = "model.safetensors.index.json"
-_QUANTIZATION = "quantization_config"
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 _PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 
@@ -88,14 +88,16 @@ def _index(folder: Path, shards: Iterable[str]) -> str:
 
 
 def _set_quantization(config: Path, entry: dict[str, Any] | None) -> None:
-    """Set or remove the `quantization_config` of a config.json.
+    """Set or remove what a config.json says of quantized weights.
 
     The file is left as copied, to the byte, where the entry is right already.
     """
     with read_errors(config):
         entries = parse_json(config.read_text("utf-8"))
-    if entries.get(_QUANTIZATION) == entry:
+    if declared_entry(entries) == entry:
         return
-    entries.pop(_QUANTIZATION, None)
-    entries |= {_QUANTIZATION: entry} if entry else {}
+    for part in (entries, entries.get(TEXT_CONFIG)):
+        for name in ENTRIES if isinstance(part, dict) else ():
+            part.pop(name, None)
+    entries |= {ENTRIES[0]: entry} if entry else {}
     write_text(config, json.dumps(entries, indent=2, sort_keys=True) + "\n")

@@ -5,6 +5,8 @@ from math import prod
 
 import torch
 
+from halve.formats import FORMATS, Found
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -15,25 +17,35 @@ class TensorInfo:
         shard: File that holds it, a bare name inside the checkpoint's folder.
         shape: Shape of the dense tensor.
         dtype: Dtype of the dense tensor.
-        format: Packed format it is stored in, a key of `halve.formats.FORMATS`; None
-            for a dense tensor.
-        parts: Headers of the tensors of a packed matrix, in the order of the format's
-            suffixes, its own name first; empty for a dense tensor.
-        label: How it is stored, for a table; see `PackedMatrix.label`.
+        found: What is known of a packed or quantized matrix from the headers; None for
+            a dense tensor.
+        parts: Headers of the tensors that make up such a matrix, in the order of
+            `found.parts`; empty for a dense tensor.
+        label: How it is stored, for a table; see `StoredMatrix.label`.
     """
 
     name: str
     shard: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    format: str | None = None
+    found: Found | None = None
     parts: tuple["TensorInfo", ...] = ()
     label: str = "dense"
 
     @property
+    def format(self) -> str | None:
+        """Name of the format it is stored in; None for a dense tensor."""
+        return None if self.found is None else self.found.reader.name
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is stored in a format that Halve writes."""
+        return self.format in FORMATS
+
+    @property
     def stored(self) -> tuple["TensorInfo", ...]:
         """Headers of the tensors in the files that make it up: itself if dense."""
-        return self.parts if self.format else (self,)
+        return self.parts if self.found else (self,)
 
     @property
     def elements(self) -> int:

@@ -61,7 +61,7 @@ def command(
 
 def _storage(matrix: "MatrixInspection") -> str:
     """Return how a matrix is stored, and its packed size if it is dense."""
-    if matrix.packed:
+    if matrix.storage != "dense":
         return matrix.storage
     dense = matrix.bytes
     if matrix.packed_bytes is None or matrix.packed_bytes >= dense:

@@ -1,13 +1,26 @@
-"""How a pruned matrix is stored, on the disk and in memory; see docs/format.md."""
+"""How matrices are stored, on the disk and in memory.
 
+docs/format.md specifies the packed formats; `inputs` has those that are only read.
+"""
+
+from halve.formats.inputs import (
+    ENTRIES,
+    TEXT_CONFIG,
+    check_readable,
+    declared_entry,
+    readers_of,
+)
 from halve.formats.interface import (
     MAX_LAYOUT,
     Format,
+    Found,
     PackedMatrix,
+    Reader,
+    StoredMatrix,
     TensorHeader,
     split,
 )
-from halve.formats.registry import FORMATS, recognize
+from halve.formats.registry import FORMATS
 from halve.formats.storage import packed_size, store, would_shrink
 from halve.formats.version import (
     METHOD,
@@ -17,17 +30,24 @@ from halve.formats.version import (
 )
 
 __all__ = [
+    "ENTRIES",
     "FORMATS",
     "MAX_LAYOUT",
     "METHOD",
+    "TEXT_CONFIG",
     "VERSION",
     "Format",
+    "Found",
     "PackedMatrix",
+    "Reader",
+    "StoredMatrix",
     "TensorHeader",
+    "check_readable",
     "check_version",
+    "declared_entry",
     "packed_size",
     "quantization_config",
-    "recognize",
+    "readers_of",
     "split",
     "store",
     "would_shrink",

@@ -1,14 +1,19 @@
 """What a packed format implements.
 
-A format stores a pruned matrix in several tensors of a safetensors file: one under the
-parameter's own name, usually the nonzero values, and companions whose names append a
-suffix to it. Everything above this package goes through `Format` and `PackedMatrix`;
-a new format is one module here, a row of `registry.FORMATS`, and a layer class in
-`halve.runtime.cpu.layers`.
+A format stores a matrix in several tensors of a safetensors file. A `Reader` finds them
+among the tensors of a checkpoint, and joins them to a `StoredMatrix`, which shows the
+dense tensor. That suffices for formats that Halve reads only (`halve.formats.inputs`).
+
+The formats in which Halve stores pruned matrices are `Format`s of `PackedMatrix`: they
+have one tensor under the parameter's own name, usually the nonzero values, and
+companions whose names append a suffix to it. Everything above this package goes through
+these classes; a new format is one module here, a row of `registry.FORMATS`, and a layer
+class in `halve.runtime.cpu.layers`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
 import torch
@@ -37,22 +42,16 @@ class TensorHeader(Protocol):
         ...
 
 
-class PackedMatrix(ABC):
-    """A matrix in packed form.
+class StoredMatrix(ABC):
+    """A matrix, or a stack of matrices, in the form in which files hold it.
 
     Implementations are immutable. Their tensors may be on the meta device, where only
-    `shape`, `dtype`, `label`, `parts`, `nbytes`, `to` and `check_shapes` can be used.
-
-    Attributes:
-        transposed: Whether the dense tensor is stored as [columns, rows], as in GPT-2's
-            Conv1D, where rows are outputs and columns are inputs.
+    `shape`, `dtype`, `label` and `check_shapes` can be used.
     """
-
-    transposed: bool
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of the dense tensor as a checkpoint stores it."""
 
     @property
@@ -64,23 +63,6 @@ class PackedMatrix(ABC):
     @abstractmethod
     def label(self) -> str:
         """How the matrix is stored, in a word or two for a table."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> dict[str, Tensor]:
-        """Suffix -> tensor, in the order in which a file lists them.
-
-        The first suffix is the empty string: the tensor under the parameter's own name.
-        """
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all parts in bytes."""
-        return sum(part.nbytes for part in self.parts.values())
-
-    @abstractmethod
-    def to(self, dtype: torch.dtype) -> Self:
-        """Return the same matrix, of another dense dtype."""
 
     @abstractmethod
     def check_shapes(self, name: str) -> None:
@@ -105,18 +87,109 @@ class PackedMatrix(ABC):
 
     @abstractmethod
     def unpack(self) -> Tensor:
-        """Return the dense tensor as a checkpoint stores it, bit for bit.
+        """Return the dense tensor as a checkpoint stores it, in new memory.
 
-        Requires that `check` has passed. `format.pack(w, t).unpack() == w`.
+        Requires that `check` has passed.
         """
 
 
-class Format(ABC):
-    """A way to store a pruned matrix.
+class PackedMatrix(StoredMatrix):
+    """A matrix in packed form, which layers multiply with as it is.
+
+    On the meta device `parts`, `nbytes` and `to` can be used as well.
+    `format.pack(w, t).unpack() == w`, bit for bit.
 
     Attributes:
-        name: Identifies the format in the registries of this package and of the layer
-            classes; it is not written to any file.
+        transposed: Whether the dense tensor is stored as [columns, rows], as in GPT-2's
+            Conv1D, where rows are outputs and columns are inputs.
+    """
+
+    transposed: bool
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Shape of the dense tensor as a checkpoint stores it."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, Tensor]:
+        """Suffix -> tensor, in the order in which a file lists them.
+
+        The first suffix is the empty string: the tensor under the parameter's own name.
+        """
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all parts in bytes."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the same matrix, of another dense dtype."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A matrix that a reader has found among the tensors of a checkpoint.
+
+    Attributes:
+        reader: The reader that joins its parts.
+        name: Name of the dense tensor.
+        parts: Names of the tensors that make it up, the one it was found by first. Some
+            may be missing in the checkpoint.
+        layout: Those of `parts` whose data `Reader.join` needs, beside the headers of
+            the others, to find the dense shape. Each holds a few integers.
+        unused: Names of tensors that describe something else than the dense matrix,
+            such as the scale of its inputs, and are left out of the dense checkpoint.
+    """
+
+    reader: "Reader"
+    name: str
+    parts: tuple[str, ...]
+    layout: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+class Reader(ABC):
+    """Finds and joins the matrices that are stored in one format.
+
+    Attributes:
+        name: Identifies the format in tables and registries; it is not written to any
+            file.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def find(self, stored: str, headers: Mapping[str, TensorHeader]) -> Found | None:
+        """Return the matrix whose first part is a stored tensor; None if it is none.
+
+        Args:
+            stored: Name of a tensor of the checkpoint.
+            headers: Name -> header of every tensor in the checkpoint.
+        """
+
+    @abstractmethod
+    def join(self, name: str, tensors: Mapping[str, Tensor]) -> StoredMatrix:
+        """Return a matrix from a file's tensors.
+
+        Args:
+            name: Name of the parameter.
+            tensors: Full name -> tensor of every part. Layout tensors of at most
+                `MAX_LAYOUT` elements have data; all others may be on the meta device.
+
+        Raises:
+            CheckpointError: The layout is not one of this format. Nothing else is
+                checked; see `StoredMatrix.check`.
+        """
+
+
+class Format(Reader):
+    """A way to store a pruned matrix, which Halve reads, writes and multiplies with.
+
+    Attributes:
+        name: Key of `registry.FORMATS` and of the registries of layer classes.
         version: Version of docs/format.md that a checkpoint with such a matrix has.
         companions: Suffixes of the tensors that are always beside the one under the
             parameter's name.
@@ -124,7 +197,6 @@ class Format(ABC):
             of the others, to find the dense shape. Each holds a few integers.
     """
 
-    name: ClassVar[str]
     version: ClassVar[int] = 1
     companions: ClassVar[tuple[str, ...]]
     layout: ClassVar[tuple[str, ...]]
@@ -152,6 +224,14 @@ class Format(ABC):
                 optional, those that are present decide.
         """
         return ("", *self.companions)
+
+    def find(self, stored: str, headers: Mapping[str, TensorHeader]) -> Found | None:
+        """Return the matrix that is stored under a parameter's own name."""
+        if not self.recognizes(stored, headers):
+            return None
+        parts = tuple(stored + end for end in self.suffixes(stored, headers))
+        layout = tuple(stored + end for end in self.layout)
+        return Found(self, stored, parts, layout)
 
     @abstractmethod
     def count_kept(self, weight: Tensor) -> int:
@@ -197,17 +277,7 @@ class Format(ABC):
 
     @abstractmethod
     def join(self, name: str, tensors: Mapping[str, Tensor]) -> PackedMatrix:
-        """Return a packed matrix from a file's tensors: the inverse of `split`.
-
-        Args:
-            name: Name of the parameter.
-            tensors: Full name -> tensor of every part. Layout tensors of at most
-                `MAX_LAYOUT` elements have data; all others may be on the meta device.
-
-        Raises:
-            CheckpointError: The layout is not one of this format. Nothing else is
-                checked; see `PackedMatrix.check`.
-        """
+        """Return a packed matrix from a file's tensors: the inverse of `split`."""
 
 
 def split(name: str, packed: PackedMatrix) -> dict[str, Tensor]:

@@ -1,9 +1,7 @@
 """The packed formats that this version of Halve knows."""
 
-from collections.abc import Mapping
-
 from halve.formats.bitmask import Bitmask
-from halve.formats.interface import Format, TensorHeader
+from halve.formats.interface import Format
 from halve.formats.quantized import Quantized
 
 FORMATS: dict[str, Format] = {"quantized": Quantized(), "bitmask": Bitmask()}
@@ -15,16 +13,3 @@ WRITTEN = ("quantized", "bitmask")
 def written_formats() -> list[Format]:
     """Return the formats that matrices are packed in."""
     return [FORMATS[name] for name in WRITTEN]
-
-
-def recognize(name: str, headers: Mapping[str, TensorHeader]) -> str | None:
-    """Return the name of the format in which a parameter is stored, None if dense.
-
-    Args:
-        name: Name of the parameter.
-        headers: Name -> header of every tensor in the checkpoint.
-    """
-    for key, known in FORMATS.items():
-        if known.recognizes(name, headers):
-            return key
-    return None

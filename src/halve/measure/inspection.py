@@ -77,7 +77,9 @@ def _matrix(
         sparsity=float((weight == 0).double().mean()),
         pattern=describe(weight),
         bytes=info.stored_bytes,
-        packed=info.format is not None,
-        packed_bytes=info.stored_bytes if info.format else packed_size(weight, scheme),
+        packed=info.is_packed,
+        packed_bytes=info.stored_bytes
+        if info.is_packed
+        else packed_size(weight, scheme),
         storage=info.label,
     )

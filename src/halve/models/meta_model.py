@@ -25,15 +25,19 @@ from halve.errors import (
     HalveError,
     UnsupportedModelError,
 )
-from halve.formats import METHOD, check_version
+from halve.formats import (
+    ENTRIES,
+    METHOD,
+    check_readable,
+    check_version,
+    declared_entry,
+)
 from halve.models.config_limits import check_config_limits, check_model_size
 from halve.untrusted import read_json, truncated
 
 # The sequence length of the papers, where a config gives no maximum (BLOOM).
 _PAPER_LENGTH = 2048
 _SUPPORTED = "Use a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ..."
-# Entries of config.json that describe quantized weights.
-_QUANTIZED = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: 
     Raises:
         CheckpointError: The config is damaged.
         UnsupportedModelError: There is none; transformers does not know it; or it
-            describes a quantized model or an adapter.
+            describes a quantized model that is not read, or an adapter.
     """
     if not (folder / "config.json").is_file():
         raise UnsupportedModelError(
@@ -175,13 +179,16 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: 
             "Use the folder of a complete checkpoint.",
         )
     entries = _read_entries(folder)
-    _refuse_quantized(folder, entries)
+    is_foreign = _check_quantized(folder, entries)
     check_config_limits(folder, entries)
     _refuse_adapter(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # validators and remote code may raise anything
         raise _unsupported(folder, error) from error
+    if is_foreign:
+        _describe_dense(config)
+    return config
 
 
 def _read_entries(folder: Path) -> dict[str, Any]:
@@ -211,23 +218,28 @@ def _refuse_adapter(folder: Path) -> None:
         )
 
 
-def _refuse_quantized(folder: Path, entries: dict[str, Any]) -> None:
-    """Refuse quantized weights, with the exception of Halve's packed format."""
-    values = (entries.get(name) for name in _QUANTIZED)
-    described = next((value for value in values if value is not None), None)
-    if described is None:
-        return
-    entry = described if isinstance(described, dict) else {}
-    method = entry.get("quant_method")
-    if method == METHOD:
+def _check_quantized(folder: Path, entries: dict[str, Any]) -> bool:
+    """Refuse quantized weights that are not read.
+
+    Returns:
+        Whether weights are quantized, but not packed by Halve.
+    """
+    entry = declared_entry(entries)
+    if entry is None:
+        return False
+    if entry.get("quant_method") == METHOD:
         check_version(folder, entry)
-        return
-    raise UnsupportedModelError(
-        f"The checkpoint in {folder} is quantized "
-        f"({truncated(method or 'method not given')}); Halve prunes floating-point "
-        "weights.",
-        "Use the checkpoint that it was made from.",
-    )
+        return False
+    check_readable(folder, entry)
+    return True
+
+
+def _describe_dense(config: Any) -> None:  # noqa: ANN401
+    """Remove from a config what it says of quantized weights: they are seen dense."""
+    for part in (config, config.get_text_config()):
+        for name in ENTRIES:
+            if hasattr(part, name):
+                delattr(part, name)
 
 
 def _unsupported(folder: Path, error: Exception) -> UnsupportedModelError:

@@ -69,9 +69,10 @@ def unpack_model(
     """Unpack a model; see `halve.unpack` for the contract."""
     source = resolve_model(model)
     output_path(out, source)  # an invalid output folder is reported first
-    if not Checkpoint.open(source).is_packed:
+    if Checkpoint.open(source).is_dense:
         raise HalveError(
-            f"Nothing in {source} is packed.", "Use the model as it is; it is dense."
+            f"Nothing in {source} is packed or quantized.",
+            "Use the model as it is; it is dense.",
         )
     unpacking = _Rewriting(
         kind="unpack",

@@ -11,13 +11,14 @@ class MatrixInspection:
         tensor: Name of the tensor in the checkpoint.
         rows: Number of output features.
         columns: Number of input features.
-        dtype: Name of the stored dtype, without `torch.`.
+        dtype: Name of the dtype of its dense weights, without `torch.`.
         sparsity: Fraction of zeros.
         pattern: `dense`, `unstructured`, or the tightest n:m pattern that it obeys.
         bytes: Size in the file.
-        packed: Whether it is stored packed.
+        packed: Whether it is stored in one of Halve's packed formats.
         packed_bytes: Size when packed; None for a dtype that cannot be packed.
-        storage: `dense`, `bitmask`, or bits and group size of packed codes.
+        storage: `dense`, `bitmask`, bits and group size of packed codes, or the format
+            of a quantized or sparse release.
     """
 
     tensor: str

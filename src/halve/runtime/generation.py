@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from halve.calibration import load_tokenizer
 from halve.checkpoint import resolve_model
-from halve.errors import CheckpointError, HalveError
+from halve.errors import CheckpointError, HalveError, UnsupportedModelError
 from halve.models import longest_sequence
 from halve.runtime import decode
 from halve.runtime.blockwise_model import BlockwiseModel
@@ -71,11 +71,13 @@ def check_whole(folder: Path, device: str, trust_remote_code: bool) -> Blockwise
     """Reject a model that transformers would fill with random numbers or crash on.
 
     Raises:
-        UnsupportedModelError: It is not a causal language model.
+        UnsupportedModelError: It is not a causal language model, or it is quantized,
+            but not packed by Halve.
         CheckpointError: Its files are damaged or contradict its config, or they are
             packed and the config does not say so.
     """
     opened = BlockwiseModel.open(folder, device, trust_remote_code)
+    _refuse_quantized(opened)
     declared = getattr(opened.meta_model.config, "quantization_config", None)
     if opened.checkpoint.is_packed and declared is None:
         raise CheckpointError(
@@ -84,6 +86,22 @@ def check_whole(folder: Path, device: str, trust_remote_code: bool) -> Blockwise
             "Use the config.json that was written with them, or pack the model again.",
         )
     return opened
+
+
+def _refuse_quantized(opened: BlockwiseModel) -> None:
+    """Refuse weights that only their own runtime, or a dense copy, can multiply with.
+
+    transformers would unpack some and fail on others; what is measured or generated
+    would depend on packages that Halve does not know.
+    """
+    infos = opened.checkpoint.tensors.values()
+    foreign = next((i for i in infos if i.found is not None and not i.is_packed), None)
+    if foreign is not None:
+        raise UnsupportedModelError(
+            f"The model in {opened.checkpoint.folder} is quantized ({foreign.label}); "
+            "Halve runs models that are dense or in its own format.",
+            "Make it dense with `halve unpack`, or prune it with `halve prune --pack`.",
+        )
 
 
 @torch.no_grad()

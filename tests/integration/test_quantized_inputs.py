@@ -1,0 +1,262 @@
+"""Quantized and sparse releases are read as the dense models that they stand for."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import halve
+from halve.checkpoint import Checkpoint
+from halve.errors import CheckpointError, UnsupportedModelError
+from halve.models import StoredTensor, build_meta_model, match_names
+from tests.integration.test_resume import digests
+from tests.quantized_inputs import WEIGHTS, WRITERS, announce, write_both
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+MAGNITUDE = {"solver": "magnitude", "device": "cpu"}
+# Formats that transformers 5.23 reads by itself. It refuses partial blocks, and needs
+# another package for what compressed-tensors writes.
+BY_TRANSFORMERS = ("fp8 blocks", "fp8 per tensor", "mxfp8")
+
+
+@pytest.fixture(scope="module")
+def folders(pico, tmp_path_factory):
+    """Return a function from a row to the folders of both models."""
+    made = {}
+
+    def both(row):
+        if row not in made:
+            folder = tmp_path_factory.mktemp("quantized")
+            made[row] = folder / "quantized", folder / "dense"
+            write_both(pico("llama", dtype=torch.bfloat16), row, *made[row])
+        return made[row]
+
+    return both
+
+
+@pytest.mark.parametrize("row", WRITERS)
+def test_every_tensor_is_that_of_the_dense_model(row, folders):
+    quantized, dense = map(Checkpoint.open, folders(row))
+    assert quantized.tensors.keys() == dense.tensors.keys()
+    assert (quantized.is_dense, quantized.is_packed) == (False, False)
+    assert quantized.tensors[Q].label == WRITERS[row].label
+    for name, info in dense.tensors.items():
+        seen = quantized.tensors[name]
+        assert (seen.shape, seen.dtype) == (info.shape, info.dtype)
+        assert torch.equal(quantized.read([name])[name], dense.read([name])[name])
+
+
+@pytest.mark.parametrize("row", BY_TRANSFORMERS)
+def test_transformers_gives_the_same_weights(row, folders):
+    quantized, _ = folders(row)
+    model = AutoModelForCausalLM.from_pretrained(
+        quantized,
+        dtype=torch.bfloat16,
+        quantization_config=FineGrainedFP8Config(
+            dequantize=True, weight_block_size=WRITERS[row].entry["weight_block_size"]
+        ),
+    )
+    checkpoint = Checkpoint.open(quantized)
+    state = model.state_dict()
+    for name in checkpoint.tensors:
+        assert torch.equal(checkpoint.read([name])[name], state[name]), name
+
+
+@pytest.mark.parametrize("row", ["fp8 partial blocks", "sparse-24-bitmask of fp8"])
+def test_every_verb_sees_the_dense_model(row, folders, text, tmp_path):
+    quantized, dense = folders(row)
+    options = {"data": str(text), "seq_len": 32, "segments": 4, "device": "cpu"}
+    seen, expected = (halve.perplexity(f, **options) for f in folders(row))
+    assert seen.perplexity == expected.perplexity
+    seen, expected = (halve.inspect(f) for f in folders(row))
+    assert (seen.parameters, seen.zeros) == (expected.parameters, expected.zeros)
+    assert seen.bytes < expected.bytes
+    for matrix, other in zip(seen.matrices, expected.matrices, strict=True):
+        assert (matrix.packed, matrix.packed_bytes) == (False, other.packed_bytes)
+        assert matrix.bytes < other.bytes
+    seen, expected = (halve.plan(f).to_dict() for f in folders(row))
+    same = ("prunable_weights", "matrices", "bytes_output", "bytes_by_phase")
+    assert [seen[key] for key in same] == [expected[key] for key in same]
+    halve.unpack(quantized, tmp_path / "unpacked")
+    unpacked, original = Checkpoint.open(tmp_path / "unpacked"), Checkpoint.open(dense)
+    assert unpacked.is_dense
+    for name in original.tensors:
+        assert torch.equal(unpacked.read([name])[name], original.read([name])[name])
+
+
+@pytest.mark.parametrize(
+    "options", [MAGNITUDE, MAGNITUDE | {"quantize": "int4", "packed": True}], ids=str
+)
+@pytest.mark.parametrize("row", ["fp8 blocks", "int-quantized, groups"])
+def test_pruning_it_is_pruning_the_dense_model(row, options, folders, tmp_path):
+    for kind, folder in zip(("quantized", "dense"), folders(row), strict=True):
+        halve.prune(folder, tmp_path / kind, **options)
+    assert digests(tmp_path / "quantized") == digests(tmp_path / "dense")
+    config = json.loads((tmp_path / "quantized/config.json").read_text())
+    method = config.get("quantization_config", {}).get("quant_method")
+    assert method == ("halve" if options.get("packed") else None)
+    assert not halve.verify(tmp_path / "quantized").findings
+
+
+def test_solvers_that_run_the_model_see_the_dense_one(folders, text, tmp_path):
+    options = {"calibration": str(text), "samples": 4, "seq_len": 32, "device": "cpu"}
+    for kind, folder in zip(("a", "b"), folders("fp8 blocks"), strict=True):
+        halve.prune(folder, tmp_path / kind, solver="sparsegpt", **options)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def test_a_quantized_model_is_not_run_as_it_is(folders):
+    with pytest.raises(UnsupportedModelError, match=r"fp8, 16 x 16.*halve unpack"):
+        halve.load(folders("fp8 blocks")[0], "cpu")
+
+
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+def test_other_places_of_the_entry(name, folders, tmp_path):
+    """Old releases name the entry otherwise, and it may be within the text config."""
+    quantized, dense = folders("sparse-bitmask")
+    for path in quantized.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    entry = config.pop("quantization_config")
+    config |= {name: entry} if name[0] == "c" else {"text_config": {name: entry}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    seen, expected = Checkpoint.open(tmp_path), Checkpoint.open(dense)
+    assert torch.equal(seen.read([Q])[Q], expected.read([Q])[Q])
+    if name[0] == "c":
+        halve.prune(tmp_path, tmp_path / "out", **MAGNITUDE)
+        assert name not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory):
+    """Return a random gpt-oss whose experts are stored in MXFP4."""
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / WEIGHTS)
+    generator = torch.Generator().manual_seed(1)
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        blocks = torch.randint(256, (*shape, 16), generator=generator)
+        tensors[f"{name}_blocks"] = blocks.to(torch.uint8)
+        # The last exponent would be NaN.
+        scales = torch.randint(255, shape, generator=generator)
+        tensors[f"{name}_scales"] = scales.to(torch.uint8)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    announce(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["router"]})
+    return folder
+
+
+def test_mxfp4_is_what_transformers_makes_of_it(gpt_oss):
+    checkpoint, stored = Checkpoint.open(gpt_oss), load_file(gpt_oss / WEIGHTS)
+    for end, shape in (("gate_up_proj", (3, 64, 64)), ("down_proj", (3, 32, 64))):
+        name = f"model.layers.0.mlp.experts.{end}"
+        info = checkpoint.tensors[name]
+        assert (info.shape, info.dtype, info.label) == (shape, torch.bfloat16, "mxfp4")
+        blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
+        expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        assert torch.equal(checkpoint.read([name])[name], expected)
+        assert f"{name}_blocks" not in checkpoint.tensors
+        assert f"{name}_scales" not in checkpoint.tensors
+
+
+def test_transformers_loads_the_same_experts(gpt_oss):
+    model = AutoModelForCausalLM.from_pretrained(gpt_oss, dtype=torch.bfloat16)
+    checkpoint, state = Checkpoint.open(gpt_oss), model.state_dict()
+    assert checkpoint.tensors.keys() == state.keys()
+    for name in checkpoint.tensors:
+        assert torch.equal(checkpoint.read([name])[name], state[name]), name
+
+
+def test_its_tensors_are_those_of_the_model(gpt_oss):
+    infos = Checkpoint.open(gpt_oss).tensors.values()
+    stored = [StoredTensor(i.name, i.shape, i.dtype) for i in infos]
+    assert len(match_names(build_meta_model(gpt_oss), stored)) == len(stored)
+
+
+REFUSED = {
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq"),
+    "awq": ({"quant_method": "awq", "bits": 4}, "awq"),
+    "bitsandbytes": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        r"bitsandbytes.*model\.dequantize\(\)",
+    ),
+    "packed int4": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        r"pack-quantized.*CompressedTensorsConfig\(dequantize=True\)",
+    ),
+    "a group of nvfp4": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "mixed-precision",
+            "config_groups": {"a": {"format": "nvfp4-pack-quantized"}},
+        },
+        "nvfp4-pack-quantized",
+    ),
+    "old sparse and int4": (
+        {
+            "quant_method": "compressed-tensors",
+            "sparsity_config": {"format": "marlin_24"},
+        },
+        "marlin-24",
+    ),
+    "rotated": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "transform_config": {"config_groups": {"R1": {"type": "hadamard"}}},
+        },
+        "rotated weights",
+    ),
+    "blocks of two sizes": (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                name: {"weights": {"block_structure": size}}
+                for name, size in (("a", [128, 128]), ("b", "64x128"))
+            },
+        },
+        "several sizes",
+    ),
+    "fp4 experts": ({"quant_method": "fp8", "expert_dtype": "fp4"}, "FP4"),
+}
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_others_are_refused_by_name(row, folders, tmp_path):
+    entry, message = REFUSED[row]
+    (tmp_path / "config.json").write_bytes(
+        (folders("fp8 blocks")[1] / "config.json").read_bytes()
+    )
+    announce(tmp_path, entry)
+    with pytest.raises(UnsupportedModelError, match=message):
+        build_meta_model(tmp_path)
+
+
+def test_codes_without_an_entry_in_the_config_are_refused(folders, tmp_path):
+    quantized, dense = folders("fp8 blocks")
+    (tmp_path / WEIGHTS).write_bytes((quantized / WEIGHTS).read_bytes())
+    (tmp_path / "config.json").write_bytes((dense / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"float8_e4m3fn, and no scales"):
+        Checkpoint.open(tmp_path)
