@@ -23,6 +23,7 @@ from halve.option import (
     TARGET,
     TEXT,
     Option,
+    check_choice,
     check_ranges,
     documented,
 )
@@ -42,6 +43,7 @@ HEAD_CHOICES = ("auto", "none", "int8", "int4")
 ACTIVATION_CHOICES = ("int16", "int8")
 ALLOCATION_CHOICES = ("uniform", "error")
 PRECISION_CHOICES = ("highest", "high")
+BOS_CHOICES = ("auto", "never")
 
 # Solvers that correct their targets by default, because it lowers their error. The
 # others follow their papers, which do not.
@@ -80,6 +82,12 @@ Activations = Annotated[
         "results by about 0.6 %, more where a few inputs are far larger than the rest.",
     ),
 ]
+_BOS_DETAILS = (
+    "auto: where the tokenizer puts the token in front of a text by itself, as it does "
+    "for models that were trained with it, except for OPT, BLOOM and GPT-2, whose "
+    "published figures are of windows without. never: as for those, the text is "
+    "tokenized once and cut."
+)
 TrustRemoteCode = Annotated[
     bool, Option("Allow Python code that comes with the model to run.")
 ]
@@ -133,6 +141,15 @@ class PruneOptions:
     seed: Annotated[
         int, Option("Seed for drawing the calibration windows.", CALIBRATION)
     ] = 0
+    bos: Annotated[
+        str,
+        Option(
+            "Whether every calibration window begins with the tokenizer's BOS token.",
+            CALIBRATION,
+            choices=BOS_CHOICES,
+            details=_BOS_DETAILS,
+        ),
+    ] = "auto"
     damping: Annotated[
         float,
         Option(
@@ -330,10 +347,14 @@ class PruneOptions:
         """Raise HalveError on the first option, or combination, that is invalid."""
         _ = self.pairs  # parses the pattern and the grid
         self._check_target_bits()
-        self._check_choice("solver", SOLVER_CHOICES)
-        self._check_choice("allocation", ALLOCATION_CHOICES)
-        self._check_choice("quantize_head", HEAD_CHOICES)
-        self._check_choice("matmul_precision", PRECISION_CHOICES)
+        for name in (
+            "solver",
+            "allocation",
+            "quantize_head",
+            "matmul_precision",
+            "bos",
+        ):
+            check_choice(self, name)
         for name in ("samples", "block_size", "seq_len", "epochs"):
             self._check_positive(name)
         self._check_grid_options()
@@ -351,15 +372,6 @@ class PruneOptions:
                 "given as well.",
                 "Set target_bits alone (--target-bits), or sparsity and quantize "
                 "(--sparsity, --quantize).",
-            )
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise HalveError(
-                f"There is no {name} {value!r}.",
-                f"Set {name} to one of {', '.join(choices)} "
-                f"(--{name.replace('_', '-')}).",
             )
 
     def _check_positive(self, name: str) -> None:
@@ -476,14 +488,24 @@ class EvalOptions:
             minimum=1,
         ),
     ] = None
+    bos: Annotated[
+        str,
+        Option(
+            "Whether every segment is read after the tokenizer's BOS token.",
+            TEXT,
+            choices=BOS_CHOICES,
+            details=f"{_BOS_DETAILS} The same tokens are predicted either way.",
+        ),
+    ] = "auto"
     device: Device = "auto"
     activation_memory: ActivationMemory = None
     trust_remote_code: TrustRemoteCode = False
     progress: Callable[[int, int], None] = lambda block, blocks: None
 
     def check(self) -> None:
-        """Raise HalveError on the first number out of range."""
+        """Raise HalveError on the first option that is invalid."""
         check_ranges(self)
+        check_choice(self, "bos")
 
 
 @documented
@@ -627,6 +649,7 @@ class PruneKeywords(RunKeywords, total=False):
     samples: int
     seq_len: int | None
     seed: int
+    bos: str
     damping: float
     block_size: int
     device: str
@@ -650,6 +673,7 @@ class EvalKeywords(TypedDict, total=False):
     data: str
     seq_len: int | None
     segments: int | None
+    bos: str
     device: str
     activation_memory: int | None
     trust_remote_code: bool
