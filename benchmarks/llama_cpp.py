@@ -192,7 +192,7 @@ def evaluation_segments(task: argparse.Namespace) -> Tensor:
     """Return the tokens on which all models are compared, [segments, length]."""
     corpus = load_corpus(task.evaluation, "evaluation")
     encode = load_encoder(task.model)
-    return cut_segments(corpus, encode, task.seq_len, task.segments)
+    return cut_segments(corpus, encode, task.seq_len, task.segments).ids
 
 
 def rival_rows(

@@ -104,6 +104,18 @@ def documented(options: _Class) -> _Class:
     return options
 
 
+def check_choice(options: Any, name: str) -> None:  # noqa: ANN401
+    """Raise HalveError if a field's value is none of its option's choices."""
+    [option] = [option for field, option in options_of(options) if field.name == name]
+    value = getattr(options, name)
+    if value not in option.choices:
+        raise HalveError(
+            f"There is no {name} {value!r}.",
+            f"Set {name} to one of {', '.join(option.choices)} "
+            f"({_flag(name, option)}).",
+        )
+
+
 def check_ranges(options: Any) -> None:  # noqa: ANN401
     """Raise HalveError on the first number outside the range of its option."""
     for field, option in options_of(options):

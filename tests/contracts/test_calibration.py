@@ -27,9 +27,17 @@ from halve.errors import (
 )
 
 
-def encode(text: str) -> list[int]:
+class Words:
     """One token per word: the number that the word is."""
-    return [int(word) for word in text.split()]
+
+    def __init__(self, bos: int | None = None):
+        self.bos = bos
+
+    def stream(self, parts):
+        yield [int(word) for word in "".join(parts).split()]
+
+
+encode = Words()
 
 
 def numbers(start: int, count: int) -> str:
@@ -79,11 +87,24 @@ def test_too_little_text_is_refused_with_numbers():
 
 def test_segments_follow_each_other_and_drop_the_rest():
     text = Corpus("text", (numbers(0, 25),), " ")
-    assert cut_segments(text, encode, 10).tolist() == [
-        list(range(10)),
-        list(range(10, 20)),
-    ]
-    assert len(cut_segments(text, encode, 5, limit=3)) == 3
+    found = cut_segments(text, encode, 10)
+    assert found.ids.tolist() == [list(range(10)), list(range(10, 20))]
+    assert torch.equal(found.targets, found.ids[:, 1:])
+    assert len(cut_segments(text, encode, 5, limit=3).ids) == 3
+
+
+def test_bos_takes_the_place_of_the_last_token_that_is_read():
+    text = Corpus("text", (numbers(0, 25),), " ")
+    found, plain = (cut_segments(text, Words(bos), 10) for bos in (99, None))
+    assert found.ids.tolist() == [[99, *range(9)], [99, *range(10, 19)]]
+    assert torch.equal(found.targets, plain.targets)
+    for segments in (found, plain):
+        # Logits that say which token was read last: the one before the target.
+        logits = segments.ids[..., None]
+        assert torch.equal(segments.predictions(logits)[..., 0] + 1, segments.targets)
+    drawn, without = (draw_windows(text, Words(bos), 2, 10, 0) for bos in (99, None))
+    assert (drawn[:, 0] == 99).all()
+    assert torch.equal(drawn[:, 1:], without[:, :-1])
 
 
 def test_local_files_are_read(tmp_path):

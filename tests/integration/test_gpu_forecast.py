@@ -117,7 +117,8 @@ def test_the_limit_is_that_of_the_host(pico, gpu, monkeypatch):
     )
     host = forecast_module.forecast_host(plan, 0)
     assert host.process == libraries
-    assert {p.name for p in host.phases} == {"embedding", "reading", "writing"}
+    names = {phase.name for phase in host.phases}
+    assert names == {"reading text", "embedding", "reading", "writing"}
     assert max(p.bytes for p in host.phases if p.name != "embedding") == 3 * stored
     with pytest.raises(HalveError, match="needs at least"):
         plan_memory(plan, libraries, None)

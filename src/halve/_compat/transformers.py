@@ -25,6 +25,32 @@ class Conversions:
     converters: list[Any]
 
 
+def tokenizer_parts(backend: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    """Return the normalizer and the pre-tokenizer of a tokenizer, as tokenizer.json.
+
+    Undocumented: the state that tokenizers pickles is JSON. When it breaks: parse the
+    members `normalizer` and `pre_tokenizer` of `backend.to_str()`, which is slow for
+    large vocabularies.
+
+    Args:
+        backend: A tokenizer of the tokenizers library.
+
+    Returns:
+        Those that it has; for one that is written in Python, only the type `Custom`.
+    """
+    parts = (backend.normalizer, backend.pre_tokenizer)
+    return [_described(part) for part in parts if part is not None]
+
+
+def _described(part: Any) -> dict[str, Any]:  # noqa: ANN401
+    import json
+
+    try:
+        return json.loads(part.__getstate__())
+    except Exception:  # noqa: BLE001  (tokenizers raises plain Exceptions)
+        return {"type": "Custom"}
+
+
 def weight_conversions(model: Any) -> Conversions:  # noqa: ANN401
     """Return what is done to a model's checkpoint on loading.
 

@@ -1,10 +1,16 @@
 """Calibration and evaluation text, its tokens, and storage for hidden states."""
 
-from halve.calibration.corpora import Corpus, load_corpus
+from halve.calibration.corpora import Corpus, corpus_nbytes, load_corpus
 from halve.calibration.spill import allocate_hidden, default_activation_memory
-from halve.calibration.tokens import load_encoder, load_tokenizer
+from halve.calibration.tokens import (
+    TextEncoder,
+    automatic_bos,
+    load_encoder,
+    load_tokenizer,
+)
 from halve.calibration.windows import (
     Encode,
+    Segments,
     check_vocabulary,
     cut_segments,
     draw_windows,
@@ -13,8 +19,12 @@ from halve.calibration.windows import (
 __all__ = [
     "Corpus",
     "Encode",
+    "Segments",
+    "TextEncoder",
     "allocate_hidden",
+    "automatic_bos",
     "check_vocabulary",
+    "corpus_nbytes",
     "cut_segments",
     "default_activation_memory",
     "draw_windows",

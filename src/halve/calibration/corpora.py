@@ -8,7 +8,7 @@ the source code of the running Python's standard library, which needs no network
 import hashlib
 import json
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,9 @@ _FOOTER_LIMITS: dict[str, Any] = {
     "thrift_string_size_limit": 2**24,
     "thrift_container_size_limit": 2**20,
 }
+# Characters of a part of a text, or of a file that is one text. Each part takes one,
+# two or four bytes a character: an emoji somewhere does not widen the whole.
+_PART = 2**18
 # Bytes that a document takes in a list, apart from its text.
 _POINTER = 8
 
@@ -43,7 +46,7 @@ class Corpus:
 
     Attributes:
         name: The name that the user passed.
-        documents: The documents in a fixed order.
+        documents: The documents in a fixed order; of a single text, parts of it.
         separator: The text between two documents when they are joined.
         by_document: Whether calibration windows are drawn inside single documents, as
             in the paper for C4, or from the joined text.
@@ -52,20 +55,31 @@ class Corpus:
     """
 
     name: str
-    documents: tuple[str, ...]
+    documents: Sequence[str]
     separator: str
     by_document: bool = False
     token_limit: int | None = None
 
-    @property
-    def text(self) -> str:
-        """All documents, joined by the separator."""
-        return self.separator.join(self.documents)
+    def parts(self) -> Iterator[str]:
+        """Yield the text of all documents, joined by the separator, in parts."""
+        for number, document in enumerate(self.documents):
+            if number:
+                yield self.separator
+            yield from self.parts_of(document)
+
+    @staticmethod
+    def parts_of(document: str) -> Iterator[str]:
+        """Yield a document in parts."""
+        for start in range(0, len(document), _PART):
+            yield document[start : start + _PART]
 
     @property
     def sha256(self) -> str:
         """The SHA-256 of the joined text in UTF-8, hexadecimal."""
-        return hashlib.sha256(self.text.encode("utf-8", "replace")).hexdigest()
+        digest = hashlib.sha256()
+        for part in self.parts():
+            digest.update(part.encode("utf-8", "replace"))
+        return digest.hexdigest()
 
 
 def load_corpus(name: str, part: Part) -> Corpus:
@@ -82,11 +96,30 @@ def load_corpus(name: str, part: Part) -> Corpus:
         CalibrationError: It has no text, or cannot be read as text.
     """
     corpus = _load(name, part)
-    if not any(document.strip() for document in corpus.documents):
+    if all(not text or text.isspace() for text in corpus.documents):
         raise CalibrationError(
             f"There is no text in {name}.", "Use a file or data set that has text."
         )
     return corpus
+
+
+def corpus_nbytes(name: str, part: Part) -> int:
+    """Return about how many bytes of memory the text of a name takes.
+
+    Of a data set on the Hub, documents are read from its memory-mapped file when they
+    are drawn, or at most some ten thousand of them beforehand, which count as nothing.
+
+    Raises:
+        SourceError, CalibrationError: As `load_corpus`, where the size tells.
+    """
+    if name == "stdlib":
+        return sum(path.stat().st_size for path in _sources(part))
+    path = _path_of(name)
+    if name in _NAMED or not path.is_file():
+        return 0
+    if path.suffix == ".parquet":
+        return _text_nbytes(path)
+    return path.stat().st_size
 
 
 def _load(name: str, part: Part) -> Corpus:
@@ -145,16 +178,19 @@ _NOT_SOURCES = (
 
 def _stdlib(part: Part) -> Corpus:
     """One document per module; a tenth of them, chosen by hash, is for evaluation."""
+    documents = tuple(text for path in _sources(part) if (text := _read_source(path)))
+    return Corpus("stdlib", documents, "\n", by_document=part == "calibration")
+
+
+def _sources(part: Part) -> list[Path]:
+    """Return the modules of a part of the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    evaluation = part == "evaluation"
-    documents = [
-        text
+    return [
+        path
         for path in sorted(root.rglob("*.py"))
         if not any(name in f"/{path.relative_to(root)}" for name in _NOT_SOURCES)
-        and _is_held_out(path.relative_to(root).as_posix()) == evaluation
-        and (text := _read_source(path))
+        and _is_held_out(path.relative_to(root).as_posix()) == (part == "evaluation")
     ]
-    return Corpus("stdlib", tuple(documents), "\n", by_document=not evaluation)
 
 
 def _is_held_out(relative_path: str) -> bool:
@@ -187,12 +223,15 @@ def _from_file(name: str, path: Path) -> Corpus:
             "A .jsonl file must have an object with a `text` on each line, a .parquet "
             "file a column `text` of strings, and a .txt file must be UTF-8.",
         ) from error
-    single = path.suffix == ".txt"
-    return Corpus(name, documents, "\n\n", by_document=not single)
+    if path.suffix == ".txt":
+        return Corpus(name, documents, "")
+    return Corpus(name, documents, "\n\n", by_document=True)
 
 
 def _read_txt(path: Path) -> tuple[str, ...]:
-    return (path.read_text("utf-8"),)
+    """Return the parts of a text."""
+    with path.open(encoding="utf-8") as file:
+        return tuple(iter(lambda: file.read(_PART), ""))
 
 
 def _check_size(path: Path) -> None:
@@ -230,6 +269,22 @@ def _read_parquet(path: Path) -> tuple[str, ...]:
     return tuple(documents)
 
 
+def _text_nbytes(path: Path) -> int:
+    """Return the bytes of the texts of a .parquet, as its footer gives them."""
+    from pyarrow import parquet  # noqa: PLC0415
+
+    try:
+        with parquet.ParquetFile(path, **_FOOTER_LIMITS) as file:
+            groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
+            columns = (g.column(i) for g in groups for i in range(g.num_columns))
+            sizes = [
+                c.total_uncompressed_size for c in columns if c.path_in_schema == "text"
+            ]
+    except Exception:  # noqa: BLE001  (the run will report it)
+        return path.stat().st_size
+    return sum(sizes)
+
+
 def _texts_of(column: Any) -> list[str]:  # noqa: ANN401
     if not hasattr(column, "dictionary"):
         raise TypeError(f"`text` is a column of {column.type}")
@@ -261,19 +316,35 @@ def _from_hub(name: str, part: Part) -> Corpus:
     return Corpus(name, rows, "\n\n", by_document=part == "calibration")
 
 
+@dataclass(frozen=True)
+class _Column(Sequence):
+    """A column of a data set, which is read from its memory-mapped file when asked."""
+
+    rows: Any
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
+        if isinstance(index, slice):
+            return _Column(self.rows.select(range(len(self))[index]), self.name)
+        return str(self.rows[index][self.name])
+
+
 def _hub_rows(
     repository: str,
     split: str,
     column: str | None,
     **options: Any,  # noqa: ANN401
-) -> tuple[str, ...]:
+) -> Sequence[str]:
     from datasets import load_dataset  # noqa: PLC0415  (slow to import)
 
     try:
         rows = load_dataset(repository, split=split, **options)
-        if column is None:
-            rows = islice(rows, _MAX_DOCUMENTS)
-        return tuple(str(_text_of(row, column)) for row in rows)
+        if column is not None:
+            return _Column(rows, column)
+        return tuple(str(_text_of(row)) for row in islice(rows, _MAX_DOCUMENTS))
     except Exception as error:  # including whatever its network layer raises
         raise SourceError(
             f"The data set {repository} (split {split}) could not be loaded "
@@ -283,9 +354,7 @@ def _hub_rows(
         ) from error
 
 
-def _text_of(row: Any, column: str | None) -> Any:  # noqa: ANN401
-    if column is not None:
-        return row[column]
+def _text_of(row: Any) -> Any:  # noqa: ANN401
     return next(v for k, v in row.items() if k == "text" or isinstance(v, str))
 
 

@@ -74,9 +74,10 @@ def _with_error(record: "PerplexityRecord") -> str:
 def _print_basis(record: "PerplexityRecord") -> None:
     from halve.cli.console import duration
 
+    bos = "" if record.bos is None else " after BOS"
     print(
         f"{record.data}: {record.tokens} tokens predicted, {record.segments} segments "
-        f"of {record.seq_len}, {duration(record.seconds)}"
+        f"of {record.seq_len}{bos}, {duration(record.seconds)}"
     )
 
 

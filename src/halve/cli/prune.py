@@ -96,6 +96,7 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     ]
     print_table("", ["block", "sparsity", "output error", "time"], rows)
     print(f"{percent(record.sparsity)} of the prunable weights are zero in {out}.")
+    _print_windows(record)
     if record.bits is not None:
         print(f"Packed with their grids they would take {record.bits:.2f} bits each.")
     if record.allocation is not None:
@@ -106,6 +107,18 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     if record.left_dense:
         print(f"Left dense in the blocks: {', '.join(record.left_dense)}.")
     print(f"Finished {record.finished}, after {duration(record.seconds)}.")
+
+
+def _print_windows(record: "PruneRecord") -> None:
+    """Print which text the run was calibrated on, if it was."""
+    used = record.identity
+    if used["calibration_sha256"] is None:
+        return
+    bos = "" if used["bos_id"] is None else ", each after BOS"
+    print(
+        f"Calibrated on {used['samples']} windows of {used['seq_len']} tokens of "
+        f"{used['calibration']}{bos}."
+    )
 
 
 def _print_dry_run(dry_run: "DryRun", as_json: bool) -> None:

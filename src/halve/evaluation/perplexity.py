@@ -4,6 +4,9 @@ The text is joined and cut into segments that do not overlap; the perplexity is 
 the mean over segments of a segment's mean loss (Frantar and Alistarh, 2023, appendix).
 Perplexities of different sequence lengths are not comparable, so every record states
 its length. Models run block by block, so they need not fit into memory.
+
+The paper's segments have no BOS token. A model that was trained with one reads it
+before every segment (`EvalOptions.bos`); what it predicts is the same.
 """
 
 import time
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.calibration import (
+    Segments,
     check_vocabulary,
     cut_segments,
     default_activation_memory,
@@ -36,14 +40,16 @@ def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
     options.check()
     started = time.perf_counter()
     opened = _open(model, options)
-    windows = _segments(opened, options)
+    segments = _segments(opened, options)
 
     def measure(opened: BlockwiseModel) -> Tensor:
-        batches = _run_blocks(opened, windows, options).logits()
-        return torch.cat([_losses(logits, windows[part]) for part, logits in batches])
+        batches = _run_blocks(opened, segments.ids, options).logits()
+        return torch.cat(
+            [_losses(logits, segments.part(part)) for part, logits in batches]
+        )
 
-    losses = with_smaller_batches(opened, windows.shape[1], measure)
-    return _record(losses, windows, options, started)
+    losses = with_smaller_batches(opened, segments.ids.shape[1], measure)
+    return _record(losses, segments, options, started)
 
 
 def compare(
@@ -53,8 +59,8 @@ def compare(
     options.check()
     started = time.perf_counter()
     pair = [_open(name, options) for name in (model, reference)]
-    windows, other = (_segments(opened, options) for opened in pair)
-    if not torch.equal(windows, other):
+    segments, other = (_segments(opened, options) for opened in pair)
+    if not torch.equal(segments.ids, other.ids):
         raise CalibrationError(
             f"{model} and {reference} do not split the text into the same tokens.",
             "Compare models that have the same tokenizer, and set seq_len if their "
@@ -63,18 +69,20 @@ def compare(
 
     def measure(first: BlockwiseModel) -> _Differences:
         second = replace(pair[1], batch_tokens=first.batch_tokens)
-        streams = [_run_blocks(opened, windows, options) for opened in (first, second)]
+        streams = [
+            _run_blocks(opened, segments.ids, options) for opened in (first, second)
+        ]
         differences = _Differences([], [], [], [])
         for (part, logits), (_, reference_logits) in _paired_logits(*streams):
-            differences.add(logits, reference_logits, windows[part])
+            differences.add(logits, reference_logits, segments.part(part))
         return differences
 
-    differences = with_smaller_batches(pair[0], windows.shape[1], measure)
+    differences = with_smaller_batches(pair[0], segments.ids.shape[1], measure)
     divergence = torch.cat(differences.divergences)
     return ComparisonRecord(
-        model=_record(torch.cat(differences.losses), windows, options, started),
+        model=_record(torch.cat(differences.losses), segments, options, started),
         reference=_record(
-            torch.cat(differences.reference_losses), windows, options, started
+            torch.cat(differences.reference_losses), segments, options, started
         ),
         kl_mean=float(divergence.mean()),
         kl_median=float(divergence.median()),
@@ -108,19 +116,20 @@ class _Differences:
     divergences: list[Tensor]
     agreements: list[Tensor]
 
-    def add(self, logits: Tensor, reference: Tensor, ids: Tensor) -> None:
+    def add(self, logits: Tensor, reference: Tensor, segments: Segments) -> None:
         """Add a batch.
 
         Args:
             logits: Logits of the model, [segments, length, vocabulary].
             reference: Logits of the reference, in the same shape.
-            ids: Token ids, [segments, length].
+            segments: The segments that both have read.
         """
-        self.losses.append(_losses(logits, ids))
-        self.reference_losses.append(_losses(reference, ids))
-        # The last position predicts a token beyond the segment. One segment at a time,
-        # because its log-probabilities take as much memory as its logits again.
-        for pruned, dense in zip(logits[:, :-1], reference[:, :-1], strict=True):
+        self.losses.append(_losses(logits, segments))
+        self.reference_losses.append(_losses(reference, segments))
+        both = (segments.predictions(scores) for scores in (logits, reference))
+        # One segment at a time, because its log-probabilities take as much memory as
+        # its logits again.
+        for pruned, dense in zip(*both, strict=True):
             # KL(p || q) = sum over the vocabulary of p (log p - log q); p: reference.
             log_p, log_q = dense.log_softmax(-1), pruned.log_softmax(-1)
             self.divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
@@ -132,7 +141,7 @@ def _open(model: str | Path, options: EvalOptions) -> BlockwiseModel:
     return BlockwiseModel.open(folder, options.device, options.trust_remote_code)
 
 
-def _segments(opened: BlockwiseModel, options: EvalOptions) -> Tensor:
+def _segments(opened: BlockwiseModel, options: EvalOptions) -> Segments:
     default = opened.meta_model.default_length
     length = default if options.seq_len is None else options.seq_len
     opened.meta_model.check_length(length)
@@ -141,11 +150,13 @@ def _segments(opened: BlockwiseModel, options: EvalOptions) -> Tensor:
             f"seq_len is {length}, which leaves no token to predict.",
             "Set seq_len to 2 or more (--seq-len).",
         )
-    encode = load_encoder(opened.checkpoint.folder, options.trust_remote_code)
+    adds_bos = options.bos == "auto" and not opened.meta_model.is_of_the_papers
+    folder = opened.checkpoint.folder
+    encode = load_encoder(folder, options.trust_remote_code, adds_bos)
     corpus = load_corpus(options.data, "evaluation")
-    windows = cut_segments(corpus, encode, length, options.segments)
-    check_vocabulary(windows, opened.meta_model.vocabulary)
-    return windows
+    segments = cut_segments(corpus, encode, length, options.segments)
+    check_vocabulary(segments.ids, opened.meta_model.vocabulary)
+    return segments
 
 
 def _run_blocks(
@@ -163,30 +174,30 @@ def _run_blocks(
     return stream
 
 
-def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+def _losses(logits: Tensor, segments: Segments) -> Tensor:
     """Return the mean cross-entropy of each segment in nats, [segments], float64.
 
     Args:
         logits: Logits, [segments, length, vocabulary].
-        ids: Token ids, [segments, length].
+        segments: The segments that were read.
     """
-    targets = ids[:, 1:].to(logits.device)
+    targets = segments.targets.to(logits.device)
     losses = [
-        functional.cross_entropy(segment, target, reduction="none").double().mean()
-        for segment, target in zip(logits[:, :-1], targets, strict=True)
+        functional.cross_entropy(predicted, target, reduction="none").double().mean()
+        for predicted, target in zip(segments.predictions(logits), targets, strict=True)
     ]
     return torch.stack(losses).cpu()
 
 
 def _record(
-    losses: Tensor, windows: Tensor, options: EvalOptions, started: float
+    losses: Tensor, segments: Segments, options: EvalOptions, started: float
 ) -> PerplexityRecord:
     if not losses.isfinite().all():
         raise NumericalError(
             "The model's loss is not finite.",
             "Check the checkpoint for weights that are NaN, infinite or too large.",
         )
-    count, length = windows.shape
+    count, length = segments.ids.shape
     perplexity = float(losses.mean().exp())
     # d exp(m) = exp(m) dm, and the standard error of the mean m is std / sqrt(count).
     standard_error = float(losses.std()) / count**0.5 if count > 1 else float("nan")
@@ -198,4 +209,5 @@ def _record(
         segments=count,
         data=options.data,
         seconds=time.perf_counter() - started,
+        bos=segments.bos,
     )

@@ -37,6 +37,8 @@ from halve.untrusted import read_json, truncated
 
 # The sequence length of the papers, where a config gives no maximum (BLOOM).
 _PAPER_LENGTH = 2048
+# Model types whose perplexities the papers of the field give, of windows without BOS.
+_PAPER_FAMILIES = frozenset({"opt", "bloom", "gpt2"})
 _SUPPORTED = "Use a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ..."
 
 
@@ -99,6 +101,14 @@ class MetaModel:
     def default_length(self) -> int:
         """The papers' sequence length, or the model's maximum if that is shorter."""
         return min(_PAPER_LENGTH, self.longest_sequence or _PAPER_LENGTH)
+
+    @property
+    def is_of_the_papers(self) -> bool:
+        """Whether the papers of the field judge models of this family.
+
+        Their code tokenizes a text once and cuts it, so that windows have no BOS token.
+        """
+        return self.config.model_type in _PAPER_FAMILIES
 
     def check_length(self, length: int) -> None:
         """Raise CalibrationError if a sequence is longer than the model supports."""

@@ -4,8 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, TypedDict
 
-from halve.option import TEXT, Option, check_ranges, documented
-from halve.options.shared import LENGTH, ActivationMemory, Device, TrustRemoteCode
+from halve.option import TEXT, Option, check_choice, check_ranges, documented
+from halve.options.choices import BOS_CHOICES
+from halve.options.shared import (
+    BOS_DETAILS,
+    LENGTH,
+    ActivationMemory,
+    Device,
+    TrustRemoteCode,
+)
 
 
 @documented
@@ -37,14 +44,24 @@ class EvalOptions:
             minimum=1,
         ),
     ] = None
+    bos: Annotated[
+        str,
+        Option(
+            "Whether every segment is read after the tokenizer's BOS token.",
+            TEXT,
+            choices=BOS_CHOICES,
+            details=f"{BOS_DETAILS} The same tokens are predicted either way.",
+        ),
+    ] = "auto"
     device: Device = "auto"
     activation_memory: ActivationMemory = None
     trust_remote_code: TrustRemoteCode = False
     progress: Callable[[int, int], None] = lambda block, blocks: None
 
     def check(self) -> None:
-        """Raise HalveError on the first number out of range."""
+        """Raise HalveError on the first option that is invalid."""
         check_ranges(self)
+        check_choice(self, "bos")
 
 
 class EvalKeywords(TypedDict, total=False):
@@ -53,6 +70,7 @@ class EvalKeywords(TypedDict, total=False):
     data: str
     seq_len: int | None
     segments: int | None
+    bos: str
     device: str
     activation_memory: int | None
     trust_remote_code: bool

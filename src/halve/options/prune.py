@@ -12,17 +12,19 @@ from halve.option import (
     SOLVER,
     TARGET,
     Option,
+    check_choice,
     documented,
 )
 from halve.options.choices import (
     ALLOCATION_CHOICES,
+    BOS_CHOICES,
     HEAD_CHOICES,
     PRECISION_CHOICES,
     QUANTIZE_CHOICES,
     SOLVER_CHOICES,
 )
 from halve.options.run import RunKeywords
-from halve.options.shared import LENGTH, Device
+from halve.options.shared import BOS_DETAILS, LENGTH, Device
 
 if TYPE_CHECKING:
     from halve.grids import QuantScheme
@@ -88,6 +90,15 @@ class PruneOptions:
     seed: Annotated[
         int, Option("Seed for drawing the calibration windows.", CALIBRATION)
     ] = 0
+    bos: Annotated[
+        str,
+        Option(
+            "Whether every calibration window begins with the tokenizer's BOS token.",
+            CALIBRATION,
+            choices=BOS_CHOICES,
+            details=BOS_DETAILS,
+        ),
+    ] = "auto"
     damping: Annotated[
         float,
         Option(
@@ -285,10 +296,14 @@ class PruneOptions:
         """Raise HalveError on the first option, or combination, that is invalid."""
         _ = self.pairs  # parses the pattern and the grid
         self._check_target_bits()
-        self._check_choice("solver", SOLVER_CHOICES)
-        self._check_choice("allocation", ALLOCATION_CHOICES)
-        self._check_choice("quantize_head", HEAD_CHOICES)
-        self._check_choice("matmul_precision", PRECISION_CHOICES)
+        for name in (
+            "solver",
+            "allocation",
+            "quantize_head",
+            "matmul_precision",
+            "bos",
+        ):
+            check_choice(self, name)
         for name in ("samples", "block_size", "seq_len", "epochs"):
             self._check_positive(name)
         self._check_grid_options()
@@ -306,15 +321,6 @@ class PruneOptions:
                 "given as well.",
                 "Set target_bits alone (--target-bits), or sparsity and quantize "
                 "(--sparsity, --quantize).",
-            )
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise HalveError(
-                f"There is no {name} {value!r}.",
-                f"Set {name} to one of {', '.join(choices)} "
-                f"(--{name.replace('_', '-')}).",
             )
 
     def _check_positive(self, name: str) -> None:
@@ -387,6 +393,7 @@ class PruneKeywords(RunKeywords, total=False):
     samples: int
     seq_len: int | None
     seed: int
+    bos: str
     damping: float
     block_size: int
     device: str

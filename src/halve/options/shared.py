@@ -32,6 +32,12 @@ Activations = Annotated[
         "results by about 0.6 %, more where a few inputs are far larger than the rest.",
     ),
 ]
+BOS_DETAILS = (
+    "auto: where the tokenizer puts the token in front of a text by itself, as it does "
+    "for models that were trained with it, except for OPT, BLOOM and GPT-2, whose "
+    "published figures are of windows without. never: as for those, the text is "
+    "tokenized once and cut."
+)
 TrustRemoteCode = Annotated[
     bool, Option("Allow Python code that comes with the model to run.")
 ]

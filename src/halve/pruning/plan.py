@@ -33,6 +33,8 @@ class Plan:
         width: Size of the hidden states.
         vocabulary: Size of the model's vocabulary.
         scored_heads: See `MetaModel.scored_heads`.
+        adds_bos: Whether windows begin with the tokenizer's BOS token, if it puts that
+            in front of a text by itself.
     """
 
     model: Path
@@ -41,6 +43,7 @@ class Plan:
     width: int
     vocabulary: int
     scored_heads: int
+    adds_bos: bool
 
     @property
     def tokens(self) -> int:
@@ -91,6 +94,7 @@ def make_plan(
         width=meta_model.config.get_text_config().hidden_size,
         vocabulary=meta_model.vocabulary,
         scored_heads=meta_model.scored_heads,
+        adds_bos=options.bos == "auto" and not meta_model.is_of_the_papers,
     )
 
 

@@ -4,7 +4,6 @@ Decides what to do (plan, calibration windows, identity), runs the loop over the
 in `OUT.partial`, and publishes the folder with its record.
 """
 
-import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from halve.pruning.plan import Plan, make_plan
 from halve.pruning.progress import ProgressReporter
 from halve.pruning.quantize_head import head_records
 from halve.pruning.run import Run
-from halve.pruning.windows import calibration_windows
+from halve.pruning.windows import CalibrationWindows, calibration_windows
 from halve.records import (
     AllocationRecord,
     BlockRecord,
@@ -90,7 +89,7 @@ def prune_model(
     with open_output(out, identity, ranks) as output:
         if output.is_complete:
             return ranks.broadcast_object(lambda: _publish(output.workspace, out))
-        blocks, allocation = _run(plan, run_options, output, windows)
+        blocks, allocation = _run(plan, run_options, output, windows.ids)
 
         def finish() -> PruneRecord:
             assert output.workspace is not None, "rank 0 has the workspace"
@@ -186,13 +185,10 @@ def _run(
     return with_smaller_batches(model, length, attempt)
 
 
-def _identity(plan: Plan, windows: Tensor | None) -> dict[str, Any]:
+def _identity(plan: Plan, windows: CalibrationWindows) -> dict[str, Any]:
     """Return what two runs must have in common to produce the same bytes."""
-    digest = hashlib.sha256(windows.numpy().tobytes()) if windows is not None else None
-    return plan.identity() | {
-        "device": choose_device(plan.options.device).type,
-        "calibration_sha256": digest and digest.hexdigest(),
-    }
+    device = choose_device(plan.options.device).type
+    return plan.identity() | {"device": device} | windows.identity()
 
 
 def _shards(plan: Plan, workspace: Workspace) -> dict[str, str]:

@@ -16,6 +16,7 @@ class PerplexityRecord:
         segments: Number of segments.
         data: Name of the text.
         seconds: Wall time.
+        bos: The BOS token that was read before every segment; None for none.
     """
 
     perplexity: float
@@ -25,6 +26,7 @@ class PerplexityRecord:
     segments: int
     data: str
     seconds: float
+    bos: int | None = None
 
 
 @dataclass(frozen=True)

@@ -186,12 +186,18 @@ def _check_context(model: Any, prompt: int, generated: int) -> None:  # noqa: AN
 
 @torch.no_grad()
 def sample_windows(
-    folder: Path, samples: int, length: int, seed: int, trust_remote_code: bool = False
+    folder: Path,
+    samples: int,
+    length: int,
+    seed: int,
+    trust_remote_code: bool = False,
+    *,
+    bos: int | None = None,
 ) -> Tensor:
     """Sample calibration windows from the model itself.
 
-    Each begins with a random token, and the rest is sampled from the model's full
-    distribution at temperature 1.
+    Each begins with a random token, after BOS if there is one, and the rest is sampled
+    from the model's full distribution at temperature 1.
 
     The text is sampled on the CPU, whatever device prunes: a GPU has another generator
     and rounds otherwise, and would sample another text from the same seed. No other
@@ -207,6 +213,8 @@ def sample_windows(
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     first = torch.randint(vocabulary, (samples, 1), generator=generator)
+    if bos is not None:
+        first = torch.cat((torch.full_like(first, bos), first), dim=1)[:, :length]
     parts = []
     with torch.random.fork_rng(devices=[]):
         # Unlike `torch.manual_seed`, which seeds the generators of all GPUs as well.

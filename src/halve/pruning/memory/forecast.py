@@ -15,6 +15,7 @@ from halve.calibration_stats import CrossGram, GramMatrix
 from halve.layout import PlannedBlock
 from halve.pruning.memory.phases import Phase, Workload, all_phases, host_phases
 from halve.pruning.memory.solving import solving_operations
+from halve.pruning.memory.text import text_phase
 from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.input_groups import expected_groups
 from halve.pruning.plan import Plan
@@ -75,12 +76,25 @@ class Forecast:
     @property
     def largest(self) -> Phase:
         """The phase that determines the peak."""
-        return max(self.phases, key=lambda phase: phase.bytes)
+        return max(self.phases, key=self.bytes_while)
 
     @property
     def peak(self) -> int:
         """Peak bytes of memory, without the page cache of memory-mapped files."""
-        return self.process + self.resident + self.largest.bytes
+        return self.process + max(map(self.bytes_while, self.phases))
+
+    def bytes_while(self, phase: Phase) -> int:
+        """Return what is in memory during a phase, beside the process itself.
+
+        Text is read before there are hidden states.
+        """
+        return phase.bytes + self.resident * phase.has_activations
+
+    @property
+    def peak_beside_activations(self) -> int:
+        """Peak bytes while there are activations, without those."""
+        beside = (phase.bytes for phase in self.phases if phase.has_activations)
+        return self.process + max(beside)
 
     def by_name(self) -> dict[str, dict[str, int]]:
         """Return the parts of the largest phase of each name."""
@@ -104,8 +118,7 @@ def forecast_run(
             machine's memory.
         deferred: See `MemoryPlan`.
     """
-    solvers = [c.solver for c in candidates(plan.options, plan.layout.dtype)]
-    work = Workload(plan, solvers, deferred)
+    work = _workload(plan, deferred)
     return Forecast(
         process=_resident() + _LIBRARIES,
         activations=tuple(_activations(work)),
@@ -121,7 +134,7 @@ def forecast_run(
 def forecast_host(
     plan: Plan, budget: int | None = None, deferred: bool = False
 ) -> Forecast:
-    """Predict what a run takes of the host, wherever it computes.
+    """Predict what a run takes of the host, text included, wherever it computes.
 
     Args:
         plan: The run.
@@ -129,13 +142,20 @@ def forecast_host(
         deferred: As for `forecast_run`.
     """
     forecast = forecast_run(plan, budget, deferred)
-    if choose_device(plan.options.device).type != "cuda":
+    if choose_device(plan.options.device).type == "cuda":
+        forecast = replace(
+            forecast,
+            process=forecast.process + _CUDA_LIBRARIES,
+            phases=tuple(host_phases(plan)),
+        )
+    if not _workload(plan, deferred).runs_text:
         return forecast
-    return replace(
-        forecast,
-        process=forecast.process + _CUDA_LIBRARIES,
-        phases=tuple(host_phases(plan)),
-    )
+    return replace(forecast, phases=(text_phase(plan), *forecast.phases))
+
+
+def _workload(plan: Plan, deferred: bool) -> Workload:
+    solvers = [c.solver for c in candidates(plan.options, plan.layout.dtype)]
+    return Workload(plan, solvers, deferred)
 
 
 def _resident() -> int:

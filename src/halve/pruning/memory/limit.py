@@ -62,7 +62,7 @@ def plan_memory(
     forecast = deferred if defers else together
     if forecast.peak > memory:
         raise _too_little(forecast, memory)
-    left = max(target - forecast.peak, 0)
+    left = max(target - forecast.peak_beside_activations, 0)
     return MemoryPlan(left if activations is None else min(left, activations), defers)
 
 

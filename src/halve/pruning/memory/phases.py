@@ -40,10 +40,12 @@ class Phase:
     Attributes:
         name: Name of the phase.
         parts: Use of the memory -> bytes.
+        has_activations: Whether hidden states and cached inputs are in memory as well.
     """
 
     name: str
     parts: dict[str, int]
+    has_activations: bool = True
 
     @property
     def bytes(self) -> int:

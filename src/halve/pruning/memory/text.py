@@ -1,0 +1,38 @@
+"""Memory that reading and tokenizing the calibration text takes, before the blocks."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from halve.calibration import corpus_nbytes, load_encoder
+from halve.errors import SourceError
+from halve.pruning.memory.phases import Phase
+from halve.pruning.plan import Plan
+
+# Bytes of token ids for a byte of text: four for a token, which is seldom less than
+# three bytes long, and room to grow in an array.
+_TOKENS = 1.5
+# What a text that cannot be cut takes for each of its bytes while it is tokenized.
+_WHOLE = 165
+
+
+def text_phase(plan: Plan) -> Phase:
+    """Return the phase in which the calibration text is read.
+
+    Only the text's size is read, and the tokenizer, which tells whether the text can be
+    tokenized in pieces.
+    """
+    nbytes = corpus_nbytes(plan.options.calibration, "calibration")
+    in_pieces = _is_cut(plan.model)
+    part = "tokens" if in_pieces else "the whole text, tokenized at once"
+    tokens = int(nbytes * (_TOKENS if in_pieces else _WHOLE))
+    parts = {"text": nbytes, part: tokens}
+    return Phase("reading text", parts, has_activations=False)
+
+
+@lru_cache(maxsize=8)
+def _is_cut(folder: Path) -> bool:
+    """Return whether a model's tokenizer is one that texts can be cut for."""
+    try:
+        return load_encoder(folder).cutter is not None
+    except SourceError:  # which the run will report
+        return True
