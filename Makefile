@@ -61,7 +61,8 @@ bench-all: bench bench-quality bench-frontier bench-ranks bench-scale
 # Fuzzes every parser of untrusted files in turn. Needs atheris, which has no wheel for
 # some platforms.
 FUZZ_SECONDS ?= 600
-READERS := safetensors index packed pickle config txt jsonl parquet record pack-record ledger
+READERS := safetensors index packed compressed mxfp4 quantization-entry pickle \
+  config txt jsonl parquet record pack-record ledger
 fuzz: $(READY)
 	$(BIN)/pip install --quiet atheris
 	for reader in $(READERS); do \

@@ -265,7 +265,9 @@ def unpack(
 ) -> PackRecord:
     """Store a packed model dense, for programs that do not support Halve's format.
 
-    `unpack(pack(m)) == m`, bit for bit. Arguments, errors and cost as for `pack`.
+    `unpack(pack(m)) == m`, bit for bit. A model in FP8, MXFP4 or a format of
+    compressed-tensors that Halve reads becomes bfloat16. Arguments, errors and cost as
+    for `pack`.
     """
     show = progress or (lambda _: None)
     rewriting = PackOptions(False, trust_remote_code, show)

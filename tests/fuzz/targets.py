@@ -158,7 +158,12 @@ def _entry_files(data: bytes) -> Files:
 
 
 def _entry_seeds() -> list[bytes]:
-    return [json.dumps(writer.entry).encode() for writer in WRITERS.values()]
+    """Return entries that give the size of its tiles."""
+    own = WRITERS["fp8 partial blocks"].entry
+    other = json.dumps(WRITERS["float-quantized, blocks"].entry)
+    sizes = ("[24, 24]", '"24x24"')
+    others = [other.replace("[24, 16]", size) for size in sizes]
+    return [text.encode() for text in (json.dumps(own), *others)]
 
 
 def _index_seeds() -> list[bytes]:

@@ -62,8 +62,8 @@ CONFIGS = {
     "quantised by nothing": (by.config(quantization_config={}), ("quantized",)),
     "quantised is text": (by.config(quantization_config="fp8"), ("quantized",)),
     "compressed": (
-        by.config(compression_config={"quant_method": "compressed-tensors"}),
-        ("quantized",),
+        by.config(compression_config={"format": "marlin-24"}),
+        ("quantized", "compressed-tensors, marlin-24"),
     ),
     "custom code": (
         by.config(

@@ -183,7 +183,9 @@ def test_a_dense_model_is_not_packed_and_nothing_is_left(pico, tmp_path):
 
 def test_a_dense_model_is_not_unpacked(made, tmp_path):
     _, pruned, _ = made()
-    with pytest.raises(halve.HalveError, match=r"is packed\. Use the model as it is"):
+    with pytest.raises(
+        halve.HalveError, match=r"is packed or quantized\. Use the model as it is"
+    ):
         halve.unpack(pruned, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 

@@ -11,6 +11,7 @@ from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
 )
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import halve
@@ -18,7 +19,14 @@ from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError, UnsupportedModelError
 from halve.models import StoredTensor, build_meta_model, match_names
 from tests.integration.test_resume import digests
-from tests.quantized_inputs import WEIGHTS, WRITERS, announce, write_both
+from tests.quantized_inputs import (
+    FP8,
+    WEIGHTS,
+    WRITERS,
+    announce,
+    decoded,
+    write_both,
+)
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 MAGNITUDE = {"solver": "magnitude", "device": "cpu"}
@@ -133,6 +141,70 @@ def test_other_places_of_the_entry(name, folders, tmp_path):
     if name[0] == "c":
         halve.prune(tmp_path, tmp_path / "out", **MAGNITUDE)
         assert name not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+def save(folder, tensors, entry):
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    config = {"quantization_config": entry}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2], ids=str)
+def test_every_code_with_every_exponent_is_that_of_transformers(dtype, kind, tmp_path):
+    """Subnormal products and overflows included; NaN has many bit patterns."""
+    codes = torch.arange(256).to(torch.uint8).view(dtype)
+    numbers = codes[~codes.float().isnan()].view(torch.uint8).expand(255, -1)
+    codes = numbers.contiguous().view(dtype)
+    scales = torch.arange(255).to(torch.uint8).view(kind).view(255, 1)
+    tensors = {"a.weight": codes, "a.weight_scale_inv": scales}
+    save(tmp_path, tensors, {"quant_method": "mxfp8"})
+    read = Checkpoint.open(tmp_path).read(["a.weight"])["a.weight"]
+    expected = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
+    assert torch.equal(read.view(torch.int16), expected.view(torch.int16))
+
+
+def test_every_pair_of_mxfp4_with_every_exponent_is_that_of_transformers(tmp_path):
+    blocks = torch.arange(256).view(1, 1, 16, 16).expand(1, 255, 16, 16)
+    scales = torch.arange(255).view(1, 255, 1).expand(1, 255, 16)
+    blocks, scales = (t.to(torch.uint8).contiguous() for t in (blocks, scales))
+    save(tmp_path, {"e_blocks": blocks, "e_scales": scales}, {"quant_method": "mxfp4"})
+    read = Checkpoint.open(tmp_path).read(["e"])["e"]
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    assert torch.equal(read.view(torch.int16), expected.view(torch.int16))
+
+
+def test_a_stack_of_matrices_has_scales_for_each(tmp_path):
+    """Experts may be fused into one parameter, whose name has no `.weight`."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(3, 32, 48, generator=generator).to(FP8)
+    scales = torch.rand(3, 2, 3, generator=generator)
+    tensors = {"experts.up_proj": codes, "experts.up_proj_scale_inv": scales}
+    save(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [16, 16]})
+    expected = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert list(checkpoint.tensors) == ["experts.up_proj"]
+    read = checkpoint.read(["experts.up_proj"])["experts.up_proj"]
+    assert torch.equal(read, expected)
+
+
+def test_blocks_have_128_rows_and_columns_unless_the_config_says_otherwise(tmp_path):
+    codes, scales = torch.ones(192, 130).to(FP8), torch.rand(2, 2)
+    tensors = {"a.weight": codes, "a.weight_scale_inv": scales}
+    save(tmp_path, tensors, {"quant_method": "fp8"})
+    read = Checkpoint.open(tmp_path).read(["a.weight"])["a.weight"]
+    assert torch.equal(read, decoded(codes, scales, (128, 128)))
+
+
+def test_scales_of_activations_and_of_the_cache_are_left_out(tmp_path):
+    weight = torch.ones(4, 8)
+    tensors, _ = WRITERS["float-quantized, channel"].write("attn.k_proj", weight)
+    dense = {"attn.norm.weight": torch.ones(8), "other.k_scale": torch.ones(1)}
+    unused = ("attn.k_scale", "attn.v_scale", "attn.k_proj.output_scale")
+    tensors |= {name: torch.ones(1) for name in unused} | dense
+    save(tmp_path, tensors, WRITERS["float-quantized, channel"].entry)
+    kept = {"attn.k_proj.weight", *dense}
+    assert Checkpoint.open(tmp_path).tensors.keys() == kept
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def unpack(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Store a packed model dense again, bit for bit."""
+    """Store a packed or quantized model dense."""
     from halve.cli.console import progress_line
     from halve.packing import unpack_model
 

@@ -54,8 +54,9 @@ def declared_entry(config: object) -> dict[str, Any] | None:
     """
     if not isinstance(config, dict):
         return None
-    for entries in (config, config.get(TEXT_CONFIG)):
-        for name in ENTRIES if isinstance(entries, dict) else ():
+    for part in (config, config.get(TEXT_CONFIG)):
+        entries = part if isinstance(part, dict) else {}
+        for name in ENTRIES:
             if (entry := entries.get(name)) is not None:
                 return _with_method(name, entry)
     return None

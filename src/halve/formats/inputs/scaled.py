@@ -32,6 +32,7 @@ _HALF = (torch.bfloat16, torch.float16)
 _SCALES = ("_scale_inv", "_scale")
 _ZEROS = "_zero_point"
 _ORDER = "_g_idx"
+_MATRIX = 2  # dimensions
 # What activation quantization leaves beside a weight: names within its module.
 _OF_INPUTS = (
     "input_scale",
@@ -95,7 +96,7 @@ class ScaledMatrix(StoredMatrix):
         size of those that do not divide the matrix could only be guessed. The last
         tiles of a block may be partial, as of the 576 rows of DeepSeek-V3.
         """
-        if self.codes.dim() < 2 or len(self.grid) < 2:  # noqa: PLR2004
+        if min(self.codes.dim(), len(self.grid)) < _MATRIX:
             return None
         (rows, columns), (down, across) = self.codes.shape[-2:], self.grid
         if 0 in {rows, columns, down, across}:
