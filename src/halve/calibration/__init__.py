@@ -1,5 +1,6 @@
 """Calibration and evaluation text, its tokens, and storage for hidden states."""
 
+from halve.calibration.chat_template import ChatTemplate
 from halve.calibration.corpora import Corpus, load_corpus
 from halve.calibration.spill import allocate_hidden, default_activation_memory
 from halve.calibration.tokens import load_encoder, load_tokenizer
@@ -11,6 +12,7 @@ from halve.calibration.windows import (
 )
 
 __all__ = [
+    "ChatTemplate",
     "Corpus",
     "Encode",
     "allocate_hidden",

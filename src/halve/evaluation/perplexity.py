@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.calibration import (
+    ChatTemplate,
     check_vocabulary,
     cut_segments,
     default_activation_memory,
@@ -142,7 +143,8 @@ def _segments(opened: BlockwiseModel, options: EvalOptions) -> Tensor:
             "Set seq_len to 2 or more (--seq-len).",
         )
     encode = load_encoder(opened.checkpoint.folder, options.trust_remote_code)
-    corpus = load_corpus(options.data, "evaluation")
+    render = ChatTemplate(opened.checkpoint.folder, options.trust_remote_code)
+    corpus = load_corpus(options.data, "evaluation", render)
     windows = cut_segments(corpus, encode, length, options.segments)
     check_vocabulary(windows, opened.meta_model.vocabulary)
     return windows
@@ -189,10 +191,10 @@ def _record(
     count, length = windows.shape
     perplexity = float(losses.mean().exp())
     # d exp(m) = exp(m) dm, and the standard error of the mean m is std / sqrt(count).
-    standard_error = float(losses.std()) / count**0.5 if count > 1 else float("nan")
+    standard_error = float(losses.std()) / count**0.5 if count > 1 else None
     return PerplexityRecord(
         perplexity=perplexity,
-        standard_error=perplexity * standard_error,
+        standard_error=standard_error and perplexity * standard_error,
         tokens=count * (length - 1),
         seq_len=length,
         segments=count,

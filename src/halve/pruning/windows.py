@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from halve.calibration import (
+    ChatTemplate,
     check_vocabulary,
     draw_windows,
     load_corpus,
@@ -25,7 +26,8 @@ def calibration_windows(plan: Plan, trust_remote_code: bool) -> Tensor | None:
     size = (options.samples, options.seq_len)
     if options.calibration == "self":
         return sample_windows(plan.model, *size, options.seed, trust_remote_code)
-    corpus = load_corpus(options.calibration, "calibration")
+    render = ChatTemplate(plan.model, trust_remote_code)
+    corpus = load_corpus(options.calibration, "calibration", render)
     encode = load_encoder(plan.model, trust_remote_code)
     windows = draw_windows(corpus, encode, *size, options.seed)
     check_vocabulary(windows, plan.vocabulary)
