@@ -23,6 +23,7 @@ from halve.option import (
     TARGET,
     TEXT,
     Option,
+    Options,
     check_ranges,
     documented,
 )
@@ -87,7 +88,7 @@ TrustRemoteCode = Annotated[
 
 @documented
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneOptions(Options):
     """Options of pruning that change the result."""
 
     sparsity: Annotated[
@@ -112,11 +113,16 @@ class PruneOptions:
     calibration: Annotated[
         str,
         Option(
-            "Calibration text: c4, wikitext2, ptb, a Hub data set, a .txt, .jsonl or "
+            "Calibration text: c4, wikitext2, ptb, a data set, a .txt, .jsonl or "
             ".parquet file, stdlib (this Python's sources), or self (text sampled from "
             "the model).",
             CALIBRATION,
-            details="With self, the model must fit into memory.",
+            details="A data set is NAME:CONFIG:SPLIT:COLUMN, a name on the Hub or a "
+            "folder; parts may be empty or left out (the split is then train), and "
+            "FILE:COLUMN names a column of a file. By default the column is text, "
+            "messages or conversations, the first that there is; conversations are "
+            "rendered by the model's chat template. With self, the model must fit into "
+            "memory.",
         ),
     ] = "c4"
     samples: Annotated[
@@ -425,7 +431,7 @@ class PruneOptions:
 
 @documented
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Options):
     """Options of a pruning run that change no result."""
 
     activation_memory: ActivationMemory = None
@@ -449,18 +455,20 @@ class RunOptions:
 
 @documented
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(Options):
     """Options of an evaluation."""
 
     data: Annotated[
         str,
         Option(
-            "Text to evaluate on: wikitext2, ptb, c4, stdlib, a Hub data set, or a "
-            ".txt, .jsonl or .parquet file.",
+            "Text to evaluate on: wikitext2, ptb, c4, stdlib, a data set, or a .txt, "
+            ".jsonl or .parquet file.",
             TEXT,
-            details="wikitext2 (joined by blank lines) and ptb are the test splits; c4 "
-            "is the first 1100 documents of the validation split, 256 segments; stdlib "
-            "is the modules of this Python's library that calibration does not use.",
+            details="Data sets and columns are named as for calibration; the split is "
+            "test by default. wikitext2 (joined by blank lines) and ptb are the test "
+            "splits; c4 is the first 1100 documents of the validation split, 256 "
+            "segments; stdlib is the modules of this Python's library that calibration "
+            "does not use.",
         ),
     ] = "wikitext2"
     seq_len: Annotated[
@@ -488,7 +496,7 @@ class EvalOptions:
 
 @documented
 @dataclass(frozen=True)
-class PackOptions:
+class PackOptions(Options):
     """Options of packing and unpacking."""
 
     positive_zeros: Annotated[
@@ -506,7 +514,7 @@ class PackOptions:
 
 @documented
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(Options):
     """Options of a benchmark."""
 
     random_llama: Annotated[

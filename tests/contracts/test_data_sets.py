@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
 from halve.calibration import ChatTemplate, load_corpus
+from halve.calibration.corpora import Part
 from halve.calibration.documents import as_messages
 from halve.errors import CalibrationError, HalveError, SourceError
 from tests.tables import BUNDLED
@@ -64,7 +65,7 @@ def stored(tmp_path):
     return store
 
 
-def documents(name, part="calibration", render=render):
+def documents(name, part: Part = "calibration", render=render):
     return load_corpus(name, part, render).documents
 
 

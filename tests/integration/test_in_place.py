@@ -71,7 +71,7 @@ def test_the_current_folder_is_filled(name, run, whole, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / ("" if name == "here/.." else "here"))
     if name == "here/..":
-        with pytest.raises(OutputError, match="is not empty"):
+        with pytest.raises(OutputError, match="already exists, and contains here"):
             run(name)
         return
     run(name)
@@ -133,7 +133,7 @@ def test_publishing_may_fail_anywhere(manner, run, whole, volume, monkeypatch):
 
 def test_files_of_others_are_not_touched(run, volume):
     (volume / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"is not empty: it contains notes.txt"):
+    with pytest.raises(OutputError, match=r"already exists, and contains notes\.txt"):
         run(volume)
     (volume / "notes.txt").unlink()
 

@@ -1,5 +1,7 @@
 """A model that is sparse already: its zeros stay, whatever is done to it next."""
 
+import json
+import shutil
 from typing import Any
 
 import pytest
@@ -65,3 +67,56 @@ def test_a_few_stray_zeros_are_weights_like_others(pico, tmp_path, text):
     halve.prune(pico("llama"), out, sparsity=0.005, solver="magnitude")
     record = halve.prune(out, tmp_path / "int2", sparsity=0, quantize="int2", **options)
     assert record.sparsity == 0
+
+
+NOTE = {"format": "dense", "global_sparsity": 0.5, "sparsity_structure": "2:4"}
+METHOD = {"quant_method": "compressed-tensors"}
+# How compressed-tensors notes that a model whose weights are plain is sparse.
+NOTES: dict[str, dict[str, Any]] = {
+    "compression": {"compression_config": {"sparsity_config": NOTE}},
+    "quantization": {
+        "quantization_config": METHOD
+        | {"format": "dense", "config_groups": {}, "sparsity_config": NOTE}
+    },
+    "null groups": {
+        "quantization_config": METHOD | {"config_groups": None, "sparsity_config": NOTE}
+    },
+    "both": {
+        "quantization_config": METHOD | {"sparsity_config": NOTE},
+        "compression_config": {"sparsity_config": NOTE},
+    },
+}
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "a mask": {"sparsity_config": NOTE | {"format": "sparse-24-bitmask"}},
+    "groups": {"sparsity_config": NOTE, "config_groups": {"group_0": {"bits": 4}}},
+    "another format": {"sparsity_config": NOTE, "format": "pack-quantized"},
+    "no note": {"format": "dense", "config_groups": {}},
+    "a list": {"sparsity_config": NOTE | {"format": ["dense"]}},
+}
+
+
+def described(folder, source, entries):
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    return folder
+
+
+@pytest.mark.parametrize("row", NOTES)
+def test_a_note_of_sparsity_is_no_quantization(row, sparse, tmp_path):
+    """The note does not go with an output, of which it says nothing true."""
+    model = described(tmp_path / "model", sparse, NOTES[row])
+    assert {m.pattern for m in halve.inspect(model).matrices} == {"2:4"}
+    halve.pack(model, tmp_path / "packed")
+    halve.unpack(tmp_path / "packed", tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert not {"quantization_config", "compression_config"} & config.keys()
+    assert config == json.loads((sparse / "config.json").read_text())
+
+
+@pytest.mark.parametrize("row", COMPRESSED)
+def test_compressed_weights_are_still_refused(row, sparse, tmp_path):
+    entries = {"quantization_config": METHOD | COMPRESSED[row]}
+    model = described(tmp_path / "model", sparse, entries)
+    with pytest.raises(halve.HalveError, match="quantized"):
+        halve.inspect(model)

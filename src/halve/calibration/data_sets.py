@@ -1,6 +1,6 @@
 """Read data sets: from the Hub, or from a folder in one of the forms of `datasets`."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -93,7 +93,7 @@ def _split(name: DataSetName, split: str) -> Iterator[Mapping[str, Any]]:
         yield row
 
 
-def _open(name: DataSetName) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+def _open(name: DataSetName) -> Mapping[Any, Any]:
     """Return split -> rows, streamed where they are not on this disk."""
     from datasets import (  # noqa: PLC0415  (slow to import)
         Dataset,

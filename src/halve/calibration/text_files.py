@@ -170,8 +170,9 @@ def _text_size(value: object) -> int:
     """Return the characters of all texts in a value of JSON's types."""
     if isinstance(value, str):
         return len(value)
-    inner = value.values() if isinstance(value, dict) else value
-    return sum(map(_text_size, inner)) if isinstance(value, dict | list) else 0
+    if isinstance(value, dict):
+        return sum(map(_text_size, value.values()))
+    return sum(map(_text_size, value)) if isinstance(value, list) else 0
 
 
 _Reader = Callable[[Path, str | None, Render | None], tuple[str, ...]]

@@ -40,13 +40,14 @@ def output_path(out: str | Path, source: Path) -> Path:
             path = path.resolve()  # to a path whose parent and name can be used
         path.exists()
         partial_path(path).exists()  # a longer name
+        is_source = path.resolve() == source.resolve()
     # Name too long, unknown ~user, null byte, or no path at all.
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise OutputError(
             f"{str(out)[:200]!r} is not a valid folder name.",
             "Choose another output folder.",
         ) from error
-    if path.resolve() == source.resolve():
+    if is_source:
         raise OutputError(
             f"The output folder {out} is the model itself.",
             "Choose another output folder.",
@@ -82,9 +83,9 @@ def check_available(out: Path) -> None:
     if foreign and is_being_filled(out) and record_of_work(out):
         return
     if foreign or out.is_symlink() or (out.exists() and not out.is_dir()):
-        reason = f" and is not empty: it contains {truncated(foreign[0])}"
+        inside = f", and contains {truncated(foreign[0])}" if foreign else ""
         raise OutputError(
-            f"{out} already exists{reason if foreign else ''}.",
+            f"{out} already exists{inside}.",
             "Remove it or choose another output folder.",
         )
 

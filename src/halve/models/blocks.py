@@ -29,8 +29,8 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:  # noqa: ANN401
         lists = {n: b for n, b in lists.items() if len(b) == depth} or lists
     if not lists:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no decoder blocks: its language model has no "
-            "ModuleList of modules.",
+            f"{type(model).__name__} has no decoder blocks: it contains no ModuleList "
+            "of modules.",
             "Open an issue that names the model.",
         )
     if len(lists) > 1:
@@ -43,19 +43,23 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:  # noqa: ANN401
 
 
 def _stacks(model: Any) -> dict[str, nn.ModuleList]:  # noqa: ANN401
-    """Return the lists of modules of the language model that are in no other list."""
+    """Return the lists of modules that are in no other list, of the language model.
+
+    Those of the whole model, where none has the config of its language model.
+    """
     named = dict(model.named_modules())
     lists = {
         name: module
         for name, module in named.items()
         if isinstance(module, nn.ModuleList) and _is_stack(module)
     }
-    return {
+    outer = {
         name: blocks
         for name, blocks in lists.items()
         if not any(name.startswith(f"{other}.") for other in lists)
-        and _reads_text(model, _owner(named, name))
     }
+    reading = {n: b for n, b in outer.items() if _reads_text(model, _owner(named, n))}
+    return reading or outer
 
 
 def _is_stack(blocks: nn.ModuleList) -> bool:
