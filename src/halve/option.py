@@ -4,9 +4,16 @@
 loads neither torch nor typer.
 """
 
+import operator
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import Field, dataclass, fields
+from numbers import Real
 from textwrap import fill
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 from halve.errors import HalveError
 
@@ -51,6 +58,100 @@ class Option:
     flags: tuple[str, ...] = ()
     metavar: str | None = None
     details: str = ""
+
+
+class Options:
+    """Base of the options classes: every value has the type that its field declares.
+
+    Python callers pass paths, NumPy numbers and torch devices. They are converted; a
+    value that stands for none of the declared type is refused, before a run could fail
+    on it hours later.
+    """
+
+    def __post_init__(self) -> None:
+        """Convert every value, or raise HalveError."""
+        for field in fields(cast("Any", self)):
+            option = option_of(field.type)
+            value = getattr(self, field.name)
+            if option is not None:
+                value = _converted(field, option, value)
+            elif not callable(value):
+                raise HalveError(
+                    f"{field.name} is a {type(value).__name__}, which cannot be "
+                    "called.",
+                    f"Set {field.name} to a function, or leave it out.",
+                )
+            object.__setattr__(self, field.name, value)
+
+
+def _converted(field: Field, option: Option, value: Any) -> Any:  # noqa: ANN401
+    """Return a value of the type that a field declares.
+
+    Raises:
+        HalveError: It stands for none.
+    """
+    declared = get_args(field.type)[0]
+    kinds = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+    if value is None and NoneType in kinds:
+        return value
+    for kind in (kind for kind in kinds if kind is not NoneType):
+        with suppress(TypeError):
+            return (
+                _as_tuple(value) if get_origin(kind) is tuple else _KINDS[kind](value)
+            )
+    expected = " or ".join(_NAMES.get(kind, "numbers") for kind in kinds)
+    raise HalveError(
+        f"{field.name} is {str(value)[:80]!r} of type {type(value).__name__}, where "
+        f"{expected} was expected.",
+        f"Set {field.name} to such a value ({_flag(field.name, option)}).",
+    )
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:  # noqa: ANN401
+    if isinstance(value, str):
+        raise TypeError(value)
+    return tuple(_as_integer(number) for number in value)
+
+
+def _as_text(value: Any) -> str:  # noqa: ANN401
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.device):
+        return str(value)
+    return os.fsdecode(value)
+
+
+def _as_integer(value: Any) -> int:  # noqa: ANN401
+    if isinstance(value, bool):
+        raise TypeError(value)
+    return operator.index(value)
+
+
+def _as_number(value: Any) -> float:  # noqa: ANN401
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(value)
+    return float(value)
+
+
+def _as_truth(value: Any) -> bool:  # noqa: ANN401
+    # NumPy's type is no subclass of Python's.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool":
+        return bool(value)
+    raise TypeError(value)
+
+
+_KINDS: dict[type, Callable[[Any], Any]] = {
+    str: _as_text,
+    int: _as_integer,
+    float: _as_number,
+    bool: _as_truth,
+}
+_NAMES = {
+    str: "a text",
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    NoneType: "None",
+}
 
 
 def option_of(annotation: Any) -> Option | None:  # noqa: ANN401

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from halve.errors import PatternError
 
+# A matrix with a smaller fraction of zeros is dense: trained weights have stray zeros.
+_STRAY_ZEROS = 0.01
 # Scores up to which a GPU sorts, in at most half a gigabyte, to find a threshold.
 _MAX_SORTED = 2**24
 # The bits of infinity in float32, as an integer.
@@ -295,6 +297,27 @@ def _number(order: Tensor) -> Tensor:
     return torch.where(order < 0, -magnitude, magnitude)
 
 
+def is_sparse(weight: Tensor) -> bool:
+    """Whether a matrix was pruned before: at least 1 % of its weights are zero."""
+    zeros = weight.numel() - int(weight.count_nonzero())
+    return zeros >= _STRAY_ZEROS * max(weight.numel(), 1)
+
+
+def pruned_first(scores: Tensor, zeros: Tensor | None) -> Tensor:
+    """Return scores by which some weights are pruned before all others.
+
+    Args:
+        scores: [rows, columns], not negative.
+        zeros: [rows, columns], True for those weights; None for none.
+    """
+    return scores if zeros is None else scores.masked_fill(zeros, -1.0)
+
+
+def with_zeros(pruned: Tensor, zeros: Tensor | None) -> Tensor:
+    """Return a mask that prunes some weights as well, however few it prunes."""
+    return pruned if zeros is None else pruned | zeros
+
+
 def describe(weight: Tensor) -> str:
     """Name the tightest pattern that a [rows, columns] matrix obeys.
 
@@ -306,7 +329,7 @@ def describe(weight: Tensor) -> str:
     """
     kept = (weight != 0).contiguous()
     density = kept.float().mean().item()
-    if density > 0.99:  # noqa: PLR2004  (stray zeros of trained weights)
+    if not is_sparse(weight):
         return "dense"
     candidates = [
         (n / group, group, n)

@@ -1,11 +1,12 @@
 """Layer problems that the laws are tried on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from halve.patterns import Pattern, parse_pattern
+from halve.patterns import NM, Pattern, parse_pattern
 from halve.solvers import SOLVERS, Hessian, Needs, Solution, Solver
 from halve.solvers.hessian import ALL_NEEDS
 
@@ -24,13 +25,17 @@ class Problem:
         return self.solve_with(SOLVERS[solver](**options), pattern, damping)
 
     def solve_with(
-        self, solver: Solver, pattern: Pattern | str, damping: float = 0.01
+        self,
+        solver: Solver,
+        pattern: Pattern | str,
+        damping: float = 0.01,
+        zeros: Tensor | None = None,
     ) -> Solution:
         """Solve it with a solver."""
         if isinstance(pattern, str):
             pattern = parse_pattern(pattern)
         hessian = self.hessian(solver.needs, damping)
-        return solver.solve(hessian, self.weight, pattern)
+        return solver.solve(hessian, self.weight, pattern, zeros)
 
     def hessian(self, needs: Needs = ALL_NEEDS, damping: float = 0.01) -> Hessian:
         """Return the Hessian of its inputs, from the statistic that suffices."""
@@ -43,6 +48,28 @@ class Problem:
         inputs, weight = self.inputs.double(), self.weight.double()
         lost = inputs @ (weight - solution.double()).T
         return float(lost.square().sum() / (inputs @ weight.T).square().sum())
+
+
+def _some_zeros(shape: torch.Size) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(7)) < 0.6
+
+
+def _grouped_zeros(shape: torch.Size) -> Tensor:
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(8))
+    return NM(2, 4).mask(scores)
+
+
+def _blocks_of_zeros(shape: torch.Size) -> Tensor:
+    """Return whole columns: dense blocks of the sweep beside empty ones."""
+    return (torch.arange(shape[1]) < shape[1] // 3).expand(shape).clone()
+
+
+# Masks of matrices that were pruned before.
+ZEROS: dict[str, Callable[[torch.Size], Tensor]] = {
+    "unstructured": _some_zeros,
+    "2:4": _grouped_zeros,
+    "columns": _blocks_of_zeros,
+}
 
 
 def correlated(rows: int = 48, columns: int = 160, seed: int = 0) -> Problem:

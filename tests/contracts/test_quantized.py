@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halve.grids import QuantParams, QuantScheme, fit_quant_params
-from halve.patterns import Unstructured, parse_pattern
+from halve.patterns import Unstructured, is_sparse, parse_pattern
 from halve.solvers import (
     ADMM,
     SOLVERS,
@@ -21,6 +21,7 @@ from halve.solvers import (
 )
 from halve.solvers.quantized import coordinate_descent, round_with_mask
 from tests.contracts.problems import (
+    ZEROS,
     Problem,
     correlated,
     few_tokens,
@@ -94,6 +95,21 @@ def test_zeros_stay_zeros(grid, text, inner):
     plain = solve(problem, SOLVERS[inner](), text).weight
     rounded = solve(problem, Quantized(SOLVERS[inner](), grid), text).weight
     assert bool((rounded[plain == 0] == 0).all())
+
+
+@over_ways
+@over_some_grids
+@over_patterns
+@pytest.mark.parametrize("kind", ZEROS)
+def test_zeros_that_are_there_stay(way, grid, text, kind):
+    """Also where what is rounded is not zero there: a target that was corrected."""
+    problem, zeros = correlated(8, 48), ZEROS[kind](torch.Size((8, 48)))
+    pattern = parse_pattern(text, allow_dense=True)
+    solution = problem.solve_with(ways(grid)[way], pattern, zeros=zeros)
+    assert bool((solution.weight[zeros] == 0).all())
+    assert pattern.shortfall(solution.weight) is None
+    again = levels_of(solution).fake_quantize_kept(solution.weight)
+    assert torch.equal(again, solution.weight)
 
 
 @over_ways
@@ -298,8 +314,14 @@ def test_a_few_zeros_by_chance_do_not_force_a_mask_on_a_midrise_grid(zeros, stay
     weight = problem.weight.clone()
     weight.view(-1)[torch.randperm(weight.numel())[:zeros]] = 0
     sparse = replace(problem, weight=weight)
+    assert is_sparse(weight) == stay
+    fixed = weight == 0 if stay else None
     grid = QuantScheme(2, midrise=True)
-    for solver in (RoundToNearest(grid), Quantized(Magnitude(), grid)):
-        found = solve(sparse, solver, "0%").weight
+    for solver in (
+        RoundToNearest(grid),
+        Quantized(Magnitude(), grid),
+        SparseGPT(grid=grid),
+    ):
+        found = sparse.solve_with(solver, Unstructured(0.0), zeros=fixed).weight
         assert int((found == 0).sum()) == (zeros if stay else 0)
         assert not stay or bool((found[weight == 0] == 0).all())

@@ -16,12 +16,15 @@ from halve.solvers import (
     Magnitude,
     Quantized,
     Refitted,
+    Solver,
     SparseGPT,
     Wanda,
     factors,
 )
 from halve.solvers import SOLVERS as SOLVER_CLASSES
+from halve.solvers.sweep import fixed_mask, sweep
 from tests.contracts.problems import (
+    ZEROS,
     Problem,
     correlated,
     few_tokens,
@@ -102,6 +105,39 @@ def test_weights_that_are_zero_already_count(solver):
     sparse = problem.weight * (torch.rand_like(problem.weight) > 0.7)
     solution = Problem(sparse, problem.inputs).solve(solver, "50%").weight
     assert Unstructured(0.5).shortfall(solution) is None
+
+
+WITH_ZEROS: dict[str, Solver] = {
+    **{name: solver() for name, solver in SOLVER_CLASSES.items()},
+    "wanda, refitted": Refitted(Wanda()),
+}
+
+
+@over_patterns
+@pytest.mark.parametrize("kind", ZEROS)
+@pytest.mark.parametrize("solver", WITH_ZEROS)
+def test_zeros_that_are_there_stay(solver, kind, text):
+    """Whatever the pattern prunes beside them, it holds; of more there are no more."""
+    problem, pattern = correlated(24, 160), parse_pattern(text)
+    zeros = ZEROS[kind](problem.weight.shape)
+    weight = problem.solve_with(WITH_ZEROS[solver], pattern, zeros=zeros).weight
+    assert bool((weight[zeros] == 0).all())
+    assert pattern.shortfall(weight) is None
+    if solver != "wanda" and not isinstance(pattern, NM) and "wanda" not in solver:
+        expected = max(pattern.count(weight.numel()), int(zeros.sum()))
+        assert int((weight == 0).sum()) == expected
+
+
+@pytest.mark.parametrize("kind", ZEROS)
+def test_sparsegpt_compensates_for_zeros_as_for_what_it_prunes(kind):
+    """Its twin prunes the same weights by a mask that was chosen before."""
+    problem = correlated(24, 160)
+    zeros = ZEROS[kind](problem.weight.shape)
+    found = problem.solve_with(SparseGPT(), "0.01", zeros=zeros).weight
+    remaining = problem.weight.T.contiguous()
+    hessian = problem.hessian(SparseGPT().needs)
+    sweep(remaining, hessian.factor, fixed_mask((found == 0).T.contiguous(), 128))
+    assert torch.allclose(found, remaining.T, atol=1e-5)
 
 
 @over_solvers

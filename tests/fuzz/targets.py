@@ -220,7 +220,7 @@ def _read_config(folder: Path) -> object:
 
 def _corpus(name: str) -> Callable[[Path], object]:
     def read(folder: Path) -> object:
-        corpus = load_corpus(str(folder / name), "calibration")
+        corpus = load_corpus(str(folder / name), "calibration", render=str)
         return corpus.sha256
 
     return read
@@ -238,7 +238,11 @@ def _parquet_seeds() -> list[bytes]:
         file = io.BytesIO()
         parquet.write_table(table, file, **options)
         made.append(file.getvalue())
-    return made
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    chats = pyarrow.Table.from_pylist([{"text": chat}, {"text": None}])
+    file = io.BytesIO()
+    parquet.write_table(chats, file)
+    return [*made, file.getvalue()]
 
 
 @cache

@@ -39,6 +39,8 @@ ARGUMENTS = {
     "more than all": (("--sparsity", "1.5"), ("'1.5'", "50%")),
     "all": (("--sparsity", "100%"), ("'100%'", "50%")),
     "none": (("--sparsity", "0"), ("'0'", "50%")),
+    "none of any matrix": (("--sparsity", "1e-9"), ("prunes nothing", "50%")),
+    "all but a hair": (("--sparsity", "0.9999999999"), ("prunes all", "q_proj")),
     "negative": (("--sparsity", "-50%"), ("'-50%'", "50%")),
     "not a number": (("--sparsity", "nan"), ("'nan'", "50%")),
     "endless": (("--sparsity", "inf"), ("'inf'", "50%")),

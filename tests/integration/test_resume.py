@@ -26,9 +26,9 @@ class Stopped(BaseException):
 def digests(folder: Path) -> dict[str, str]:
     """Return file name -> SHA-256, without the record, which contains times."""
     return {
-        path.name: sha256(path.read_bytes()).hexdigest()
-        for path in folder.iterdir()
-        if path.name != "halve.json"
+        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.name != "halve.json" and path.is_file()
     }
 
 

@@ -1,5 +1,6 @@
 """Calibration and evaluation text, its tokens, and storage for hidden states."""
 
+from halve.calibration.chat_template import ChatTemplate
 from halve.calibration.corpora import Corpus, corpus_nbytes, load_corpus
 from halve.calibration.spill import allocate_hidden, default_activation_memory
 from halve.calibration.tokens import (
@@ -17,6 +18,7 @@ from halve.calibration.windows import (
 )
 
 __all__ = [
+    "ChatTemplate",
     "Corpus",
     "Encode",
     "Segments",

@@ -10,6 +10,8 @@ Field numbers are those of parquet.thrift (apache/parquet-format).
 
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ _ROW_GROUPS, _COLUMNS, _METADATA = 4, 1, 3
 # ColumnMetaData: path_in_schema, total_compressed_size, data_page_offset,
 # dictionary_page_offset.
 _PATH, _SIZE, _DATA_PAGE, _DICTIONARY_PAGE = 3, 7, 9, 11
-# PageHeader: uncompressed_page_size, compressed_page_size.
-_UNCOMPRESSED, _COMPRESSED = 2, 3
+# PageHeader: uncompressed_page_size, compressed_page_size, and the headers of data
+# pages of both versions, whose first field is num_values.
+_UNCOMPRESSED, _COMPRESSED, _DATA_HEADERS = 2, 3, (5, 8)
+_VALUES = 1
 # Type codes of the compact protocol. A boolean field has no value: its code is one.
 _BOOLEANS = (1, 2)
 _BYTE = 3
@@ -40,28 +44,60 @@ _VARINT_BITS = 63
 _LONG_LIST = 15
 
 
-def check_pages(path: Path, column: str, limit: int) -> None:
+def check_pages(path: Path, column: str, limit: int, value_nbytes: int = 0) -> None:
     """Raise ValueError if the pages of a column are too large when decompressed.
 
     Args:
         path: The .parquet file.
         column: The name of the column.
         limit: The maximum of bytes of all pages together, decompressed.
+        value_nbytes: What each value takes once it is read, in bytes: a page of a few
+            bytes may hold a million equal ones. All together are limited, too.
     """
+    with _parsing(path) as data:
+        left, values = limit, limit
+        for count, page in enumerate(_pages(data, column.encode())):
+            left -= page.nbytes
+            values -= page.values * value_nbytes
+            if min(left, values) < 0 or count > _MAX_PAGES:
+                raise ValueError("its pages are far larger than the file")
+
+
+def column_paths(path: Path) -> list[tuple[str, ...]]:
+    """Return the path of every column, field by field, each once.
+
+    Raises:
+        ValueError: The footer is damaged.
+    """
+    with _parsing(path) as data:
+        groups = _footer(data)[_ROW_GROUPS]
+        chunks = (chunk[_METADATA] for group in groups for chunk in group[_COLUMNS])
+        paths = (tuple(part.decode() for part in chunk[_PATH]) for chunk in chunks)
+        return list(dict.fromkeys(path for path in paths if path))
+
+
+@contextmanager
+def _parsing(path: Path) -> Iterator[mmap.mmap]:
+    """Map a file, and turn what damaged contents raise into a ValueError."""
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with data:
         try:
-            for count, size in enumerate(_pages(data, column.encode())):
-                limit -= size
-                if limit < 0 or count > _MAX_PAGES:
-                    raise ValueError("its pages are far larger than the file")
-        except (LookupError, TypeError, RecursionError) as error:
+            yield data
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError("its footer, or a page, is damaged") from error
 
 
-def _pages(data: mmap.mmap, column: bytes) -> Iterator[int]:
-    """Yield the uncompressed size of every page of a column."""
+@dataclass(frozen=True)
+class _Page:
+    """A page: its bytes when decompressed, and the values that it says it holds."""
+
+    nbytes: int
+    values: int
+
+
+def _pages(data: mmap.mmap, column: bytes) -> Iterator[_Page]:
+    """Yield every page of a column."""
     for group in _footer(data)[_ROW_GROUPS]:
         for metadata in (chunk[_METADATA] for chunk in group[_COLUMNS]):
             if metadata[_PATH][0] == column:
@@ -76,7 +112,7 @@ def _footer(data: mmap.mmap) -> dict[int, Any]:
     return _CompactReader(data, len(data) - _TAIL - length).struct()
 
 
-def _pages_of_chunk(data: mmap.mmap, metadata: dict[int, Any]) -> Iterator[int]:
+def _pages_of_chunk(data: mmap.mmap, metadata: dict[int, Any]) -> Iterator[_Page]:
     offset = metadata[_DATA_PAGE]
     if metadata.get(_DICTIONARY_PAGE, 0) > 0:
         offset = min(offset, metadata[_DICTIONARY_PAGE])
@@ -88,7 +124,10 @@ def _pages_of_chunk(data: mmap.mmap, metadata: dict[int, Any]) -> Iterator[int]:
         header = reader.struct()
         if min(header[_UNCOMPRESSED], header[_COMPRESSED]) < 0:
             raise ValueError("a page has a negative size")
-        yield header[_UNCOMPRESSED]
+        values = sum(header[n][_VALUES] for n in _DATA_HEADERS if n in header)
+        if values < 0:
+            raise ValueError("a page has a negative number of values")
+        yield _Page(header[_UNCOMPRESSED], values)
         # The compressed page follows its header; then comes the next header.
         offset = reader.position + header[_COMPRESSED]
 

@@ -17,7 +17,7 @@ def default_activation_memory() -> int:
 
 
 def allocate_hidden(
-    shape: tuple[int, int, int], budget: int, folder: Path | None = None
+    shape: tuple[int, ...], budget: int, folder: Path | None = None
 ) -> Tensor:
     """Allocate an uninitialised float32 tensor for hidden states.
 

@@ -12,6 +12,7 @@ from halve.checkpoint.output import (
     read_record,
     source_record,
 )
+from halve.checkpoint.side_files import find_side_files
 from halve.checkpoint.source import resolve_model
 from halve.checkpoint.tensor_info import TensorInfo
 from halve.checkpoint.workspace import Workspace, open_workspace
@@ -22,6 +23,7 @@ __all__ = [
     "TensorInfo",
     "Workspace",
     "check_space",
+    "find_side_files",
     "has_no_weights",
     "is_finished",
     "open_workspace",

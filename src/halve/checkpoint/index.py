@@ -4,6 +4,7 @@ Names in an index are untrusted: each must be a bare file name, and the file mus
 inside the checkpoint's folder after its links are followed.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from halve.errors import CheckpointError
@@ -15,6 +16,30 @@ _KINDS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
+
+
+def select_weight_files(
+    names: Iterable[str], read_index: Callable[[str], Path]
+) -> list[str]:
+    """Return the files of a repository that hold its weights, index included.
+
+    They are those that `indexed_shards` would read of a folder with all its files.
+
+    Args:
+        names: All files of the repository.
+        read_index: Downloads an index by its name, and returns its path.
+
+    Raises:
+        CheckpointError: The index is damaged.
+    """
+    present = set(names)
+    for index, single in _KINDS:
+        if single in present:
+            return [single]
+        if index in present:
+            path = read_index(index)
+            return [index, *_read_index(path.parent, path.name)]
+    return []
 
 
 def has_no_weights(folder: Path) -> bool:
@@ -55,6 +80,14 @@ def indexed_shards(folder: Path) -> dict[str, set[str] | None]:
 
 
 def _shards_of_index(folder: Path, index: str) -> dict[str, set[str] | None]:
+    shards = _read_index(folder, index)
+    for shard in shards:
+        _check_inside(folder, shard, index)
+    return shards
+
+
+def _read_index(folder: Path, index: str) -> dict[str, set[str] | None]:
+    """Return shard -> names of its tensors, as the index has them."""
     try:
         weight_map = read_json(folder / index, folder)["weight_map"]
         items = [(str(name), str(shard)) for name, shard in weight_map.items()]
@@ -71,8 +104,6 @@ def _shards_of_index(folder: Path, index: str) -> dict[str, set[str] | None]:
         promised = shards.setdefault(shard, set())
         assert promised is not None
         promised.add(name)
-    for shard in shards:
-        _check_inside(folder, shard, index)
     return shards
 
 

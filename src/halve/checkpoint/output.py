@@ -6,6 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from halve.checkpoint.work_folder import (
+    foreign_names,
+    is_being_filled,
+    partial_path,
+)
 from halve.errors import OutputError, RecordError
 from halve.records.codec import from_dict
 from halve.records.version import check_format, parse_fields
@@ -13,12 +18,14 @@ from halve.untrusted import read_bytes, read_json, truncated
 
 # The file name of the record; a folder that holds it is complete.
 RECORD = "halve.json"
+# Files that Halve writes beside a model, and that are not copied with it.
+OWN_FILES = frozenset({RECORD, "measurements.json"})
 
 Record = TypeVar("Record")
 
 
 def output_path(out: str | Path, source: Path) -> Path:
-    """Return the path of an output folder, with `~` expanded.
+    """Return the path of an output folder, with `~`, `.` and links to folders resolved.
 
     Args:
         out: As the user wrote it.
@@ -29,24 +36,23 @@ def output_path(out: str | Path, source: Path) -> Path:
     """
     try:
         path = Path(out).expanduser()
+        if path.name in {"", ".."} or path.is_dir():
+            path = path.resolve()  # to a path whose parent and name can be used
         path.exists()
         partial_path(path).exists()  # a longer name
-    except (OSError, RuntimeError) as error:  # name too long, or unknown ~user
+        is_source = path.resolve() == source.resolve()
+    # Name too long, unknown ~user, null byte, or no path at all.
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise OutputError(
             f"{str(out)[:200]!r} is not a valid folder name.",
             "Choose another output folder.",
         ) from error
-    if path.resolve() == source.resolve():
+    if is_source:
         raise OutputError(
             f"The output folder {out} is the model itself.",
             "Choose another output folder.",
         )
     return path
-
-
-def partial_path(out: Path) -> Path:
-    """Return the path of the folder that is renamed to `out` when complete."""
-    return out.parent / f"{out.name}.partial"
 
 
 def is_finished(out: Path, identity: dict[str, Any]) -> bool:
@@ -59,7 +65,8 @@ def is_finished(out: Path, identity: dict[str, Any]) -> bool:
         OutputError: It is the output of another run, or holds something else.
         RecordError: Its record has another format.
     """
-    if not (out / RECORD).is_file():
+    # Where files were being moved up into `out`, they may not all be there.
+    if not (out / RECORD).is_file() or is_being_filled(out):
         check_available(out)
         return False
     check_identity(out, recorded_identity(out), identity)
@@ -67,12 +74,31 @@ def is_finished(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def check_available(out: Path) -> None:
-    """Raise OutputError unless `out` is absent or an empty folder."""
-    is_empty = out.is_dir() and not any(out.iterdir())
-    if out.is_symlink() or (out.exists() and not is_empty):
+    """Raise OutputError unless `out` is absent or an empty folder.
+
+    A folder counts as empty if all that it holds are files that a run has begun to move
+    up into it.
+    """
+    foreign = foreign_names(out) if out.is_dir() else []
+    if foreign and is_being_filled(out) and record_of_work(out):
+        return
+    if foreign or out.is_symlink() or (out.exists() and not out.is_dir()):
+        inside = f", and contains {truncated(foreign[0])}" if foreign else ""
         raise OutputError(
-            f"{out} already exists.", "Remove it or choose another output folder."
+            f"{out} already exists{inside}.",
+            "Remove it or choose another output folder.",
         )
+
+
+def record_of_work(out: Path) -> Path | None:
+    """Return the record that a run has written but not published; None if none has.
+
+    Where an output is filled in place, the record is the last file to be moved up.
+    """
+    partial = partial_path(out)
+    folders = [partial, out] if is_being_filled(out) else [partial]
+    paths = (folder / RECORD for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -81,12 +107,12 @@ def check_space(out: Path, needed: int) -> None:
     Args:
         out: The output folder; it need not exist.
         needed: Size of all shards in bytes. What an earlier run has already written to
-            `OUT.partial` is subtracted.
+            its work folder is subtracted.
     """
-    partial = partial_path(out)
+    partial = partial_path(out)  # which may be on another disk than `out`
     written = partial.glob("*.safetensors") if partial.is_dir() else ()
     needed -= sum(path.stat().st_size for path in written)
-    place = next(p for p in (out, *out.resolve().parents) if p.exists())
+    place = next(p for p in (partial, *partial.resolve().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(

@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TypeGuard
+from typing import IO, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -66,10 +66,31 @@ def load_pickle(path: Path, device: str) -> dict[str, Tensor]:
     except Exception as error:  # malformed pickles raise errors of any type
         raise damaged(path, error) from error
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else None
+    if isinstance(stored, dict) and (entries := _entries_beside(stored)):
+        raise CheckpointError(
+            f"{path} holds more than the tensors of a model: {entries}.",
+            "Save the model's state_dict() alone, or the model with save_pretrained.",
+        )
     if not _is_state_dict(stored):
         raise damaged(path, TypeError("not a mapping of names to tensors"))
     _check_tensors(path, stored)
     return stored
+
+
+def _entries_beside(stored: dict[Any, Any]) -> str:
+    """Return the entries of a training checkpoint that are no tensors; "" if none.
+
+    Such as a state dict under another name, a step count, or an optimizer's state. A
+    file without any tensor, or with names that are no text, is damaged.
+    """
+    inner = [value for value in stored.values() if isinstance(value, dict)]
+    holds_tensors = any(isinstance(v, Tensor) for v in stored.values()) or any(
+        isinstance(v, Tensor) for values in inner for v in values.values()
+    )
+    others = [n for n, value in stored.items() if not isinstance(value, Tensor)]
+    if not holds_tensors or not all(isinstance(name, str) for name in stored):
+        return ""
+    return truncated(", ".join(map(truncated, others)))
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:

@@ -1,14 +1,16 @@
 """Find a model: a local folder, or a repository on the Hugging Face Hub."""
 
+import glob
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-from halve.errors import SourceError
+from halve.checkpoint.index import select_weight_files
+from halve.checkpoint.side_files import select_side_files
+from halve.errors import HalveError, SourceError
 
-# Everything that loading a checkpoint needs, except the weights.
-_SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
 # Seconds until the Hub's first answer.
 _TIMEOUT = 20
 
@@ -43,7 +45,14 @@ def _path_of(model: str | Path) -> Path:
     try:
         folder = Path(model).expanduser()
         folder.exists()
-    except (OSError, RuntimeError) as error:  # name too long, or unknown ~user
+    except TypeError as error:
+        raise SourceError(
+            f"The model is a {type(model).__name__}, where a folder or a name on the "
+            "Hub was expected.",
+            "Save the model with save_pretrained, and pass its folder.",
+        ) from error
+    # Name too long, unknown ~user, or a null byte.
+    except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(
             f"{str(model)[:200]!r} is not a valid path.", "Check the path of the model."
         ) from error
@@ -57,11 +66,17 @@ def _looks_like_a_path(name: str) -> bool:
 def _download(name: str, weights: bool) -> Path:
     try:
         # A single request without retries: without a network the user learns at once.
-        files = HfApi().model_info(name, timeout=_TIMEOUT).siblings or ()
-        has_safetensors = any(f.rfilename.endswith(".safetensors") for f in files)
-        large = ["*.safetensors"] if has_safetensors else ["pytorch_model*.bin"]
-        patterns = _SIDE_FILES + large * weights
+        found = HfApi().model_info(name, timeout=_TIMEOUT)
+        files = [file.rfilename for file in found.siblings or ()]
+
+        def download(file: str) -> Path:
+            return Path(hf_hub_download(name, file))
+
+        wanted = files_to_download(files, download, weights)
+        patterns = [glob.escape(file) for file in wanted]
         return Path(snapshot_download(name, allow_patterns=patterns))
+    except HalveError:
+        raise
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise SourceError(
             f"{name} is neither a local folder nor a model on the Hub.",
@@ -70,6 +85,20 @@ def _download(name: str, weights: bool) -> Path:
     # Which errors the Hub's network library raises depends on its version.
     except Exception as error:  # noqa: BLE001
         return _cached(name, error)
+
+
+def files_to_download(
+    names: Sequence[str], download: Callable[[str], Path], weights: bool = True
+) -> list[str]:
+    """Return the files of a repository that a local folder needs to hold.
+
+    Args:
+        names: All files of the repository.
+        download: Downloads one of them, and returns its path.
+        weights: Whether the weights are wanted.
+    """
+    large = select_weight_files(names, download) if weights else []
+    return [*select_side_files(names), *large]
 
 
 def _cached(name: str, reason: Exception) -> Path:

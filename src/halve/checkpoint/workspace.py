@@ -3,7 +3,8 @@
 The order of the writes is the guarantee. A shard is renamed into place before its line
 is appended to the ledger; `halve.json` is written after all other files; renaming the
 folder is the last step. So `OUT` is either absent or complete, and a run that is killed
-at any point is resumed from its ledger, to the same bytes.
+at any point is resumed from its ledger, to the same bytes. Where no rename can replace
+`OUT` (see `work_folder`), its files are moved up one by one, `halve.json` last.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,10 +31,12 @@ from halve.checkpoint.output import (
     check_available,
     check_identity,
     not_written_by_halve,
-    partial_path,
+    record_of_work,
     recorded_identity,
 )
 from halve.checkpoint.side_files import write_side_files
+from halve.checkpoint.work_folder import partial_path
+from halve.errors import OutputError
 
 Describe = Callable[[Path], dict[str, Any]]
 
@@ -43,7 +46,7 @@ class Workspace:
 
     Attributes:
         out: Path of the finished output.
-        folder: `OUT.partial`, where files are written.
+        folder: Where files are written; see `partial_path`.
         identity: What determines the output; a run with another one cannot resume.
         committed: Completed shards, by file name.
         decisions: Decisions that the blocks depend on, by name.
@@ -60,7 +63,7 @@ class Workspace:
     @property
     def is_complete(self) -> bool:
         """Whether an earlier run wrote every file and ended before the last rename."""
-        return (self.folder / RECORD).is_file()
+        return record_of_work(self.out) is not None
 
     def commit(
         self, file: str, tensors: dict[str, Tensor], describe: Describe
@@ -124,12 +127,32 @@ class Workspace:
         self.publish()
 
     def publish(self) -> None:
-        """Remove the ledger of a complete folder, and rename the folder to `OUT`."""
-        with write_errors(self.out):
-            disk.remove(self.folder / LEDGER)
-            disk.sync(self.folder)
-            disk.rename(self.folder, self.out)
-            disk.sync(self.out.parent)
+        """Remove the ledger of a complete folder, and put its files in place."""
+        try:
+            with write_errors(self.out):
+                disk.remove(self.folder / LEDGER)
+                disk.sync(self.folder)
+                if self.folder.parent == self.out:
+                    self._move_up()
+                else:
+                    disk.rename(self.folder, self.out)
+                    disk.sync(self.out.parent)
+        except OutputError as error:
+            whole = f"All files are complete in {self.folder}."
+            raise OutputError(f"{error.problem} {whole}", error.remedy) from error
+
+    def _move_up(self) -> None:
+        """Move all files from the work folder to its parent, the record last."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == RECORD):
+            target = self.out / path.name
+            if target.exists():
+                raise FileExistsError(f"{target} exists")
+            if path.name == RECORD:  # which stands for all other files
+                disk.sync(self.out)
+            disk.rename(path, target)
+        disk.sync(self.out)
+        disk.remove_folder(self.folder)
+        disk.sync(self.out)
 
     def discard(self) -> None:
         """Remove the folder and all that is in it.
@@ -138,9 +161,13 @@ class Workspace:
         the folder.
         """
         with write_errors(self.folder):
-            files = [path for path in self.folder.iterdir() if path.name != LEDGER]
-            for path in (*files, self.folder / LEDGER):
-                disk.remove(path)
+            # Folders after what is in them.
+            for path in sorted(self.folder.rglob("*"), reverse=True):
+                if path.is_dir():
+                    disk.remove_folder(path)
+                elif path.name != LEDGER:
+                    disk.remove(path)
+            disk.remove(self.folder / LEDGER)
             disk.remove_folder(self.folder)
 
     def _resume(self) -> None:
@@ -169,7 +196,7 @@ class Workspace:
     def _remove_temporary_files(self) -> None:
         """Remove the files that a killed run did not rename into place."""
         with write_errors(self.folder):
-            for path in self.folder.glob(".*"):
+            for path in self.folder.rglob(".*.tmp"):
                 disk.remove(path)
 
 
@@ -193,10 +220,9 @@ def open_workspace(out: Path, identity: dict[str, Any]) -> Iterator[Workspace]:
         make_folders(workspace.folder)
     with lock_folder(workspace.folder):
         check_available(out)  # another run may have finished in the meantime
-        if workspace.is_complete:
-            check_identity(
-                workspace.folder, recorded_identity(workspace.folder), identity
-            )
+        if (record := record_of_work(out)) is not None:
+            found = recorded_identity(record.parent)
+            check_identity(workspace.folder, found, identity)
         else:
             workspace._resume()
         yield workspace

@@ -1,5 +1,6 @@
 """`halve`: its subcommands, and how all of them report errors."""
 
+import io
 import os
 import sys
 import warnings
@@ -59,6 +60,14 @@ def _print_warning(message: Warning | str, *_: object) -> None:
     print(f"Warning: {message}", file=sys.stderr)
 
 
+def _accept_any_text() -> None:
+    """Let what an output's encoding lacks be replaced, rather than raise at the end."""
+    for stream in (sys.stdout, sys.stderr):
+        # None where it is closed; tests put another object in its place.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Run the command line.
 
@@ -67,6 +76,7 @@ def main() -> None:
     """
     from halve.cli.interruption import Interrupted, interruptible, resume_hint
 
+    _accept_any_text()
     # Halve reports what goes wrong while loading; the libraries' messages repeat it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

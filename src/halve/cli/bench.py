@@ -74,12 +74,13 @@ def command(
 def _print(record: "BenchRecord", output: Output) -> None:
     """Print the table, whose first columns are those of llama-bench."""
     import csv
-    import json
     import sys
     from dataclasses import asdict
 
+    from halve.records.codec import to_json
+
     if output is Output.json:
-        print(json.dumps(asdict(record), indent=2))
+        print(to_json(asdict(record)))
         return
     rows = [_COLUMNS, *_rows(record)]
     if output is Output.csv:

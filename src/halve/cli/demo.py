@@ -53,9 +53,9 @@ def command(
     The model is a small language model of Python code. It is calibrated on modules of
     this Python's library and evaluated on others, on which it was not trained.
     """
-    import json
-
     from transformers.utils.logging import disable_progress_bar
+
+    from halve.records.codec import to_json
 
     disable_progress_bar()
     with _model() as model, _folder(out) as folder:
@@ -66,7 +66,7 @@ def command(
         rows.append(_packed(pruned, packed))
         run = _run(packed)
     if as_json:
-        print(json.dumps({"models": rows, "run": run}, indent=2))
+        print(to_json({"models": rows, "run": run}))
     else:
         _print(rows)
         _print_run(run)

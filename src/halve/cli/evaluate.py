@@ -38,11 +38,10 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Measure a model's perplexity, block by block, even if it exceeds memory."""
-    import json
-
     from halve.api import compare, perplexity
     from halve.cli.console import progress_line
     from halve.records import PerplexityRecord
+    from halve.records.codec import to_json
 
     with progress_line(quiet) as show:
         options = replace(
@@ -55,7 +54,7 @@ def command(
             else compare(model, against, options=options)
         )
     if as_json:
-        print(json.dumps(asdict(record), indent=2))
+        print(to_json(asdict(record)))
     elif isinstance(record, PerplexityRecord):
         _print_perplexity(record, model)
     else:
@@ -68,6 +67,8 @@ def _print_perplexity(record: "PerplexityRecord", model: str) -> None:
 
 
 def _with_error(record: "PerplexityRecord") -> str:
+    if record.standard_error is None:
+        return f"{record.perplexity:.4f} (of one segment, without a standard error)"
     return f"{record.perplexity:.4f} +/- {record.standard_error:.4f}"
 
 

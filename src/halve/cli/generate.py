@@ -1,5 +1,6 @@
 """`halve generate`."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -35,10 +36,12 @@ def command(
     from halve.runtime.generation import generate
 
     disable_progress_bar()
+    # Bytes that the locale's encoding lacks arrive as surrogates: the text is UTF-8.
+    text = os.fsencode(prompt).decode("utf-8", "replace")
     print(
         generate(
             model,
-            prompt,
+            text,
             max_new_tokens=max_new_tokens,
             device=device,
             trust_remote_code=trust_remote_code,

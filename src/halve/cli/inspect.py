@@ -25,16 +25,13 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Count sparsity, pattern and bytes of every prunable matrix in a model's files."""
-    import json
-
     from halve.cli.console import percent, print_table, size
     from halve.measure import inspect_model
+    from halve.records.codec import to_json
 
     inspection = inspect_model(model, trust_remote_code)
     if as_json:
-        print(
-            json.dumps(asdict(inspection) | {"sparsity": inspection.sparsity}, indent=2)
-        )
+        print(to_json(asdict(inspection) | {"sparsity": inspection.sparsity}))
         return
     rows = [
         (

@@ -122,12 +122,11 @@ def _print_windows(record: "PruneRecord") -> None:
 
 
 def _print_dry_run(dry_run: "DryRun", as_json: bool) -> None:
-    import json
-
     from halve.cli.console import duration, size
+    from halve.records.codec import to_json
 
     if as_json:
-        print(json.dumps(dry_run.to_dict(), indent=2))
+        print(to_json(dry_run.to_dict()))
         return
     plan, forecast = dry_run.plan, dry_run.forecast
     _print_matrices(plan)

@@ -30,15 +30,12 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Check every file against its SHA-256, and every matrix against its record."""
-    import json
-
     from halve.measure import verify_output
+    from halve.records.codec import to_json
 
     verification = verify_output(out, trust_remote_code)
     if as_json:
-        print(
-            json.dumps(asdict(verification) | {"sound": verification.sound}, indent=2)
-        )
+        print(to_json(asdict(verification) | {"sound": verification.sound}))
     else:
         _print(verification)
     if not verification.sound:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.calibration import (
+    ChatTemplate,
     Segments,
     check_vocabulary,
     cut_segments,
@@ -153,7 +154,8 @@ def _segments(opened: BlockwiseModel, options: EvalOptions) -> Segments:
     adds_bos = options.bos == "auto" and not opened.meta_model.is_of_the_papers
     folder = opened.checkpoint.folder
     encode = load_encoder(folder, options.trust_remote_code, adds_bos)
-    corpus = load_corpus(options.data, "evaluation")
+    render = ChatTemplate(folder, options.trust_remote_code)
+    corpus = load_corpus(options.data, "evaluation", render)
     segments = cut_segments(corpus, encode, length, options.segments)
     check_vocabulary(segments.ids, opened.meta_model.vocabulary)
     return segments
@@ -200,10 +202,10 @@ def _record(
     count, length = segments.ids.shape
     perplexity = float(losses.mean().exp())
     # d exp(m) = exp(m) dm, and the standard error of the mean m is std / sqrt(count).
-    standard_error = float(losses.std()) / count**0.5 if count > 1 else float("nan")
+    standard_error = float(losses.std()) / count**0.5 if count > 1 else None
     return PerplexityRecord(
         perplexity=perplexity,
-        standard_error=perplexity * standard_error,
+        standard_error=standard_error and perplexity * standard_error,
         tokens=count * (length - 1),
         seq_len=length,
         segments=count,

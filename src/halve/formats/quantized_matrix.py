@@ -107,10 +107,13 @@ class QuantizedMatrix(PackedMatrix):
         present = {name: part for name, part in optional.items() if part is not None}
         zero = SYMMETRIC if self.zeros is None else ASYMMETRIC
         zero = MIDRISE if self.midrise else zero
+        # No file holds float64, but a model may be converted to it when it is loaded.
+        wide = self.dtype == torch.float64
+        dtype = DTYPES.index(torch.float32 if wide else self.dtype)
         layout = torch.tensor(
             [
                 *(self.rows, self.columns, int(self.transposed)),
-                *(self.bits, self.group_size, DTYPES.index(self.dtype), zero),
+                *(self.bits, self.group_size, dtype, zero),
             ]
         )
         return {"": self.codes, **present, SCALES: self.scales, LAYOUT: layout}

@@ -8,11 +8,17 @@ record for it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from halve.checkpoint import RECORD, Checkpoint, resolve_model, sha256
+from halve.checkpoint import (
+    RECORD,
+    Checkpoint,
+    find_side_files,
+    resolve_model,
+    sha256,
+)
 from halve.checkpoint.output import name_record
 from halve.errors import CheckpointError, PatternError, QuantizationError
 from halve.grids import QuantScheme, grid_shortfall
@@ -98,9 +104,11 @@ class _Record:
 
     @classmethod
     def of(cls, record: PruneRecord | PackRecord) -> "_Record":
-        names = [*record.shards, *record.files]
-        if any(Path(name).name != name for name in names):
+        if any(Path(name).name != name for name in record.shards):
             raise ValueError("a path in the place of a file name")
+        paths = [PurePosixPath(name) for name in record.files]
+        if any(path.is_absolute() or ".." in path.parts for path in paths):
+            raise ValueError("a path out of the folder")
         return cls(
             dict(record.shards),
             dict(record.files),
@@ -185,7 +193,8 @@ def _mismatches(
 ) -> Iterator[Finding]:
     """Yield the differences between the tensors of a folder and its record."""
     checkpoint = Checkpoint.open(folder)
-    if unrecorded := sorted({*checkpoint.shards} - record.shards.keys()):
+    loaded = {*checkpoint.shards, *find_side_files(folder)}
+    if unrecorded := sorted(loaded - record.shards.keys() - record.files.keys()):
         for name in unrecorded:
             yield Finding(name, "it would be loaded, but the record does not list it")
         return

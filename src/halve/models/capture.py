@@ -6,7 +6,7 @@ once with every block replaced by a module that records its arguments; each bloc
 replayed with those. No code here depends on a model family.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,19 @@ from torch import Tensor, nn
 from halve.errors import UnsupportedModelError
 from halve.models.meta_model import MetaModel
 
+# From the hidden states to what a block returns.
+Convention = Callable[[Tensor], Any]
+# What blocks return besides their hidden states (caches, attention weights) is None in
+# passes that need neither. The newest convention of transformers comes first.
+_CONVENTIONS: tuple[Convention, ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),
+    lambda hidden: (hidden, None, None),
+)
+# What a model raises that unpacks or indexes something else.
+_UNPACKING_ERRORS = (ValueError, TypeError, LookupError, AttributeError)
+
 
 @dataclass(frozen=True)
 class BlockCall:
@@ -26,9 +39,9 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def replay(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run a block on hidden states, [batch, length, width], and return the next."""
+        """Run a block on hidden states, of the model's shape, and return the next."""
         output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
 
 @dataclass(frozen=True)
@@ -37,11 +50,11 @@ class CapturedCalls:
 
     Attributes:
         calls: One per block, in order.
-        as_tuple: Whether the model expects its blocks to return a tuple.
+        convention: What the model expects its blocks to return.
     """
 
     calls: tuple[BlockCall, ...]
-    as_tuple: bool
+    convention: Convention
 
     def same_as(self, other: "CapturedCalls") -> bool:
         """Whether the arguments of every block are equal, value by value."""
@@ -64,13 +77,13 @@ class _ForwardPass:
     """What the recording blocks of one forward pass share.
 
     Attributes:
-        as_tuple: Whether the blocks return a tuple.
+        convention: What the blocks return.
         output: What the last block returns, where the pass runs what comes after the
             blocks; None where the pass records calls.
         hidden: The hidden states that entered the first block.
     """
 
-    as_tuple: bool
+    convention: Convention
     output: Tensor | None = None
     hidden: Any = None
 
@@ -102,8 +115,7 @@ class _RecordingBlock(nn.Module):
         else:
             hidden = kwargs.pop("hidden_states", None)
         self.call = BlockCall(args, kwargs)
-        output = self._output(hidden)
-        return (output,) if self.shared.as_tuple else output
+        return self.shared.convention(self._output(hidden))
 
     def _output(self, hidden: Any) -> Any:  # noqa: ANN401
         """Return what the next block, or the tail of the model, is to receive.
@@ -152,23 +164,28 @@ def capture_calls(
         input_ids: [batch, length].
 
     Returns:
-        The hidden states that enter the first block, [batch, length, width], and the
-        recorded calls.
+        The hidden states that enter the first block, [batch, length, width] or of
+        another shape that the model has chosen, and the recorded calls.
 
     Raises:
         UnsupportedModelError: The model changes hidden states between its blocks, so
             the blocks cannot be run one by one.
     """
-    for as_tuple in (False, True):
-        shared = _ForwardPass(as_tuple)
+    first_error: Exception | None = None
+    for number, convention in enumerate(_CONVENTIONS):
+        shared = _ForwardPass(convention)
         with _recording(meta_model.blocks, shared) as recorders:
             try:
                 meta_model.model(input_ids, use_cache=False)
             except _LastBlockReached:
                 calls = tuple(recorder.call for recorder in recorders)
-                return shared.hidden, CapturedCalls(calls, as_tuple)
+                return shared.hidden, CapturedCalls(calls, convention)
             except _UnexpectedInput:
                 continue
+            except _UNPACKING_ERRORS as error:
+                first_error = error if number == 0 else first_error
+    if first_error is not None:
+        raise first_error
     raise UnsupportedModelError(
         f"{type(meta_model.model).__name__} changes its hidden states between blocks, "
         "so they cannot be run one after the other.",
@@ -184,13 +201,13 @@ def run_tail(
     Args:
         meta_model: The model; its parameters outside the blocks must hold values.
         input_ids: [batch, length].
-        hidden: The output of the last block, [batch, length, width].
+        hidden: The output of the last block, of the model's shape.
         captured: The calls for these input_ids, or for others of the same shape.
 
     Returns:
         Logits, [batch, length, vocabulary].
     """
-    shared = _ForwardPass(captured.as_tuple, output=hidden)
+    shared = _ForwardPass(captured.convention, output=hidden)
     with _recording(meta_model.blocks, shared):
         return meta_model.model(input_ids, use_cache=False).logits
 

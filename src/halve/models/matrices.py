@@ -7,9 +7,6 @@ from transformers.pytorch_utils import Conv1D
 
 from halve.errors import UnsupportedModelError
 
-# Dimensions of a parameter that holds the matrices of all experts.
-_FUSED_EXPERTS = 3
-
 
 @dataclass(frozen=True)
 class Matrix:
@@ -80,9 +77,9 @@ def _matrix(path: str, module: nn.Module) -> Matrix:
 def _refuse_experts(block: nn.Module, name: str) -> None:
     for path, parameter in block.named_parameters():
         owner = block.get_submodule(path.rpartition(".")[0])
-        # The kernel of a convolution has three dimensions as well.
-        fused = parameter.dim() == _FUSED_EXPERTS and not isinstance(owner, nn.Conv1d)
-        if fused or "Experts" in type(owner).__name__ or "experts" in path.split("."):
+        # By name: convolutions, the gates of RecurrentGemma and the mixing weights of
+        # RWKV have three dimensions as well. They are left dense.
+        if "Experts" in type(owner).__name__ or "experts" in path.split("."):
             raise UnsupportedModelError(
                 f"Block {name} ({type(block).__name__}) holds a mixture of experts "
                 f"({path}, {list(parameter.shape)}), which is not supported yet.",

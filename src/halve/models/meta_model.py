@@ -1,7 +1,7 @@
 """A causal language model of transformers without its weights.
 
 The model is built by transformers' own classes, with every parameter on the meta
-device. Its decoder blocks are found by structure, not by name.
+device.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,9 @@ from halve.formats import (
     check_version,
     declared_entry,
 )
+from halve.models.blocks import find_blocks
 from halve.models.config_limits import check_config_limits, check_model_size
-from halve.untrusted import read_json, truncated
+from halve.untrusted import is_inside, read_json, truncated
 
 # The sequence length of the papers, where a config gives no maximum (BLOOM).
 _PAPER_LENGTH = 2048
@@ -70,6 +71,15 @@ class MetaModel:
     def vocabulary(self) -> int:
         """The number of tokens in the model's vocabulary."""
         return self.config.get_text_config().vocab_size
+
+    @property
+    def width(self) -> int:
+        """The numbers in the hidden states of one token.
+
+        Gemma 3n runs several versions of them side by side ("AltUp").
+        """
+        text = self.config.get_text_config()
+        return text.hidden_size * getattr(text, "altup_num_inputs", 1)
 
     @property
     def scored_heads(self) -> int:
@@ -166,11 +176,13 @@ def _build(folder: Path, config: Any, trust_remote_code: bool) -> MetaModel:  # 
         model = build()
     model.tie_weights()
     model.eval().requires_grad_(False)
-    path, blocks = _find_blocks(folder, model)
+    path, blocks = find_blocks(model)
     _share_equal_buffers(blocks)
     meta_model = MetaModel(config, model, blocks, path, dtype)
     if not isinstance(meta_model.vocabulary, int):
         raise TypeError(f"its vocab_size is {meta_model.vocabulary}")
+    if not isinstance(meta_model.width, int):
+        raise TypeError(f"its hidden_size is {config.get_text_config().hidden_size}")
     return meta_model
 
 
@@ -204,6 +216,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: 
 def _read_entries(folder: Path) -> dict[str, Any]:
     """Read config.json, and check that it is an object: transformers assumes that."""
     path = folder / "config.json"
+    if not is_inside(folder, path):
+        raise CheckpointError(
+            f"{path} is a link out of the folder.",
+            "Copy the file itself into the folder.",
+        )
     try:
         entries = read_json(path, folder)
     except (OSError, ValueError, RecursionError) as error:
@@ -252,6 +269,19 @@ def _describe_dense(config: Any) -> None:  # noqa: ANN401
                 delattr(part, name)
 
 
+def _only_notes_sparsity(entry: object) -> bool:
+    """Whether an entry describes plain weights, and notes how many of them are zero.
+
+    compressed-tensors writes one for a pruned model that is saved dense.
+    """
+    if not isinstance(entry, dict) or entry.get("config_groups"):
+        return False
+    noted = entry.get("sparsity_config")
+    if not isinstance(noted, dict):
+        return False
+    return all(part.get("format") in (None, "dense") for part in (entry, noted))
+
+
 def _unsupported(folder: Path, error: Exception) -> UnsupportedModelError:
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
@@ -290,24 +320,6 @@ def _check_causal(folder: Path, config: Any) -> None:  # noqa: ANN401
             "causal language model.",
             _SUPPORTED,
         )
-
-
-def _find_blocks(folder: Path, model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the ModuleList of one class that holds most parameters; return its name."""
-    lists = [
-        (sum(p.numel() for p in module.parameters()), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(block) for block in module}) == 1
-    ]
-    if not lists:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} in {folder} has no decoder blocks: it contains no "
-            "ModuleList of modules of one class.",
-            "Open an issue that names the model.",
-        )
-    _, path, blocks = max(lists, key=lambda item: item[0])
-    return path, blocks
 
 
 def _share_equal_buffers(blocks: nn.ModuleList) -> None:

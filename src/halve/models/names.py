@@ -19,6 +19,7 @@ from halve._compat.transformers import (
     weight_conversions,
 )
 from halve.errors import CheckpointError, UnsupportedModelError
+from halve.models.foreign_names import explain_names
 from halve.models.meta_model import MetaModel
 
 _WHAT_TO_USE = "Use the config.json that belongs to this checkpoint."
@@ -55,6 +56,7 @@ def match_names(
     state = meta_model.model.state_dict()
     rename = key_renamer(meta_model.model)
     names: dict[str, str] = {}
+    stored = list(stored)
     for tensor in stored:
         target = rename(tensor.name)
         if target not in state:
@@ -62,7 +64,14 @@ def match_names(
             continue
         _check_fits(tensor, state[target])
         names[target] = tensor.name
-    return names | _tied_names(meta_model.model, names)
+    try:
+        return names | _tied_names(meta_model.model, names)
+    except CheckpointError as error:
+        found = explain_names((tensor.name for tensor in stored), state)
+        if found is None:
+            raise
+        problem = f"{error.problem} Its names are those of {found[0]}."
+        raise CheckpointError(problem, found[1]) from error
 
 
 def expected_tensors(meta_model: MetaModel, dtype: torch.dtype) -> list[StoredTensor]:
@@ -174,7 +183,7 @@ def key_renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
 
 def _merging_unsupported(model: nn.Module, name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(model).__name__} merges the tensor {name} with others on loading, as "
-        "mixtures of experts do, and those are not supported yet.",
-        "Use a model without experts; support for them is planned.",
+        f"{type(model).__name__} joins the tensor {name} with others on loading, as "
+        "transformers does for some models, which is not supported yet.",
+        "Use another model; support is planned.",
     )

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Annotated, TypedDict
 
 from halve.errors import HalveError
-from halve.option import MEASUREMENT, MODEL, Option, check_ranges, documented
+from halve.option import MEASUREMENT, MODEL, Option, Options, check_ranges, documented
 from halve.options.choices import ACTIVATION_CHOICES, QUANTIZE_CHOICES
 from halve.options.shared import Device, TrustRemoteCode
 
 
 @documented
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(Options):
     """Options of a benchmark."""
 
     random_llama: Annotated[

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, TypedDict
 
-from halve.option import TEXT, Option, check_choice, check_ranges, documented
+from halve.option import TEXT, Option, Options, check_choice, check_ranges, documented
 from halve.options.choices import BOS_CHOICES
 from halve.options.shared import (
     BOS_DETAILS,
@@ -17,18 +17,20 @@ from halve.options.shared import (
 
 @documented
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(Options):
     """Options of an evaluation."""
 
     data: Annotated[
         str,
         Option(
-            "Text to evaluate on: wikitext2, ptb, c4, stdlib, a Hub data set, or a "
-            ".txt, .jsonl or .parquet file.",
+            "Text to evaluate on: wikitext2, ptb, c4, stdlib, a data set, or a .txt, "
+            ".jsonl or .parquet file.",
             TEXT,
-            details="wikitext2 (joined by blank lines) and ptb are the test splits; c4 "
-            "is the first 1100 documents of the validation split, 256 segments; stdlib "
-            "is the modules of this Python's library that calibration does not use.",
+            details="Data sets and columns are named as for calibration; the split is "
+            "test by default. wikitext2 (joined by blank lines) and ptb are the test "
+            "splits; c4 is the first 1100 documents of the validation split, 256 "
+            "segments; stdlib is the modules of this Python's library that calibration "
+            "does not use.",
         ),
     ] = "wikitext2"
     seq_len: Annotated[

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from halve.option import OUTPUT, Option, documented
+from halve.option import OUTPUT, Option, Options, documented
 from halve.options.shared import TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @documented
 @dataclass(frozen=True)
-class PackOptions:
+class PackOptions(Options):
     """Options of packing and unpacking."""
 
     positive_zeros: Annotated[

@@ -12,6 +12,7 @@ from halve.option import (
     SOLVER,
     TARGET,
     Option,
+    Options,
     check_choice,
     documented,
 )
@@ -44,7 +45,7 @@ _GROUP_MULTIPLE = 32
 
 @documented
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneOptions(Options):
     """Options of pruning that change the result."""
 
     sparsity: Annotated[
@@ -69,11 +70,16 @@ class PruneOptions:
     calibration: Annotated[
         str,
         Option(
-            "Calibration text: c4, wikitext2, ptb, a Hub data set, a .txt, .jsonl or "
+            "Calibration text: c4, wikitext2, ptb, a data set, a .txt, .jsonl or "
             ".parquet file, stdlib (this Python's sources), or self (text sampled from "
             "the model).",
             CALIBRATION,
-            details="With self, the model must fit into memory.",
+            details="A data set is NAME:CONFIG:SPLIT:COLUMN, a name on the Hub or a "
+            "folder; parts may be empty or left out (the split is then train), and "
+            "FILE:COLUMN names a column of a file. By default the column is text, "
+            "messages or conversations, the first that there is; conversations are "
+            "rendered by the model's chat template. With self, the model must fit into "
+            "memory.",
         ),
     ] = "c4"
     samples: Annotated[

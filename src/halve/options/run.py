@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
-from halve.option import RESOURCES, Option, documented
+from halve.option import RESOURCES, Option, Options, documented
 from halve.options.shared import ActivationMemory, TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @documented
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Options):
     """Options of a pruning run that change no result."""
 
     activation_memory: ActivationMemory = None

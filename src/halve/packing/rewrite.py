@@ -14,6 +14,7 @@ from halve.checkpoint import (
     TensorInfo,
     Workspace,
     check_space,
+    find_side_files,
     is_finished,
     open_workspace,
     output_path,
@@ -112,7 +113,9 @@ def _rewrite(
     }
     if is_finished(out, identity):
         return read_record(out, PackRecord.from_json)
-    provenance = source_record(source)  # refused, if at all, before a folder exists
+    # Refused, if they cannot be read or copied, before a folder exists.
+    provenance = source_record(source)
+    find_side_files(source)
     check_space(out, layout.output_bytes)
     with open_workspace(out, identity) as workspace:
         if workspace.is_complete:

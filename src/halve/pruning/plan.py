@@ -7,8 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint import Checkpoint, TensorInfo, has_no_weights
-from halve.errors import HalveError
+from halve.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    find_side_files,
+    has_no_weights,
+)
+from halve.errors import HalveError, PatternError
 from halve.formats import would_shrink
 from halve.layout import Layout, PlannedBlock, make_layout
 from halve.models import (
@@ -80,6 +85,7 @@ def make_plan(
     options.check()
     _check_precision(options)
     meta_model = build_meta_model(model, trust_remote_code)
+    find_side_files(model)  # refused, if one cannot be copied, before work starts
     by_config = not needs_weights and has_no_weights(model)
     checkpoint = _expected(model, meta_model) if by_config else Checkpoint.open(model)
     layout = make_layout(checkpoint, meta_model)
@@ -91,7 +97,7 @@ def make_plan(
         model=model,
         options=_with_length(options, meta_model),
         layout=layout,
-        width=meta_model.config.get_text_config().hidden_size,
+        width=meta_model.width,
         vocabulary=meta_model.vocabulary,
         scored_heads=meta_model.scored_heads,
         adds_bos=options.bos == "auto" and not meta_model.is_of_the_papers,
@@ -127,10 +133,27 @@ def _check_precision(options: PruneOptions) -> None:
 
 
 def _check_pattern(blocks: tuple[PlannedBlock, ...], options: PruneOptions) -> None:
+    """Raise PatternError if a pattern does not fit a matrix, or has no sensible effect.
+
+    A fraction of a matrix's weights, rounded to their number, may be none or all.
+    """
+    matrices = [matrix for block in blocks for matrix in block.matrices]
     for pattern in {pattern for pattern, _ in options.pairs}:
-        for block in blocks:
-            for planned in block.matrices:
-                pattern.check_fits(planned.tensor, planned.matrix.shape[1])
+        for planned in matrices:
+            pattern.check_fits(planned.tensor, planned.matrix.shape[1])
+            if pattern.count(planned.elements) == planned.elements:
+                raise PatternError(
+                    f"A sparsity of {options.sparsity} prunes all of the "
+                    f"{planned.elements} weights of {planned.tensor}.",
+                    "Choose a lower sparsity.",
+                )
+        if pattern.sparsity and not any(pattern.count(m.elements) for m in matrices):
+            largest = max(planned.elements for planned in matrices)
+            raise PatternError(
+                f"A sparsity of {options.sparsity} prunes nothing: the largest matrix "
+                f"has {largest} weights.",
+                "Choose a higher sparsity, such as 50%.",
+            )
 
 
 def _check_head(layout: Layout, options: PruneOptions) -> None:

@@ -11,7 +11,7 @@ from halve.calibration_stats import CrossGram
 from halve.errors import NumericalError
 from halve.layout import PlannedMatrix
 from halve.numerics.finite import is_finite
-from halve.patterns import Pattern
+from halve.patterns import Pattern, is_sparse
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.distributed.assignment import (
     Owners,
@@ -123,6 +123,7 @@ def _install_solution(
     """
     dtype, path = _dtype(model, planned), weight_path(planned)
     as_rows, solution = planned.matrix.as_rows, selected.solution
+    was_sparse = is_sparse(state.weight(planned))
     state.release(path)  # first: old, new and float32 copies would raise the peak
     # Converted and made contiguous in one step, since each copy is a whole matrix.
     stored = as_rows(solution.weight).to(dtype, memory_format=torch.contiguous_format)
@@ -134,7 +135,7 @@ def _install_solution(
         )
     state.exchange(path, stored)
     # At a sparsity of 0, a weight that was rounded to 0 may become another value.
-    state.solved[path] = selected.candidate.pattern.sparsity > 0
+    state.solved[path] = selected.candidate.pattern.sparsity > 0 or was_sparse
     if (params := solution.quant_params) is not None:
         state.quant_params[path] = lambda values: as_rows(
             params.fake_quantize_kept(as_rows(values))

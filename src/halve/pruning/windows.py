@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from halve.calibration import (
+    ChatTemplate,
     check_vocabulary,
     draw_windows,
     load_corpus,
@@ -57,7 +58,8 @@ def calibration_windows(plan: Plan, trust_remote_code: bool) -> CalibrationWindo
             plan.model, *size, options.seed, trust_remote_code, bos=encode.bos
         )
         return CalibrationWindows(windows, encode.bos)
-    corpus = load_corpus(options.calibration, "calibration")
+    render = ChatTemplate(plan.model, trust_remote_code)
+    corpus = load_corpus(options.calibration, "calibration", render)
     windows = draw_windows(corpus, encode, *size, options.seed)
     check_vocabulary(windows, plan.vocabulary)
     return CalibrationWindows(windows, encode.bos)

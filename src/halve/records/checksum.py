@@ -6,8 +6,9 @@ can compute a new checksum.
 """
 
 import hashlib
-import json
 from typing import Any
+
+from halve.records.codec import to_json
 
 # The JSON key.
 CHECKSUM = "checksum"
@@ -20,7 +21,7 @@ def to_json_with_checksum(fields: dict[str, Any]) -> str:
     The checksum is the SHA-256, in hexadecimal, of the UTF-8 bytes that precede the
     comma before its key.
     """
-    body = json.dumps(fields, indent=2).removesuffix("\n}")
+    body = to_json(fields).removesuffix("\n}")
     return body + _last_member(body.encode())
 
 

@@ -1,5 +1,7 @@
-"""Turn parsed JSON into dataclasses, and check every value against its annotation."""
+"""Dataclasses to JSON, and back: every value is checked against its annotation."""
 
+import json
+import math
 from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -7,6 +9,23 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 Record = TypeVar("Record")
 # Exclusive. Counts in a record are bytes, weights or tokens; none needs 64 bits.
 _MAX_COUNT = 2**63
+
+
+def to_json(value: Any) -> str:  # noqa: ANN401
+    """Return dictionaries, sequences and scalars as JSON, indented by two.
+
+    JSON has no NaN and no infinity: they become null.
+    """
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    is_number = not isinstance(value, float) or math.isfinite(value)
+    return value if is_number else None
 
 
 def from_dict(kind: type[Record], fields: object) -> Record:

@@ -10,7 +10,7 @@ class PerplexityRecord:
     Attributes:
         perplexity: exp of the mean over segments of the segment's mean token loss.
         standard_error: Standard error of the perplexity, from the spread of the
-            segments' losses.
+            segments' losses; None for a single segment.
         tokens: Number of predicted tokens.
         seq_len: Tokens per segment, the first of which is not predicted.
         segments: Number of segments.
@@ -20,7 +20,7 @@ class PerplexityRecord:
     """
 
     perplexity: float
-    standard_error: float
+    standard_error: float | None
     tokens: int
     seq_len: int
     segments: int

@@ -39,6 +39,11 @@ _DEVICES = ("cpu", "cuda")
 # activations. On CUDA more, which occupy all multiprocessors, and for which the weights
 # are read and the sums written less often.
 BATCH_TOKENS, CUDA_BATCH_TOKENS = 1024, 16384
+# What the code of a model raises where its config contradicts its weights.
+_MODEL_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, LookupError, ArithmeticError),
+    AttributeError,
+)
 # Activations of a batch may take one in so many parts of a GPU's memory.
 _ACTIVATION_PARTS = 4
 
@@ -188,11 +193,10 @@ class BlockwiseModel:
 
     def batch_nbytes(self, tokens: int) -> int:
         """Return about how many bytes the activations of a batch take in a block."""
-        config = self.meta_model.config.get_text_config()
         sides = (p.shape[-2:] for p in self.meta_model.blocks.parameters())
         widest = max((max(shape, default=0) for shape in sides), default=0)
         scores = self.meta_model.scored_heads * self.meta_model.default_length
-        return activation_nbytes(tokens, config.hidden_size, max(widest, scores))
+        return activation_nbytes(tokens, self.meta_model.width, max(widest, scores))
 
     def block_nbytes(self) -> int:
         """Return the bytes of the largest block's tensors, as they are stored."""
@@ -364,7 +368,7 @@ class BlockwiseModel:
             yield
         except torch.OutOfMemoryError:
             raise  # handled by `with_smaller_batches`
-        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as e:
+        except _MODEL_ERRORS as e:
             reason = " ".join(str(e).split())[:160].rstrip(". ")
             raise UnsupportedModelError(
                 f"{type(self.meta_model.model).__name__} cannot be run with its config "

@@ -20,7 +20,7 @@ from halve.runtime.memory_left import free_gpu_nbytes
 
 def place_hidden(
     model: BlockwiseModel,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     budget: int,
     folder: Path | None = None,
 ) -> Tensor:
@@ -28,7 +28,7 @@ def place_hidden(
 
     Args:
         model: The model that computes them.
-        shape: [samples, length, width].
+        shape: [samples, length, width], or as many dimensions as the model has.
         budget: The number of bytes up to which the tensor is in the host's memory if it
             is not on the GPU.
         folder: See `allocate_hidden`.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.distributed import SINGLE_PROCESS, Ranks
-from halve.errors import NumericalError
+from halve.errors import NumericalError, UnsupportedModelError
 from halve.models import CapturedCalls, capture_calls, run_tail
 from halve.numerics.finite import finite_flag, is_finite
 from halve.numerics.matmul import FastMatmul
@@ -44,7 +44,9 @@ class Stream:
         numbers: The index of each window among those of all processes.
         all_held_out: The number of held-out windows of all processes.
         hidden: Hidden states, [samples, length, width], float32, on the CPU, or on the
-            GPU where they fit (`place_hidden`); overwritten by each block.
+            GPU where they fit (`place_hidden`); overwritten by each block. A model may
+            have other dimensions than length and width; samples come first in any case.
+        axis: The dimension of the samples in the model's own hidden states.
         captured: The calls of the blocks, by (size of batch, first sample). The first
             sample is None in the entry that serves all batches of that size; batches
             that are called differently have entries of their own.
@@ -57,6 +59,7 @@ class Stream:
     numbers: Sequence[int] = ()
     all_held_out: int = 0
     hidden: Tensor = field(init=False)
+    axis: int = field(init=False, default=0)
     captured: dict[tuple[int, int | None], CapturedCalls] = field(
         init=False, default_factory=dict
     )
@@ -113,20 +116,21 @@ class Stream:
                 with model.running():
                     states, captured = capture_calls(model.meta_model, ids)
                 if part is _FIRST:
-                    samples, length = windows.shape
-                    shape = (samples, length, states.shape[-1])
+                    stream.axis = _sample_axis(model, ids, states)
+                    one = states.movedim(stream.axis, 0)
+                    shape = (len(windows), *one.shape[1:])
                     stream.hidden = place_hidden(model, shape, budget, folder)
-                stream.hidden[part] = states
+                stream.hidden[part] = states.movedim(stream.axis, 0)
                 stream._remember(part, captured)
         return stream
 
     def fork(self, budget: int, folder: Path | None = None) -> "Stream":
         """Return a copy of the stream, which can be advanced independently."""
         twin = replace(self)
-        samples, length, width = self.hidden.shape
-        shape = (samples, length, width)
+        shape = tuple(self.hidden.shape)
         twin.hidden = place_hidden(self.model, shape, budget, folder)
         twin.hidden.copy_(self.hidden)
+        twin.axis = self.axis
         twin.captured = self.captured
         return twin
 
@@ -209,12 +213,13 @@ class Stream:
     def run(self, block: nn.Module, index: int, part: slice) -> Tensor:
         """Run a block on one batch of hidden states; return its output, on the device.
 
-        The output is differentiable if gradients are enabled.
+        The output, samples first, is differentiable if gradients are enabled.
         """
         call = self._calls(part).calls[index]
         precision = matmul_precision(self.model.matmul_precision, self.model.device)
         with FastMatmul(), precision, self.model.running():
-            return call.replay(block, self._load(part))
+            hidden = self._load(part).movedim(0, self.axis)
+            return call.replay(block, hidden).movedim(self.axis, 0)
 
     def _load(self, part: slice) -> Tensor:
         """Return the hidden states of a batch, on the device."""
@@ -290,10 +295,38 @@ class Stream:
 
     def _logits(self, part: slice) -> Tensor:
         ids = self.windows[part].to(self.model.device)
-        hidden = self.hidden[part].to(self.model.device)
+        hidden = self.hidden[part].to(self.model.device).movedim(0, self.axis)
         captured = next(iter(self.captured.values()))
-        with FastMatmul():
+        with FastMatmul(), self.model.running():
             return run_tail(self.model.meta_model, ids, hidden, captured)
+
+
+def _sample_axis(model: BlockwiseModel, ids: Tensor, states: Tensor) -> int:
+    """Return the dimension of a model's hidden states that counts the samples.
+
+    Args:
+        model: The model, with everything but its blocks in memory.
+        ids: One sample, [1, length].
+        states: The hidden states that enter the first block for it.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    usual = 3  # [batch, length, width]
+    if states.dim() == usual and states.shape[:2] == ids.shape:
+        return 0
+    # Gemma 3n has [4, batch, length, width]: two samples show which one it is.
+    with model.running():
+        twice, _ = capture_calls(model.meta_model, ids.repeat(2, 1))
+    shapes = zip(states.shape, twice.shape, strict=False)
+    axes = [axis for axis, (one, two) in enumerate(shapes) if one != two]
+    if len(axes) == 1 and (states.shape[axes[0]], twice.shape[axes[0]]) == (1, 2):
+        return axes[0]
+    raise UnsupportedModelError(
+        f"The hidden states of {type(model.meta_model.model).__name__} have the shape "
+        f"{list(states.shape)}, in which no dimension counts the samples.",
+        "Open an issue that names the model.",
+    )
 
 
 def checks_later(device: torch.device) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from halve.numerics.matmul import linear
-from halve.patterns import NM, Pattern, lowest
+from halve.patterns import NM, Pattern, lowest, pruned_first, with_zeros
 from halve.solvers.hessian import Hessian, Needs, relative_error
 from halve.solvers.interface import Outcome, Solution, Solver, SolverCost, as_float32
 from halve.solvers.refit import refit
@@ -69,7 +69,13 @@ class ADMM(Solver):
         """X^T X to measure errors, damped to refit, scaled to iterate."""
         return Needs.GRAM | Needs.DAMPED | Needs.SCALED
 
-    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+    def solve(
+        self,
+        hessian: Hessian,
+        weight: Tensor,
+        pattern: Pattern,
+        zeros: Tensor | None = None,
+    ) -> Solution:
         """Prune [rows, columns]; about 50 products of it with the Hessian.
 
         Raises:
@@ -79,8 +85,8 @@ class ADMM(Solver):
         scaled = weight.masked_fill(hessian.dead, 0) * hessian.scale
         # Where inputs are nearly uncorrelated, the mask of the largest |W| is best.
         candidates = [
-            _refit(hessian, weight, values, _smallest(values, pattern))
-            for values in (scaled, self._iterate(hessian, scaled, pattern))
+            _refit(hessian, weight, values, _smallest(values, pattern, zeros))
+            for values in (scaled, self._iterate(hessian, scaled, pattern, zeros))
         ]
         return min(candidates, key=lambda solution: solution.outcome.error or 0.0)
 
@@ -89,17 +95,19 @@ class ADMM(Solver):
         size = rows * columns
         return SolverCost(12 * size, 2 * _PRODUCTS * size * columns)
 
-    def _iterate(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Tensor:
+    def _iterate(
+        self, hessian: Hessian, weight: Tensor, pattern: Pattern, zeros: Tensor | None
+    ) -> Tensor:
         """Return C, scaled, once its support has converged."""
         target = linear(weight, hessian.scaled)  # G = W A
-        carried, pruned = weight, _about_smallest(weight, pattern)
+        carried, pruned = weight, _about_smallest(weight, pattern, zeros)
         kept = max(weight.numel() - pattern.count(weight.numel()), 1)
         level = previous = 0
         for _ in range(self.max_rounds):
             before = pruned
             for _ in range(_PERIOD):
                 carried = _step(hessian, (previous, level), target, carried, pruned)
-                pruned = _about_smallest(carried, pattern)
+                pruned = _about_smallest(carried, pattern, zeros)
                 previous = level
             moved = int((before != pruned).sum()) / kept
             if moved < _CONVERGED:
@@ -151,20 +159,22 @@ def _refit(
     return Solution(solution, Outcome(error, hessian.damping))
 
 
-def _smallest(values: Tensor, pattern: Pattern) -> Tensor:
-    """Return the mask of the smallest values that the pattern prunes."""
-    scores = values.abs()
+def _smallest(values: Tensor, pattern: Pattern, zeros: Tensor | None) -> Tensor:
+    """Return the mask of the smallest values that the pattern prunes, and of zeros."""
+    scores = pruned_first(values.abs(), zeros)
     if isinstance(pattern, NM):
-        return pattern.mask(scores)
-    return lowest(scores, pattern.count(scores.numel()))
+        pruned = pattern.mask(scores)
+    else:
+        pruned = lowest(scores, pattern.count(scores.numel()))
+    return with_zeros(pruned, zeros)
 
 
-def _about_smallest(values: Tensor, pattern: Pattern) -> Tensor:
+def _about_smallest(values: Tensor, pattern: Pattern, zeros: Tensor | None) -> Tensor:
     """Return nearly that mask: an unstructured count is only close to the pattern's."""
-    scores = values.abs()
+    scores = pruned_first(values.abs(), zeros)
     if isinstance(pattern, NM):
-        return pattern.mask(scores)
+        return with_zeros(pattern.mask(scores), zeros)
     # With an odd step the sample visits all columns where their number is even.
     sample = scores.flatten()[:: max(scores.numel() // _SAMPLE, 1) | 1]
     count = max(pattern.count(sample.numel()), 1)
-    return scores <= sample.kthvalue(count).values
+    return with_zeros(scores <= sample.kthvalue(count).values, zeros)

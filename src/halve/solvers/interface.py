@@ -72,9 +72,9 @@ class Solver(ABC):
         widens: Whether a 16-bit matrix is copied to float32 beside itself while it is
             solved.
 
-    Laws: the pattern holds exactly; the same arguments give the same bits;
-    permuting the rows of a matrix permutes the rows of the solution where the
-    pattern is n:m.
+    Laws: the pattern holds exactly; where zeros are given, the solution is zero there
+    and obeys the pattern; the same arguments give the same bits; permuting the rows of
+    a matrix permutes the rows of the solution where the pattern is n:m.
     """
 
     widens: ClassVar[bool] = True
@@ -85,7 +85,13 @@ class Solver(ABC):
         """What it reads of the inputs; reading anything else is a defect."""
 
     @abstractmethod
-    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+    def solve(
+        self,
+        hessian: Hessian,
+        weight: Tensor,
+        pattern: Pattern,
+        zeros: Tensor | None = None,
+    ) -> Solution:
         """Prune one matrix and leave it unchanged.
 
         Args:
@@ -93,6 +99,9 @@ class Solver(ABC):
             weight: [rows, columns]; any memory layout and floating dtype. Computation
                 is in float32.
             pattern: What the solution must obey.
+            zeros: [rows, columns], True where the solution must be zero whatever the
+                pattern asks for, because the model was pruned before. They count among
+                what the pattern prunes. None for none.
 
         Raises:
             NumericalError: The Hessian is not positive definite.

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from halve.patterns import NM, Pattern, lowest
+from halve.patterns import NM, Pattern, lowest, pruned_first, with_zeros
 from halve.solvers.hessian import Hessian, Needs
 from halve.solvers.interface import (
     Outcome,
@@ -21,14 +21,21 @@ class Magnitude(Solver):
         """Nothing: it looks at weights alone."""
         return Needs.NOTHING
 
-    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+    def solve(
+        self,
+        hessian: Hessian,
+        weight: Tensor,
+        pattern: Pattern,
+        zeros: Tensor | None = None,
+    ) -> Solution:
         """Zero the smallest weights, [rows, columns]; one selection, no sort."""
         weight = as_float32(weight)
-        scores = weight.abs()
+        scores = pruned_first(weight.abs(), zeros)
         if isinstance(pattern, NM):
             pruned = pattern.mask(scores)
         else:
             pruned = lowest(scores, pattern.count(scores.numel()))
+        pruned = with_zeros(pruned, zeros)
         return Solution(weight.masked_fill(pruned, 0), Outcome())
 
     def cost(self, rows: int, columns: int) -> SolverCost:

@@ -23,9 +23,6 @@ from halve.solvers.sweep import carry, fixed_mask, sweep, transposed_copy
 # Columns between two products with the whole of H or U.
 _BLOCK = 128
 SWEEPS = 4
-# A mask over a midrise grid takes a bit for each weight. Fewer zeros than this fraction
-# are no mask, but chance.
-_MIN_ZEROS = 1 / 16
 
 
 def round_with_mask(
@@ -183,14 +180,20 @@ class Quantized(Solver):
         """X^T X to measure errors, both forms of H, and what the solver reads."""
         return Needs.GRAM | Needs.DAMPED | Needs.FACTOR | self.solver.needs
 
-    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+    def solve(
+        self,
+        hessian: Hessian,
+        weight: Tensor,
+        pattern: Pattern,
+        zeros: Tensor | None = None,
+    ) -> Solution:
         """Prune [rows, columns], quantize, descend; keep what has the lower error."""
         weight = as_float32(weight)
-        first = self.solver.solve(hessian, weight, pattern)
+        first = self.solver.solve(hessian, weight, pattern, zeros)
         values, params = first.weight, first.quant_params
         if params is None:
             params = fit_quant_params(self.grid, values, hessian.diagonal)
-        pruned = _pruned(values, params, pattern)
+        pruned = _pruned(values, params, pattern, zeros)
         swept = round_with_mask(values, pruned, hessian.factor, params)
         moved = coordinate_descent(
             hessian.damped, weight, swept, pruned, params, self.sweeps
@@ -227,12 +230,18 @@ class RoundToNearest(Solver):
         """Nothing: it looks at weights alone."""
         return Needs.NOTHING
 
-    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+    def solve(
+        self,
+        hessian: Hessian,
+        weight: Tensor,
+        pattern: Pattern,
+        zeros: Tensor | None = None,
+    ) -> Solution:
         """Zero the smallest weights, [rows, columns], and round the others."""
-        kept = Magnitude().solve(hessian, weight, pattern).weight
+        kept = Magnitude().solve(hessian, weight, pattern, zeros).weight
         params = fit_quant_params(self.grid, kept)
         rounded = params.fake_quantize(kept)
-        rounded.masked_fill_(_pruned(kept, params, pattern), 0)
+        rounded.masked_fill_(_pruned(kept, params, pattern, zeros), 0)
         return Solution(rounded, Outcome(), params)
 
     def cost(self, rows: int, columns: int) -> SolverCost:
@@ -240,13 +249,16 @@ class RoundToNearest(Solver):
         return SolverCost(8 * rows * columns)
 
 
-def _pruned(values: Tensor, quant_params: QuantParams, pattern: Pattern) -> Tensor:
+def _pruned(
+    values: Tensor, quant_params: QuantParams, pattern: Pattern, zeros: Tensor | None
+) -> Tensor:
     """Return which weights stay zero, [rows, columns].
 
-    All zeros do, except where no pattern was asked for and the grid is midrise: the few
-    zeros that any matrix has by chance would then force a mask on it.
+    All zeros do, except where nothing is to be pruned and the grid is midrise: the few
+    zeros that any matrix has by chance would then force a mask on it, which takes a bit
+    for each weight.
     """
-    zeros = values == 0
-    few = int(zeros.sum()) < _MIN_ZEROS * zeros.numel()
-    by_chance = quant_params.grid.midrise and pattern.sparsity == 0 and few
-    return torch.zeros_like(zeros) if by_chance else zeros
+    found = values == 0
+    is_dense = pattern.sparsity == 0 and zeros is None
+    by_chance = quant_params.grid.midrise and is_dense
+    return torch.zeros_like(found) if by_chance else found

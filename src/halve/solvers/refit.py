@@ -81,10 +81,16 @@ class Refitted(Solver):
         """X^T X to measure errors, damped to refit, and what the solver reads."""
         return Needs.GRAM | Needs.DAMPED | self.solver.needs
 
-    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+    def solve(
+        self,
+        hessian: Hessian,
+        weight: Tensor,
+        pattern: Pattern,
+        zeros: Tensor | None = None,
+    ) -> Solution:
         """Prune [rows, columns], refit, and keep whichever has the lower error."""
         weight = as_float32(weight)
-        first = self.solver.solve(hessian, weight, pattern)
+        first = self.solver.solve(hessian, weight, pattern, zeros)
         refitted = refit(hessian.damped, weight, first.weight)
         errors = [
             relative_error(hessian.gram, weight, solution)

@@ -55,22 +55,33 @@ class SparseGPT(Solver):
         """The factor of the inverse Hessian; the diagonal comes with it."""
         return Needs.FACTOR | Needs.DIAGONAL
 
-    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+    def solve(
+        self,
+        hessian: Hessian,
+        weight: Tensor,
+        pattern: Pattern,
+        zeros: Tensor | None = None,
+    ) -> Solution:
         """Prune [rows, columns] and compensate; rows * columns^2 operations."""
         factor = hessian.factor  # first: it may take memory while it is computed
-        params = self._quant_params(hessian, weight)
+        params = self._quant_params(hessian, weight, zeros)
         remaining = transposed_copy(weight)
         remaining[hessian.dead] = 0
-        rule = adaptive_mask(pattern, self.block_size, params)
+        turned = None if zeros is None else zeros.T.contiguous()
+        rule = adaptive_mask(pattern, self.block_size, params, turned)
         error = sweep(remaining, factor, rule)
         solution = remaining.T  # a row-major copy would be one more matrix in memory
         relative = _relative_error(hessian, error, weight, solution)
         return Solution(solution, Outcome(relative, hessian.factor_damping), params)
 
-    def _quant_params(self, hessian: Hessian, weight: Tensor) -> QuantParams | None:
+    def _quant_params(
+        self, hessian: Hessian, weight: Tensor, zeros: Tensor | None
+    ) -> QuantParams | None:
         if self.grid is None:
             return None
-        return fit_quant_params(self.grid, as_float32(weight), hessian.diagonal)
+        kept = as_float32(weight)
+        kept = kept if zeros is None else kept.masked_fill(zeros, 0)
+        return fit_quant_params(self.grid, kept, hessian.diagonal)
 
     def cost(self, rows: int, columns: int) -> SolverCost:
         """Count the strips of the error: the swept copy is the solution."""

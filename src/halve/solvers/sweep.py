@@ -16,7 +16,15 @@ from torch import Tensor
 from halve._compat.triton import has_triton
 from halve.grids import QuantParams
 from halve.numerics.matmul import linear
-from halve.patterns import NM, Pattern, lowest
+from halve.patterns import (
+    NM,
+    Exact,
+    Pattern,
+    Unstructured,
+    lowest,
+    pruned_first,
+    with_zeros,
+)
 
 # Columns swept one by one before the rest of their block is updated at once.
 CHUNK = 16
@@ -31,29 +39,41 @@ def transposed_copy(weight: Tensor) -> Tensor:
     return weight.T.to(torch.float32, memory_format=order, copy=True)
 
 
+# Given the index of the first of some columns and their scores w^2 / U_jj^2, [columns,
+# rows], returns a mask of the same shape, True where pruned.
+Choose = Callable[[int, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Rule:
     """How the final values of columns are chosen.
 
     Attributes:
-        choose: Given the index of the first of some columns and their scores
-            w^2 / U_jj^2, [columns, rows], returns a mask of the same shape, True where
-            pruned.
+        choose: Returns the mask of some columns.
         size: Columns of a block.
         span: Columns over which one mask is chosen; the size, or a divisor of it.
         quant_params: The grid of the kept weights; None where they are not quantized.
-        groups: The n:m pattern by which `choose` decides; None for any other way.
+        groups: The n:m pattern by which `choose` decides from scores alone; None for
+            any other way.
     """
 
-    choose: Callable[[int, Tensor], Tensor]
+    choose: Choose
     size: int
     span: int
     quant_params: QuantParams | None = None
     groups: NM | None = None
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether `choose` has to be called span after span, by no kernel."""
+        return self.groups is None and self.span < self.size
+
 
 def adaptive_mask(
-    pattern: Pattern, size: int, quant_params: QuantParams | None = None
+    pattern: Pattern,
+    size: int,
+    quant_params: QuantParams | None = None,
+    zeros: Tensor | None = None,
 ) -> Rule:
     """Return the rule that prunes the lowest scores as the sweep reaches them.
 
@@ -61,13 +81,21 @@ def adaptive_mask(
         pattern: Unstructured chooses over a whole block, n:m group after group.
         size: Columns of a block; for n:m it is rounded to whole groups.
         quant_params: As in `Rule`.
+        zeros: [columns, rows], True for weights that are pruned in any case; None for
+            none.
     """
     if isinstance(pattern, NM):
         whole = max(size // pattern.group, 1) * pattern.group
         span = pattern.group
-        return Rule(
-            lambda _, s: pattern.mask(s.T).T, whole, span, quant_params, pattern
-        )
+        if zeros is None:
+            return Rule(
+                lambda _, s: pattern.mask(s.T).T, whole, span, quant_params, pattern
+            )
+        grouped = _groups_with_zeros(pattern, zeros)
+        return Rule(grouped, whole, span, quant_params)
+    if zeros is not None:
+        chosen = _lowest_beside(pattern, zeros)
+        return Rule(chosen, size, size, quant_params)
 
     def choose(first: int, scores: Tensor) -> Tensor:
         columns, rows = scores.shape
@@ -76,6 +104,39 @@ def adaptive_mask(
         return lowest(scores, after - before)
 
     return Rule(choose, size, size, quant_params)
+
+
+def _groups_with_zeros(pattern: NM, zeros: Tensor) -> Choose:
+    """Return how n:m prunes some weights, and then the lowest scores of each group."""
+
+    def choose(first: int, scores: Tensor) -> Tensor:
+        fixed = zeros[first : first + len(scores)]
+        return with_zeros(pattern.mask(pruned_first(scores, fixed).T).T, fixed)
+
+    return choose
+
+
+def _lowest_beside(pattern: Unstructured | Exact, zeros: Tensor) -> Choose:
+    """Return how a pattern's count is pruned of which some weights are a part.
+
+    What is left of the count is divided over the blocks by their other weights, so that
+    the whole matrix has as many zeros as the pattern asks for, unless there are more.
+    """
+    fixed = [0, *zeros.sum(dim=1).cumsum(0).tolist()]  # in the first columns
+    elements = zeros.numel()
+    left = max(pattern.count(elements) - fixed[-1], 0)
+
+    def count(columns: int, rows: int) -> int:
+        others = columns * rows - fixed[columns]
+        return fixed[columns] + left * others // max(elements - fixed[-1], 1)
+
+    def choose(first: int, scores: Tensor) -> Tensor:
+        columns, rows = scores.shape
+        before, after = (count(n, rows) for n in (first, first + columns))
+        part = zeros[first : first + columns]
+        return lowest(pruned_first(scores, part), after - before)
+
+    return choose
 
 
 def fixed_mask(
@@ -144,7 +205,7 @@ def _sweep_by_kernel(
 
     params = rule.quant_params
     kernel = BlockKernel(len(block), rule.groups, params and params.grid)
-    if not kernel.runs_on(block.device):
+    if rule.in_turn or not kernel.runs_on(block.device):
         return None
     pruned = None
     if rule.groups is None:

@@ -7,7 +7,14 @@ Models" (2023), equation 1.
 import torch
 from torch import Tensor
 
-from halve.patterns import NM, Exact, Pattern, Unstructured
+from halve.patterns import (
+    NM,
+    Exact,
+    Pattern,
+    Unstructured,
+    pruned_first,
+    with_zeros,
+)
 from halve.solvers.hessian import Hessian, Needs
 from halve.solvers.interface import (
     Outcome,
@@ -26,14 +33,21 @@ class Wanda(Solver):
         """The norm of each input feature."""
         return Needs.DIAGONAL
 
-    def solve(self, hessian: Hessian, weight: Tensor, pattern: Pattern) -> Solution:
+    def solve(
+        self,
+        hessian: Hessian,
+        weight: Tensor,
+        pattern: Pattern,
+        zeros: Tensor | None = None,
+    ) -> Solution:
         """Zero the lowest scores, [rows, columns]; one sort of each row."""
         weight = as_float32(weight)
-        scores = weight.abs() * hessian.diagonal.sqrt()
+        scores = pruned_first(weight.abs() * hessian.diagonal.sqrt(), zeros)
         if isinstance(pattern, NM):
             pruned = pattern.mask(scores)
         else:
             pruned = _lowest_of_each_row(scores, pattern)
+        pruned = with_zeros(pruned, zeros)
         return Solution(weight.masked_fill(pruned, 0), Outcome())
 
     def cost(self, rows: int, columns: int) -> SolverCost:

@@ -173,8 +173,7 @@ class AllocationSearch:
         Returns:
             [samples, length, width], on the GPU, in memory or in a memory-mapped file.
         """
-        _, length, width = stream.hidden.shape
-        shape = (stream.held_out, length, width)
+        shape = (stream.held_out, *stream.hidden.shape[1:])
         outputs = place_hidden(self.model, shape, self._budget, self.folder)
         with self.model.block(planned.index) as block:
             for part, held_out in _held_out_batches(stream):

@@ -155,8 +155,9 @@ class BlockState:
 
         def compare(part: slice, states: Tensor) -> None:
             if part.start == 0:
-                now = states[: len(before)]
-                errors.append(float((now - before).norm() / before.norm()))
+                lost = (states[: len(before)] - before).norm()
+                size = before.norm()
+                errors.append(float(lost / size) if size else float(lost > 0))
 
         self.stream.advance(self.block, self.planned.index, compare)
         return errors[0]

@@ -109,9 +109,9 @@ def find_groups(stream: Stream, block: nn.Module, planned: PlannedBlock) -> list
     for matrix in planned.matrices:
         if matrix.matrix.path not in seen:
             raise UnsupportedModelError(
-                f"Matrix {matrix.tensor} is not used when its block runs, so there are "
-                "no inputs to calibrate it on.",
-                "Open an issue that names the model.",
+                f"The layer of {matrix.tensor} is not called when its block runs, so "
+                "there are no inputs to calibrate the matrix on.",
+                "Pass --solver magnitude, which needs none.",
             )
         groups[_identity(seen[matrix.matrix.path])].append(matrix)
     return [

@@ -8,7 +8,7 @@ from operator import or_
 from torch import Tensor
 
 from halve.grids import QuantScheme
-from halve.patterns import Pattern
+from halve.patterns import Pattern, is_sparse
 from halve.pruning.observe.collect import HeldOut
 from halve.solvers import Hessian, Needs, Outcome, Solution, Solver
 
@@ -80,6 +80,8 @@ class CandidateSet:
     ) -> Selected:
         """Prune one matrix with every candidate and select the best solution.
 
+        Of a matrix that was pruned before, the zeros stay zeros.
+
         Args:
             weight: The dense matrix, [rows, columns], as it is stored.
             target: Returns what the solvers are given in its place. Called here, so
@@ -89,7 +91,8 @@ class CandidateSet:
         Cost:
             Beside the solvers, one product with the held-out inputs for each solution.
         """
-        solved = self._solutions(target(), pattern)
+        zeros = weight == 0 if is_sparse(weight) else None
+        solved = self._solutions(target(), pattern, zeros)
         if not self.held_out.pairs:
             assert len(solved) == 1, "several candidates and nothing to select them by"
             return solved[0]
@@ -99,11 +102,13 @@ class CandidateSet:
         second = errors[others[0]] if others else None
         return replace(solved[first], held_out=errors[first], runner_up=second)
 
-    def _solutions(self, target: Tensor, pattern: Pattern | None) -> list[Selected]:
+    def _solutions(
+        self, target: Tensor, pattern: Pattern | None, zeros: Tensor | None
+    ) -> list[Selected]:
         candidates = self.candidates
         if pattern is not None:
             candidates = tuple(replace(c, pattern=pattern) for c in candidates)
         return [
-            Selected(c.solver.solve(self.hessian, target, c.pattern), c)
+            Selected(c.solver.solve(self.hessian, target, c.pattern, zeros), c)
             for c in candidates
         ]

@@ -5,15 +5,25 @@ device needs is made by `prepare_device`.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from halve._compat.torch import tensor_version
+from halve._compat.torch import buffer_slots, tensor_version
 from halve.formats import PackedMatrix
 from halve.runtime.cuda.side_index import tile_kept, word_starts
 from halve.runtime.cuda.support import runs_kernels
+
+# Unsigned dtype -> signed one of the same width: torch cannot unpickle the former.
+_SIGNED = {
+    torch.uint64: torch.int64,
+    torch.uint32: torch.int32,
+    torch.uint16: torch.int16,
+}
+# The entry of a pickled state that lists the buffers that were unsigned.
+_UNSIGNED = "unsigned_buffers"
 
 
 class _PackedModule(nn.Module, ABC):
@@ -45,6 +55,25 @@ class _PackedModule(nn.Module, ABC):
         To be called where tensors may have arrived on another device, unless by
         `Module.to`, which does so itself.
         """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: unsigned buffers as signed ones."""
+        named = dict(self.named_buffers(recurse=False))
+        unsigned = {n: b.dtype for n, b in named.items() if b.dtype in _SIGNED}
+        views = {name: named[name].view(_SIGNED[unsigned[name]]) for name in unsigned}
+        state = dict(self.__dict__)
+        state["_buffers"] = state["_buffers"] | views
+        return state | {_UNSIGNED: unsigned}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a pickled state."""
+        unsigned = state.pop(_UNSIGNED, {})
+        super().__setstate__(state)
+        buffers = buffer_slots(self)
+        for name, dtype in unsigned.items():
+            buffer = buffers[name]
+            assert buffer is not None
+            buffers[name] = buffer.view(dtype)
 
 
 class PackedLinear(_PackedModule):

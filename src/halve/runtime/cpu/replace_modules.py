@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,6 +12,7 @@ from halve.checkpoint import Checkpoint, TensorInfo
 from halve.errors import CheckpointError
 from halve.formats import PackedMatrix
 from halve.models import key_renamer
+from halve.numerics.threads import single_threaded
 from halve.runtime.cpu.layers import EMBEDDINGS, LAYERS
 from halve.runtime.cpu.packed_linear import PackedEmbedding, PackedLinear
 
@@ -117,14 +119,22 @@ def packed_modules(
 def check_layers(model: nn.Module) -> None:
     """Check what was loaded, before any kernel reads it.
 
+    A process may load a model and then fork, so no thread may be left behind.
+
     Raises:
         CheckpointError: The parts of a packed matrix are inconsistent.
     """
     share_tied_heads(model)
-    for path, layer in packed_modules(model):
-        layer.packed.check(f"{path}.weight")
-        # transformers makes every parameter that it loads trainable.
-        layer.weight.requires_grad_(False)
+    with single_threaded():
+        for path, layer in packed_modules(model):
+            _checkable(layer.packed).check(f"{path}.weight")
+            # transformers makes every parameter that it loads trainable.
+            layer.weight.requires_grad_(False)
+
+
+def _checkable(packed: PackedMatrix) -> PackedMatrix:
+    """Return a matrix in a dtype that files have: float64 was converted on loading."""
+    return packed.to(torch.float32) if packed.dtype == torch.float64 else packed
 
 
 def make_dense(model: Any) -> None:  # noqa: ANN401
