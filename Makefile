@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lower-bounds check bench bench-quality bench-frontier bench-ranks bench-scale \
-  bench-all gpu fuzz format clean
+.PHONY: demo test lower-bounds check bench bench-quality bench-frontier bench-real \
+  bench-ranks bench-scale bench-all gpu fuzz format clean
 
 demo: $(READY)
 	$(BIN)/halve demo
@@ -46,6 +46,9 @@ bench-frontier: $(READY)
 	$(BIN)/pip install --quiet gguf
 	$(BIN)/python benchmarks/llama_cpp.py --svg build/llama-cpp-bench/frontier.svg
 
+bench-real: $(READY)
+	$(BIN)/python benchmarks/real_model.py
+
 bench-ranks: $(READY)
 	$(BIN)/python benchmarks/ranks.py
 
@@ -56,7 +59,7 @@ bench-scale: $(READY)
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py gpu.json
 
-bench-all: bench bench-quality bench-frontier bench-ranks bench-scale
+bench-all: bench bench-quality bench-frontier bench-real bench-ranks bench-scale
 
 # Fuzzes every parser of untrusted files in turn. Needs atheris, which has no wheel for
 # some platforms.

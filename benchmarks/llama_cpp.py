@@ -13,7 +13,7 @@ packed formats, in interleaved rounds. Embeddings and head are bfloat16 in both.
 
 There is no claim to fail: prints the results, adds them to `results.json` in the work
 folder, and draws all that it has (`--svg`). A work folder belongs to one model and one
-text. By default the model is that of `real_model.py` and the text Python's standard
+text. By default the model is that of `smollm2.py` and the text Python's standard
 library; of a file (`--text`) calibration gets the first half and evaluation the second.
 Building llama.cpp takes ten minutes on two cores and is done once. Outputs of Halve are
 kept in the work folder: the same command resumes an interrupted run. Needs the package
@@ -43,7 +43,7 @@ from decode_speed import Decoder
 from divergence import Divergence, Judge
 from ggml import PACKAGE, LlamaCpp, bits_per_weight, build_llama_cpp
 from machine import describe_machine
-from real_model import fetch_real_model
+from smollm2 import fetch_real_model
 from svg_chart import Panel, Point, draw
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -107,12 +107,20 @@ def relative(dense: Tensor, pruned: Tensor) -> float:
     return float((dense - pruned).norm() / dense.norm())
 
 
+def relative_by_token(dense: Tensor, pruned: Tensor) -> float:
+    errors = (dense - pruned).norm(dim=-1) / dense.norm(dim=-1)
+    return float(errors.square().mean().sqrt())
+
+
 @over_families
 @pytest.mark.parametrize("solver", ["sparsegpt", "auto"])
 def test_the_error_of_a_block_is_that_of_the_first_batch(
     family, solver, pico, text, tmp_path
 ):
-    """||Y - Y'|| / ||Y||; both outputs are of what enters it in the pruned model."""
+    """||Y - Y'|| / ||Y||, and the same of each token, in root mean square.
+
+    Both outputs are of what enters the block in the pruned model.
+    """
     options: dict[str, Any] = SIZES | {"calibration": str(text), "solver": solver}
     record = halve.prune(pico(family), tmp_path / "out", **options)
     dense, pruned = load(pico(family)), load(tmp_path / "out")
@@ -120,10 +128,12 @@ def test_the_error_of_a_block_is_that_of_the_first_batch(
     pairs = outputs_before_and_after(dense, pruned, family, ids)
     expected = [relative(before, after) for before, after in pairs]
     assert [block.error for block in record.blocks] == near(expected)
+    expected = [relative_by_token(before, after) for before, after in pairs]
+    assert [block.token_error for block in record.blocks] == near(expected)
 
 
 def tuning_error(dense: Any, pruned: Any, family: str, held_out: Tensor) -> list[float]:
-    """Return the mean over batches of ||Y - Y'||^2 / ||Y||^2, each in its own model."""
+    """Return the mean over tokens of ||y - y'||^2 / ||y||^2, each in its own model."""
     totals = [0.0] * len(BLOCKS[family](dense))
     batches = held_out.split(BATCH)
     for ids in batches:
@@ -131,7 +141,7 @@ def tuning_error(dense: Any, pruned: Any, family: str, held_out: Tensor) -> list
         for index, ((_, _, before), (_, _, after)) in enumerate(
             zip(*calls, strict=True)
         ):
-            totals[index] += relative(before, after) ** 2 / len(batches)
+            totals[index] += relative_by_token(before, after) ** 2 / len(batches)
     return totals
 
 
@@ -217,7 +227,7 @@ def test_trials_report_the_error_of_blocks_and_the_divergence(family, searched):
     """Of held-out windows only; the errors are those of the uniform trial."""
     dense, held_out, allocation, models = searched(family)
     pairs = outputs_before_and_after(dense, models[0], family, held_out)
-    expected = [relative(before, after) for before, after in pairs]
+    expected = [relative_by_token(before, after) for before, after in pairs]
     assert allocation.errors == near(expected)
     found = [trial.divergence for trial in allocation.trials]
     forward = [divergence(dense, model, held_out) for model in models]

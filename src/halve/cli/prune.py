@@ -91,10 +91,17 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     from halve.cli.console import duration, percent, print_table
 
     rows = [
-        (b.name, percent(b.sparsity), percent(b.error), duration(b.seconds))
+        (
+            b.name,
+            percent(b.sparsity),
+            percent(b.error),
+            percent(b.token_error),
+            duration(b.seconds),
+        )
         for b in record.blocks
     ]
-    print_table("", ["block", "sparsity", "output error", "time"], rows)
+    columns = ["block", "sparsity", "output error", "mean by token", "time"]
+    print_table("", columns, rows)
     print(f"{percent(record.sparsity)} of the prunable weights are zero in {out}.")
     _print_windows(record)
     if record.bits is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from halve.layout import PlannedBlock
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.observe.block_state import BlockState, Streams
+from halve.pruning.observe.output_error import OutputDeviation
 from halve.pruning.observe_block import observe_block
 from halve.pruning.select.selection import Selected
 from halve.pruning.solve_stage import solve_stage
@@ -26,15 +27,14 @@ class PrunedBlock:
             checkpoint's dtype.
         selected_by_tensor: The solution that was selected for each matrix, without its
             weights.
-        error: ||Y - Y'|| / ||Y|| of the outputs of the first batch; None without
-            calibration text.
+        error: Of the outputs of the first batch; None without calibration text.
         refined: Errors before and after tuning; None where the block was not tuned.
         seconds: Wall time.
     """
 
     tensors: dict[str, Tensor]
     selected_by_tensor: dict[str, Selected]
-    error: float | None
+    error: OutputDeviation | None
     refined: TuneResult | None
     seconds: float
 

@@ -17,6 +17,7 @@ from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import candidates
 from halve.pruning.select.selection import combined_needs
 from halve.runtime.generation import sample_windows
+from halve.runtime.malloc_trim import malloc_trim
 
 
 @dataclass(frozen=True)
@@ -61,5 +62,7 @@ def calibration_windows(plan: Plan, trust_remote_code: bool) -> CalibrationWindo
     render = ChatTemplate(plan.model, trust_remote_code)
     corpus = load_corpus(options.calibration, "calibration", render)
     windows = draw_windows(corpus, encode, *size, options.seed)
+    del corpus
+    malloc_trim()  # the text and its tokens may be larger than what follows
     check_vocabulary(windows, plan.vocabulary)
     return CalibrationWindows(windows, encode.bos)

@@ -107,7 +107,12 @@ def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str,
         matrices.append(_matrix_record(matrix, selected, weight))
     refined = pruned.refined and (pruned.refined.before, pruned.refined.after)
     record = BlockRecord(
-        planned.name, tuple(matrices), pruned.error, pruned.seconds, refined
+        name=planned.name,
+        matrices=tuple(matrices),
+        error=pruned.error and pruned.error.overall,
+        token_error=pruned.error and pruned.error.by_token,
+        seconds=pruned.seconds,
+        refined=refined,
     )
     return asdict(record)
 

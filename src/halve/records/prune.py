@@ -82,9 +82,9 @@ class AllocationRecord:
     Attributes:
         strength: `strength` of the trial with the lowest divergence; 0 is uniform.
         sparsities: Sparsity of each block in that trial.
-        errors: For each block, ||Y - Y'|| / ||Y||, where Y and Y' are its outputs
-            before and after pruning it to the model's sparsity, on the same held-out
-            inputs.
+        errors: For each block, the root mean square over tokens of ||y - y'|| / ||y||,
+            where y and y' are its outputs before and after pruning it to the model's
+            sparsity, on the same held-out inputs.
         trials: All trials.
     """
 
@@ -105,8 +105,12 @@ class BlockRecord:
             after pruning, on the same inputs (the first calibration batch); None
             without calibration.
         seconds: Wall time.
-        refined: ||Y_dense - Y'||^2 / ||Y_dense||^2 of the block's outputs on held-out
-            samples, before and after refining; None where the block was not refined.
+        refined: ||Y_dense - Y'||^2 / ||Y_dense||^2 of the block's outputs, each token
+            for itself and then their mean, on held-out samples, before and after
+            refining; None where the block was not refined.
+        token_error: As `error`, but the root mean square over tokens of each token's
+            error relative to its own size: a token that is far larger than the rest
+            counts like any other.
     """
 
     name: str
@@ -114,6 +118,7 @@ class BlockRecord:
     error: float | None
     seconds: float
     refined: tuple[float, float] | None = None
+    token_error: float | None = None
 
     def __post_init__(self) -> None:
         if not self.weights:

@@ -8,6 +8,9 @@ from halve.errors import SourceError
 from halve.pruning.memory.phases import Phase
 from halve.pruning.plan import Plan
 
+# Bytes in memory for a byte of text: all characters of a part take two each where one
+# of them, such as a typographic quotation mark, needs two.
+_TEXT = 2
 # Bytes of token ids for a byte of text: four for a token, which is seldom less than
 # three bytes long, and room to grow in an array.
 _TOKENS = 1.5
@@ -25,7 +28,7 @@ def text_phase(plan: Plan) -> Phase:
     in_pieces = _is_cut(plan.model)
     part = "tokens" if in_pieces else "the whole text, tokenized at once"
     tokens = int(nbytes * (_TOKENS if in_pieces else _WHOLE))
-    parts = {"text": nbytes, part: tokens}
+    parts = {"text": _TEXT * nbytes, part: tokens}
     return Phase("reading text", parts, has_activations=False)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from halve.distributed import SINGLE_PROCESS, Ranks
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.pruning.observe.input_groups import Group, find_groups, hooks
+from halve.pruning.observe.output_error import OutputDeviation
 from halve.runtime.stream import Stream
 
 
@@ -139,7 +140,7 @@ class BlockState:
         part = self.stream.compared()
         return self.stream.run(self.block, self.planned.index, part)
 
-    def advance(self, before: Tensor | None) -> float | None:
+    def advance(self, before: Tensor | None) -> OutputDeviation | None:
         """Carry the pruned stream, if there is one, through the block as it is now.
 
         Args:
@@ -147,17 +148,16 @@ class BlockState:
                 weights; of the same inputs as now, which come from pruned blocks.
 
         Returns:
-            ||Y - Y'|| / ||Y||, Y' being the outputs now; None without text.
+            The error of the outputs now; None without text.
         """
         if self.streams is None or before is None:
             return None
-        errors: list[float] = []
+        errors: list[OutputDeviation] = []
 
         def compare(part: slice, states: Tensor) -> None:
             if part.start == 0:
-                lost = (states[: len(before)] - before).norm()
-                size = before.norm()
-                errors.append(float(lost / size) if size else float(lost > 0))
+                now = states[: len(before)]
+                errors.append(OutputDeviation.of(now, before))
 
         self.stream.advance(self.block, self.planned.index, compare)
         return errors[0]

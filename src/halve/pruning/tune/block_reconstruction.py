@@ -3,9 +3,11 @@
 Once the matrices of a block are pruned, all parameters that are left in it (unpruned
 weights, biases, norms) are tuned together by Adam. The input is the hidden states that
 reach the block in the pruned model, X'; the target is the dense block's output in the
-dense model, Y = f(X). The loss of a batch is
+dense model, Y = f(X). The loss of a batch is the mean over its tokens t of
 
-    ||Y - f'(X')||^2 / ||Y||^2.
+    ||Y_t - f'(X')_t||^2 / ||Y_t||^2,
+
+so that tokens which are far larger than the rest do not count for all.
 
 There are no labels, and only one block and its activations are in memory. Masks are
 fixed and re-applied after every step. After each epoch the error on held-out windows is
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from halve.distributed import Ranks
 from halve.pruning.observe.block_state import BlockState
+from halve.pruning.observe.output_error import relative_squares
 
 # Adam's largest learning rate, as a fraction of the root mean square of a parameter.
 _RATE = 0.015
@@ -54,7 +57,7 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """Relative error ||Y - Y'||^2 / ||Y||^2 of the outputs on held-out windows.
+    """Mean over tokens t of ||Y_t - Y'_t||^2 / ||Y_t||^2, on held-out windows.
 
     Attributes:
         before: Error of the block as it was pruned.
@@ -224,33 +227,32 @@ class _Tuning:
     def _backward_together(self, batches: list[slice]) -> None:
         """Compute gradients of the loss over the batches of all ranks as one batch.
 
-        That loss is sum_r ||Y_r - Y'_r||^2 / sum_r ||Y_r||^2 over ranks r, so each rank
-        divides its own error by the common denominator, and gradients are summed.
+        That loss is the mean over the tokens of all ranks, so each rank divides the sum
+        over its own tokens by the common number, and gradients are summed.
 
         Args:
             batches: This rank's batch, or none.
         """
         with torch.enable_grad():
-            terms = [self._error_and_energy(part) for part in batches]
-            (total,) = self.ranks.all_sum(sum(float(energy) for _, energy in terms))
-            for error, _ in terms:
-                (error / total).backward()
+            errors = [self._errors(part) for part in batches]
+            (total,) = self.ranks.all_sum(sum(each.numel() for each in errors))
+            for each in errors:
+                (each.sum() / total).backward()
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self.ranks.all_reduce_(parameter.grad)
 
     def _loss(self, part: slice) -> Tensor:
-        """Return ||Y - Y'||^2 / ||Y||^2 of a batch."""
-        error, energy = self._error_and_energy(part)
-        return error / energy
+        """Return the mean error of a batch's tokens."""
+        return self._errors(part).mean()
 
-    def _error_and_energy(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Return ||Y - Y'||^2 and ||Y||^2 of a batch, scalars."""
+    def _errors(self, part: slice) -> Tensor:
+        """Return ||Y_t - Y'_t||^2 / ||Y_t||^2 of a batch, [windows, tokens]."""
         state = self.state
         outputs = state.stream.run(state.block, state.planned.index, part)  # Y'
         targets = state.dense_stream.hidden[part].to(outputs.device)  # Y
-        return (outputs - targets).square().sum(), targets.square().sum()
+        return relative_squares(outputs, targets)
 
     def held_out_error(self) -> float:
         """Return the mean loss of the held-out batches, with parameters as stored."""
