@@ -62,8 +62,3 @@ def rename(source: Path, target: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, if it exists."""
     path.unlink(missing_ok=True)
-
-
-def remove_folder(path: Path) -> None:
-    """Remove an empty folder."""
-    path.rmdir()

@@ -131,18 +131,6 @@ class Workspace:
             disk.rename(self.folder, self.out)
             disk.sync(self.out.parent)
 
-    def discard(self) -> None:
-        """Remove the folder and all that is in it.
-
-        The ledger goes last: if the run is killed here, the next one still recognizes
-        the folder.
-        """
-        with write_errors(self.folder):
-            files = [path for path in self.folder.iterdir() if path.name != LEDGER]
-            for path in (*files, self.folder / LEDGER):
-                disk.remove(path)
-            disk.remove_folder(self.folder)
-
     def _resume(self) -> None:
         """Take over the work of an earlier run with the same identity, if any."""
         entries = self._ledger.read()

@@ -14,10 +14,27 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from halve.model_path import local_folder
 from halve.option import OUTPUT, PANELS, Option, option_of, options_of, with_choices
 
+
+def check_model(model: str | None) -> str | None:
+    """Return a model's name; raise SourceError if it is a path to nothing.
+
+    Called while arguments are parsed, before torch is imported.
+    """
+    if model is not None:
+        local_folder(model)
+    return model
+
+
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, or a name on the Hub.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, or a name on the Hub.",
+        callback=check_model,
+    ),
 ]
 Out = Annotated[
     str,
@@ -69,7 +86,12 @@ def with_options(*, panels: bool = False) -> Callable[[Callable], Callable[..., 
         ]
 
         def run(**values: Any) -> None:  # noqa: ANN401
-            command(**_gathered(command, options, values))
+            arguments = _gathered(command, options, values)
+            # Before the command imports torch, so that mistakes are reported at once.
+            for argument in arguments.values():
+                if hasattr(argument, "check"):
+                    argument.check()
+            command(**arguments)
 
         typed = [_typer_parameter(option, panels) for option in options]
         _set_parameters(run, command, [*arguments, *typed])

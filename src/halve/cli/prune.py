@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from halve.pruning import DryRun, Forecast
     from halve.pruning.memory.gpu import GpuForecast
     from halve.pruning.plan import Plan
-    from halve.records import Progress, PruneRecord
+    from halve.records import PruneRecord
 
 EXAMPLES = """
 **Examples**
@@ -54,6 +54,8 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
 
         _print_dry_run(plan(model, options=options, run_options=run_options), as_json)
         return
+    from halve.cli.console import print_next
+
     record = _prune((model, out, options), run_options, quiet)
     if record is None:
         return
@@ -61,6 +63,10 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
         print(record.to_json(), end="")
     else:
         _print_record(record, out)
+        print_next(
+            ("eval", out, "--against", model),
+            ("pack", out, "-o", f"{out.rstrip('/')}-packed"),
+        )
 
 
 def _prune(
@@ -69,26 +75,21 @@ def _prune(
     """Prune, with the other processes of torchrun if any; only rank 0 gets a record."""
     from dataclasses import replace
 
-    from halve.cli.console import progress_line
+    from transformers.utils.logging import disable_progress_bar
+
+    from halve.cli.progress import progress_bar, step_of_block
     from halve.distributed import join
     from halve.pruning import prune_model
 
-    with join() as ranks, progress_line(quiet or not ranks.is_main_process) as show:
-        shown = replace(run_options, progress=lambda p: show(_describe(p)))
+    disable_progress_bar()  # of a model that is loaded whole, to sample text from it
+    with join() as ranks, progress_bar(quiet or not ranks.is_main_process) as show:
+        shown = replace(run_options, progress=lambda p: show(step_of_block(p)))
         record = prune_model(*job, shown, ranks)
     return record if ranks.is_main_process else None
 
 
-def _describe(progress: "Progress") -> str:
-    from halve.cli.console import duration
-
-    left = progress.seconds_left
-    tail = "" if left is None else f", {duration(left)} left"
-    return f"block {progress.block + 1} of {progress.blocks}: {progress.phase}{tail}"
-
-
 def _print_record(record: "PruneRecord", out: str) -> None:
-    from halve.cli.console import duration, percent, print_table
+    from halve.cli.console import duration, local_time, percent, print_table
 
     rows = [
         (b.name, percent(b.sparsity), percent(b.error), duration(b.seconds))
@@ -105,7 +106,9 @@ def _print_record(record: "PruneRecord", out: str) -> None:
         print(f"Divergence on held-out windows by strength of allocation: {trials}.")
     if record.left_dense:
         print(f"Left dense in the blocks: {', '.join(record.left_dense)}.")
-    print(f"Finished {record.finished}, after {duration(record.seconds)}.")
+    print(
+        f"Finished at {local_time(record.finished)}, after {duration(record.seconds)}."
+    )
 
 
 def _print_dry_run(dry_run: "DryRun", as_json: bool) -> None:

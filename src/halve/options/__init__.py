@@ -9,10 +9,11 @@ nor typer, so that `halve --help` is fast and a wrong option is reported at once
 from halve.options.bench import BenchKeywords, BenchOptions
 from halve.options.choices import QUANTIZE_CHOICES, SOLVER_CHOICES
 from halve.options.evaluation import EvalKeywords, EvalOptions
+from halve.options.generate import GenerateKeywords, GenerateOptions
 from halve.options.pack import PackOptions
 from halve.options.prune import PruneKeywords, PruneOptions
 from halve.options.run import RunKeywords, RunOptions
-from halve.options.shared import Activations, Device, TrustRemoteCode
+from halve.options.shared import Activations, Device, TrustRemoteCode, check_device
 
 __all__ = [
     "QUANTIZE_CHOICES",
@@ -23,10 +24,13 @@ __all__ = [
     "Device",
     "EvalKeywords",
     "EvalOptions",
+    "GenerateKeywords",
+    "GenerateOptions",
     "PackOptions",
     "PruneKeywords",
     "PruneOptions",
     "RunKeywords",
     "RunOptions",
     "TrustRemoteCode",
+    "check_device",
 ]

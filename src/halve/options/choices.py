@@ -10,3 +10,5 @@ HEAD_CHOICES = ("auto", "none", "int8", "int4")
 ACTIVATION_CHOICES = ("int16", "int8")
 ALLOCATION_CHOICES = ("uniform", "error")
 PRECISION_CHOICES = ("highest", "high")
+# Kinds of devices, besides `auto`.
+DEVICE_CHOICES = ("cpu", "cuda")

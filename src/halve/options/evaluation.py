@@ -2,10 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from halve.option import TEXT, Option, check_ranges, documented
-from halve.options.shared import LENGTH, ActivationMemory, Device, TrustRemoteCode
+from halve.options.shared import (
+    LENGTH,
+    ActivationMemory,
+    Device,
+    TrustRemoteCode,
+    check_device,
+)
+
+if TYPE_CHECKING:
+    from halve.records import Progress
 
 
 @documented
@@ -40,10 +49,11 @@ class EvalOptions:
     device: Device = "auto"
     activation_memory: ActivationMemory = None
     trust_remote_code: TrustRemoteCode = False
-    progress: Callable[[int, int], None] = lambda block, blocks: None
+    progress: "Callable[[Progress], None]" = lambda progress: None
 
     def check(self) -> None:
-        """Raise HalveError on the first number out of range."""
+        """Raise HalveError on the first option that is invalid."""
+        check_device(self.device)
         check_ranges(self)
 
 
@@ -56,4 +66,4 @@ class EvalKeywords(TypedDict, total=False):
     device: str
     activation_memory: int | None
     trust_remote_code: bool
-    progress: Callable[[int, int], None]
+    progress: "Callable[[Progress], None]"
