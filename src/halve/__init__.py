@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         TargetMissedError,
         UnsupportedModelError,
     )
+    from halve.integrations.notebook import ProgressBar
     from halve.options import (
         BenchOptions,
         EvalOptions,
@@ -89,6 +90,7 @@ _HOMES = {
     "PerplexityRecord": "halve.records",
     "Plan": "halve.pruning.plan",
     "Progress": "halve.records",
+    "ProgressBar": "halve.integrations.notebook",
     "PruneOptions": "halve.options",
     "PruneRecord": "halve.records",
     "QuantizationError": "halve.errors",
@@ -131,6 +133,7 @@ __all__ = [
     "PerplexityRecord",
     "Plan",
     "Progress",
+    "ProgressBar",
     "PruneOptions",
     "PruneRecord",
     "QuantizationError",

@@ -167,9 +167,9 @@ def test_a_text_ends_with_a_token_that_ends_texts(pico):
 
 def test_halve_generate_uses_the_loop_and_says_the_same(pico, monkeypatch):
     folder = pico("opt")
-    plain = generation.generate(folder, "def main", max_new_tokens=20, device="cpu")
+    plain = halve.generate(folder, "def main", max_new_tokens=20, device="cpu")
     monkeypatch.setattr(decode, "prepare", lambda m: cuda_decode.prepare(m, rerun))
-    by_graph = generation.generate(folder, "def main", max_new_tokens=20, device="cpu")
+    by_graph = halve.generate(folder, "def main", max_new_tokens=20, device="cpu")
     assert by_graph == plain
 
 

@@ -59,7 +59,7 @@ def command(
 def _print_blocks(matrices: Sequence["MatrixInspection"], every: bool) -> None:
     from halve.cli.console import print_table
 
-    columns = ["block", "matrices", "zeros", "pattern", "size", "stored"]
+    columns = ["block", "matrices", "zeros", "pattern", "size", "stored", "packed"]
     if every:
         columns[:2] = ["matrix", "shape"]
     rows: list[tuple[str, ...]] = []
@@ -91,7 +91,7 @@ def _block_row(block: str, matrices: Sequence["MatrixInspection"]) -> tuple[str,
 
 
 def _counts(matrices: Sequence["MatrixInspection"]) -> Iterator[str]:
-    """Yield zeros, pattern, size and storage of some matrices together."""
+    """Yield zeros, pattern, size, storage and packed size of some matrices."""
     from halve.cli.console import percent, size
 
     weights = [matrix.rows * matrix.columns for matrix in matrices]
@@ -99,17 +99,15 @@ def _counts(matrices: Sequence["MatrixInspection"]) -> Iterator[str]:
     yield percent(zeros / sum(weights))
     yield _joined(matrix.pattern for matrix in matrices)
     yield size(sum(matrix.bytes for matrix in matrices))
-    yield _storage(matrices)
+    yield _joined(f"{matrix.storage} {matrix.grid}".rstrip() for matrix in matrices)
+    yield _gain(matrices)
 
 
-def _storage(matrices: Sequence["MatrixInspection"]) -> str:
-    """Return how matrices are stored, and their packed size if all are dense."""
-    if any(matrix.packed for matrix in matrices):
-        return _joined(matrix.storage for matrix in matrices)
+def _gain(matrices: Sequence["MatrixInspection"]) -> str:
+    """Return the packed size of dense matrices; `-` if that would not be smaller."""
     packed, dense = _packed_bytes(matrices), sum(m.bytes for m in matrices)
-    if packed >= dense:
-        return "dense"
-    return f"dense ({100 * packed / dense:.0f}% packed)"
+    is_packed = any(matrix.packed for matrix in matrices)
+    return "-" if is_packed or packed >= dense else f"{100 * packed / dense:.0f}%"
 
 
 def _packed_bytes(matrices: Sequence["MatrixInspection"]) -> int:

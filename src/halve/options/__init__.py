@@ -11,11 +11,13 @@ from halve.options.choices import QUANTIZE_CHOICES, SOLVER_CHOICES
 from halve.options.evaluation import EvalKeywords, EvalOptions
 from halve.options.generate import GenerateKeywords, GenerateOptions
 from halve.options.pack import PackOptions
+from halve.options.presets import PRESETS, preset_options
 from halve.options.prune import PruneKeywords, PruneOptions
 from halve.options.run import RunKeywords, RunOptions
 from halve.options.shared import Activations, Device, TrustRemoteCode, check_device
 
 __all__ = [
+    "PRESETS",
     "QUANTIZE_CHOICES",
     "SOLVER_CHOICES",
     "Activations",
@@ -33,4 +35,5 @@ __all__ = [
     "RunOptions",
     "TrustRemoteCode",
     "check_device",
+    "preset_options",
 ]

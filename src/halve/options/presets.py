@@ -1,17 +1,19 @@
 """Presets: options under one name, for those who do not want to choose."""
 
+from typing import Any
+
 from halve.errors import HalveError
 
 # Preset -> the options of pruning that differ from their defaults. Their times and
 # losses are in the README.
-PRESETS: dict[str, dict[str, str | bool]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"solver": "sparsegpt"},
     "default": {},
     "best": {"refine": True},
 }
 
 
-def preset_options(name: str) -> dict[str, str | bool]:
+def preset_options(name: str) -> dict[str, Any]:
     """Return field -> value of a preset, for `PruneOptions` or as keywords of `prune`.
 
     Raises:

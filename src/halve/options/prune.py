@@ -197,7 +197,8 @@ class PruneOptions:
             FEW_BITS,
             unset="the given sparsity and grid",
             details="Both are selected for each matrix on held-out windows, among the "
-            "pairs of that size. Cannot be combined with sparsity or quantize.",
+            "pairs of that size, each of which is solved: that takes several times as "
+            "long. Cannot be combined with sparsity or quantize.",
         ),
     ] = None
     allocation: Annotated[

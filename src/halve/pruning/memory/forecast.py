@@ -51,6 +51,7 @@ class Forecast:
         output: Bytes of the output, before packing.
         operations: Multiplications and additions of the whole run.
         width: Width of hidden states.
+        blocks: Number of blocks.
     """
 
     process: int
@@ -61,6 +62,7 @@ class Forecast:
     output: int
     operations: int
     width: int
+    blocks: int
 
     @property
     def resident(self) -> int:
@@ -115,6 +117,7 @@ def forecast_run(
         output=plan.layout.output_bytes,
         operations=sum(_operations(work, block) for block in work.blocks),
         width=plan.width,
+        blocks=len(work.blocks),
     )
 
 
