@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from halve.api import (
         bench,
         compare,
+        generate,
         inspect,
         pack,
         perplexity,
@@ -43,7 +44,14 @@ if TYPE_CHECKING:
         TargetMissedError,
         UnsupportedModelError,
     )
-    from halve.options import BenchOptions, EvalOptions, PruneOptions, RunOptions
+    from halve.integrations.notebook import ProgressBar
+    from halve.options import (
+        BenchOptions,
+        EvalOptions,
+        GenerateOptions,
+        PruneOptions,
+        RunOptions,
+    )
     from halve.pruning import DryRun, Forecast
     from halve.pruning.plan import Plan
     from halve.records import (
@@ -56,7 +64,7 @@ if TYPE_CHECKING:
         PruneRecord,
         Verification,
     )
-    from halve.runtime.generation import generate, load
+    from halve.runtime.generation import load
 
     __version__: str
 
@@ -71,6 +79,7 @@ _HOMES = {
     "DryRun": "halve.pruning",
     "EvalOptions": "halve.options",
     "Forecast": "halve.pruning",
+    "GenerateOptions": "halve.options",
     "HalveError": "halve.errors",
     "HalveWarning": "halve.errors",
     "Inspection": "halve.records",
@@ -81,6 +90,7 @@ _HOMES = {
     "PerplexityRecord": "halve.records",
     "Plan": "halve.pruning.plan",
     "Progress": "halve.records",
+    "ProgressBar": "halve.integrations.notebook",
     "PruneOptions": "halve.options",
     "PruneRecord": "halve.records",
     "QuantizationError": "halve.errors",
@@ -91,7 +101,7 @@ _HOMES = {
     "Verification": "halve.records",
     "bench": "halve.api",
     "compare": "halve.api",
-    "generate": "halve.runtime.generation",
+    "generate": "halve.api",
     "inspect": "halve.api",
     "load": "halve.runtime.generation",
     "pack": "halve.api",
@@ -112,6 +122,7 @@ __all__ = [
     "DryRun",
     "EvalOptions",
     "Forecast",
+    "GenerateOptions",
     "HalveError",
     "HalveWarning",
     "Inspection",
@@ -122,6 +133,7 @@ __all__ = [
     "PerplexityRecord",
     "Plan",
     "Progress",
+    "ProgressBar",
     "PruneOptions",
     "PruneRecord",
     "QuantizationError",

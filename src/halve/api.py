@@ -1,8 +1,8 @@
 """The verbs of Halve as functions, whose docstrings are their contracts.
 
-Options are declared in `halve.options` alone. `prune`, `plan`, `perplexity`, `compare`
-and `bench` accept an options object, or its fields as keywords, or both; then the
-keywords override the object's fields.
+Options are declared in `halve.options` alone. `prune`, `plan`, `perplexity`,
+`compare`, `bench` and `generate` accept an options object, or its fields as keywords,
+or both; then the keywords override the object's fields.
 """
 
 import inspect as introspection
@@ -17,6 +17,7 @@ from typing import Any, TypeVar, Unpack, cast
 import torch
 
 from halve.checkpoint import Checkpoint, resolve_model
+from halve.completion import Completer
 from halve.errors import HalveError
 from halve.evaluation import compare as compare_models
 from halve.evaluation import evaluate
@@ -33,6 +34,8 @@ from halve.options import (
     BenchOptions,
     EvalKeywords,
     EvalOptions,
+    GenerateKeywords,
+    GenerateOptions,
     PackOptions,
     PruneKeywords,
     PruneOptions,
@@ -54,7 +57,9 @@ from halve.records import (
 from halve.runtime.blockwise_model import choose_device
 
 _Function = TypeVar("_Function", bound=Callable)
-_Options = TypeVar("_Options", PruneOptions, RunOptions, EvalOptions, BenchOptions)
+_Options = TypeVar(
+    "_Options", PruneOptions, RunOptions, EvalOptions, BenchOptions, GenerateOptions
+)
 
 
 def _takes(*classes: type) -> Callable[[_Function], _Function]:
@@ -451,6 +456,35 @@ def _counterparts(source: Path, options: BenchOptions) -> Iterator[tuple[Path, P
             # Positive zeros take fewer bytes, and give the same products.
             pack_model(source, other, PackOptions(True, options.trust_remote_code))
             yield source, other
+
+
+@_takes(GenerateOptions)
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    options: GenerateOptions | None = None,
+    on_text: Callable[[str], None] | None = None,
+    **keywords: Unpack[GenerateKeywords],
+) -> str:
+    """Return a prompt with its continuation, the most likely one by default.
+
+    Args:
+        model: A folder, dense or packed, or a name on the Hub.
+        prompt: Text to continue.
+        options: How tokens are chosen; by default `GenerateOptions()`.
+        on_text: Called with each piece of the result as soon as it is known.
+        **keywords: Fields of `GenerateOptions`, which override those of the object.
+
+    Raises:
+        HalveError: An option is invalid, the prompt is empty or longer than the model's
+            context allows; and whatever `load` raises.
+
+    Cost:
+        Memory for the whole model; a packed one stays packed.
+    """
+    merged = _merged(options or GenerateOptions(), keywords)
+    return Completer.open(model, merged).complete(prompt, on_text)
 
 
 def inspect(model: str | Path, *, trust_remote_code: bool = False) -> Inspection:

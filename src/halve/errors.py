@@ -17,6 +17,13 @@ class HalveError(Exception):
         self.problem = problem
         self.remedy = remedy
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows: the message, without the calls that led to it.
+
+        IPython looks for this name.
+        """
+        return [f"{type(self).__name__}: {self}"]
+
     def __reduce__(self) -> tuple[type["HalveError"], tuple[str, str]]:
         """Pickle by both sentences, so that it survives a process boundary."""
         return type(self), (self.problem, self.remedy)

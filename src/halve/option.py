@@ -23,6 +23,7 @@ PANELS = (
     TEXT := "Text",
     MODEL := "Random model",
     MEASUREMENT := "Measurement",
+    SAMPLING := "Sampling",
     SOLVER := "Solver",
     CALIBRATION := "Calibration",
     FEW_BITS := "Few bits",

@@ -5,15 +5,14 @@ and verifies a pruned matrix. Matrices are [rows, columns] = [outputs, inputs]. 
 are boolean, True where a weight is pruned.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import nan
 
 import torch
 from torch import Tensor
 
 from halve.errors import PatternError
+from halve.sparsity_text import parse_sparsity
 
 # A matrix with a smaller fraction of zeros is dense: trained weights have stray zeros.
 _STRAY_ZEROS = 0.01
@@ -202,27 +201,8 @@ def parse_pattern(text: str | float, allow_dense: bool = False) -> Pattern:
     Raises:
         PatternError: The text is not a pattern, or its sparsity is not in (0, 1).
     """
-    if isinstance(text, str) and (match := re.fullmatch(r"(\d+):(\d+)", text.strip())):
-        kept, group = int(match[1]), int(match[2])
-        if 0 < kept < group:
-            return NM(kept, group)
-    elif 0 < (sparsity := _fraction(text)) < 1 or (sparsity == 0 and allow_dense):
-        return Unstructured(sparsity)
-    raise PatternError(
-        f"{text!r} is not a sparsity: a fraction between 0 and 1 or an n:m pattern "
-        "with 0 < n < m was expected.",
-        "Write it as 50%, 0.5 or 2:4 (n kept of every m).",
-    )
-
-
-def _fraction(text: str | float) -> float:
-    """Parse a number or a percentage; NaN where the text is neither."""
-    try:
-        if isinstance(text, str) and text.strip().endswith("%"):
-            return float(text.strip()[:-1]) / 100
-        return float(text)
-    except ValueError:
-        return nan
+    parsed = parse_sparsity(text, allow_dense)
+    return NM(*parsed) if isinstance(parsed, tuple) else Unstructured(parsed)
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

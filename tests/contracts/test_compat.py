@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 import halve
+from halve._compat.serving import can_serve, chat_messages, ignored_fields
 from halve._compat.torch import (
     Store,
     buffer_slots,
@@ -34,7 +35,6 @@ from halve._compat.torch import (
 )
 from halve._compat.transformers import (
     can_compile,
-    can_serve,
     causal_classes,
     computes_all_scores,
     has_masked_model,
@@ -220,6 +220,28 @@ class TestTransformers:
         )
         assert next(iter(arguments.arguments.values())) == "folder"
 
+    @pytest.mark.skipif(not can_serve(), reason="halve[serve] is not installed")
+    def test_the_server_builds_its_application_by_a_function_of_a_module(self):
+        import inspect  # noqa: PLC0415
+
+        from transformers.cli.serve import Serve  # noqa: PLC0415
+
+        source = inspect.getsource(Serve.__init__)
+        assert "from .serving.server import build_server" in source
+
+    @pytest.mark.skipif(not can_serve(), reason="halve[serve] is not installed")
+    def test_fields_that_the_server_ignores_are_known(self):
+        for path, fields in ignored_fields().items():
+            assert "user" in fields, path
+        assert "n" in ignored_fields()["/v1/chat/completions"]
+
+    @pytest.mark.skipif(not can_serve(), reason="halve[serve] is not installed")
+    def test_messages_of_both_kinds_of_chat_are_read(self):
+        expected = [{"role": "user", "content": "hi"}]
+        body = {"messages": [{"role": "user", "content": "hi"}]}
+        assert chat_messages("/v1/chat/completions", body) == expected
+        assert chat_messages("/v1/responses", {"input": "hi"}) == expected
+
     def test_importing_models_imports_the_awaited_module(self):
         """As integrations/transformers/hook.py awaits it, in a fresh process."""
         program = (
@@ -275,7 +297,9 @@ PRIVATE = {
     "_keys_to_ignore_on_load_unexpected",
     "_linear_pointwise",
     "_modules",
+    "_normalize_input",
     "_parameters",
+    "_unused_fields",
     "_version",
     "__class__",
 }
@@ -283,6 +307,11 @@ PRIVATE_MODULES = {
     "torch.distributed.distributed_c10d",
     "torch.distributed.rendezvous",
     "transformers.cli.serve",
+    "transformers.cli.serving",
+    "transformers.cli.serving.chat_completion",
+    "transformers.cli.serving.completion",
+    "transformers.cli.serving.response",
+    "transformers.cli.serving.utils",
     "transformers.conversion_mapping",
     "transformers.core_model_loading",
     "transformers.models.auto.modeling_auto",

@@ -23,6 +23,8 @@ from halve.options import (
     BenchOptions,
     EvalKeywords,
     EvalOptions,
+    GenerateKeywords,
+    GenerateOptions,
     PackOptions,
     PruneKeywords,
     PruneOptions,
@@ -38,6 +40,7 @@ KEYWORDS = {
     PruneKeywords: (PruneOptions, RunOptions),
     EvalKeywords: (EvalOptions,),
     BenchKeywords: (BenchOptions,),
+    GenerateKeywords: (GenerateOptions,),
 }
 # Function -> the options classes whose fields it accepts, or a part of them.
 FUNCTIONS = {
@@ -46,8 +49,16 @@ FUNCTIONS = {
     "perplexity": (EvalOptions,),
     "compare": (EvalOptions,),
     "bench": (BenchOptions,),
+    "generate": (GenerateOptions,),
 }
-CLASSES = (PruneOptions, RunOptions, EvalOptions, PackOptions, BenchOptions)
+CLASSES = (
+    PruneOptions,
+    RunOptions,
+    EvalOptions,
+    PackOptions,
+    BenchOptions,
+    GenerateOptions,
+)
 NAMES = {"Progress": Progress}
 
 
@@ -76,7 +87,7 @@ def test_a_signature_shows_every_option_with_its_default(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_unknown_keywords_are_refused(name):
-    positional = ["model", "other"][: 1 + (name in ("prune", "compare"))]
+    positional = ["model", "other"][: 1 + (name in ("prune", "compare", "generate"))]
     with pytest.raises(TypeError, match="sparsety"):
         getattr(halve, name)(*positional, sparsety="50%")
 
@@ -129,6 +140,19 @@ def test_the_flags_of_a_command_differ(command):
         (PruneOptions, {"group_size": 64}, ("group_size", "--quantize")),
         (PruneOptions, {"target_bits": 3.0, "quantize": "int4"}, ("--target-bits",)),
         (PruneOptions, {"samples": 1}, ("samples", "1", "--samples")),
+        (PruneOptions, {"sparsity": "60"}, ("'60'", "Write 60%")),
+        (PruneOptions, {"rules": ("down_proj",)}, ("down_proj", "--rule")),
+        (PruneOptions, {"rules": ("a(=70%",)}, ("a(", "regular expression")),
+        (PruneOptions, {"rules": ("a=170%",)}, ("170%",)),
+        (PruneOptions, {"skip": ("[",)}, ("[", "--skip")),
+        (
+            PruneOptions,
+            {"skip": ("a",), "allocation": "error"},
+            ("allocation", "--skip"),
+        ),
+        (GenerateOptions, {"top_k": 5}, ("top_k", "--temperature")),
+        (GenerateOptions, {"temperature": -1.0}, ("temperature", "--temperature")),
+        (GenerateOptions, {"top_p": 0.0, "temperature": 1.0}, ("top_p", "--top-p")),
     ],
     ids=str,
 )
@@ -184,7 +208,7 @@ def test_the_package_is_marked_as_typed():
 
 def test_annotated_types_are_plain():
     """Typer parses these; a new type needs a parser in halve.cli.options."""
-    plain = {str, int, float, bool, tuple[int, ...], str | float}
+    plain = {str, int, float, bool, tuple[int, ...], tuple[str, ...], str | float}
     optional = {kind | None for kind in (str, int, float, bool)}
     for options_class in CLASSES:
         for field in fields(options_class):

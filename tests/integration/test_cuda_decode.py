@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+import halve
 from halve.errors import HalveWarning
-from halve.runtime import decode, generation
+from halve.runtime import decode
 from halve.runtime.cuda import decode as cuda_decode
 from halve.runtime.cuda.decode import GreedyDecoder, continue_greedily
 from tests.tables import FAMILIES, family_config
@@ -167,9 +168,9 @@ def test_a_text_ends_with_a_token_that_ends_texts(pico):
 
 def test_halve_generate_uses_the_loop_and_says_the_same(pico, monkeypatch):
     folder = pico("opt")
-    plain = generation.generate(folder, "def main", max_new_tokens=20, device="cpu")
+    plain = halve.generate(folder, "def main", max_new_tokens=20, device="cpu")
     monkeypatch.setattr(decode, "prepare", lambda m: cuda_decode.prepare(m, rerun))
-    by_graph = generation.generate(folder, "def main", max_new_tokens=20, device="cpu")
+    by_graph = halve.generate(folder, "def main", max_new_tokens=20, device="cpu")
     assert by_graph == plain
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from halve.cli.prune import _print_dry_run
+from halve.cli.dry_run import print_dry_run
 from halve.errors import HalveError, HalveWarning
 from halve.options import PruneOptions, RunOptions
 from halve.pruning import dry_run as plan_run
@@ -134,7 +134,7 @@ def test_a_dry_run_has_a_line_for_it(pico, gpu, monkeypatch, capsys):
     assert (said["gpu"], said["gpu_bytes_total"]) == ("H100", TOTAL)
     assert said["gpu_bytes_peak"] == forecast(found.plan).peak
     json.dumps(said)
-    _print_dry_run(found, as_json=False)
+    print_dry_run(found, verbose=False)
     [line] = [x for x in capsys.readouterr().out.splitlines() if "H100" in x]
     assert "80 GiB" in line
     assert "on the GPU" in line

@@ -15,6 +15,16 @@ from tests.tables import BUNDLED
 
 PROMPT = "def main("
 TIMEOUT = 60  # seconds; generous, for a busy machine
+MESSAGES = [{"role": "user", "content": "hi"}]
+# Path, request, and a word of the answer.
+REFUSED = [
+    ("chat/completions", {"messages": MESSAGES}, "chat template"),
+    ("responses", {"input": "hi"}, "chat template"),
+    ("completions", {"prompt": "word " * 400}, "256"),
+    ("completions", {"prompt": "word", "max_tokens": 256}, "max_tokens"),
+    ("completions", {"prompt": "word", "n": 2}, "n=2"),
+    ("completions", {"prompt": "word", "logprobs": 1}, "logprobs"),
+]
 
 
 @pytest.fixture
@@ -39,6 +49,22 @@ def ask(url, body=None):
         return json.load(answer)
 
 
+def ask_for_text(url, body):
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        return answer.read().decode()
+
+
+def refusal(url, body):
+    """Return the sentence with which a request is refused."""
+    with pytest.raises(urllib.error.HTTPError) as error:
+        ask(url, body)
+    assert error.value.code == 400
+    return json.load(error.value)["error"]["message"]
+
+
 def wait_for(url):
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
@@ -57,4 +83,10 @@ def test_server_completes_a_prompt_as_generate_does(server):
     assert answer["usage"]["completion_tokens"] == 12
     whole = halve.generate(folder, PROMPT, max_new_tokens=12)
     assert PROMPT + answer["choices"][0]["text"] == whole
-    assert "data" in ask(f"{url}/v1/models")
+    (model,) = ask(f"{url}/v1/models")["data"]
+    assert model["id"] == str(folder)
+    for path, change, word in REFUSED:
+        message = refusal(f"{url}/v1/{path}", {"model": model["id"], **change})
+        assert word in message, (path, change)
+    streamed = ask_for_text(f"{url}/v1/completions", body | {"stream": True})
+    assert streamed.startswith("data: ")

@@ -184,37 +184,6 @@ def has_masked_model(model_type: str) -> bool:
     return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def can_serve() -> bool:
-    """Whether the libraries that `transformers serve` needs are installed.
-
-    Undocumented: `utils.import_utils.is_serve_available`. When it breaks: try to import
-    fastapi, uvicorn, pydantic and openai.
-    """
-    from transformers.utils.import_utils import is_serve_available
-
-    return is_serve_available()
-
-
-def serve(
-    folder: str, host: str, port: int, device: str, trust_remote_code: bool
-) -> None:
-    """Run transformers' server on one model until it is interrupted.
-
-    Undocumented: `cli.serve.Serve`, whose constructor serves; the command line
-    `transformers serve` is documented. When it breaks: run that command in a process
-    that has imported halve.
-    """
-    from transformers.cli.serve import Serve
-
-    Serve(
-        folder,
-        host=host,
-        port=port,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-
-
 def is_rust_panic(error: BaseException) -> bool:
     """Whether an exception is a panic of a Rust extension such as tokenizers.
 

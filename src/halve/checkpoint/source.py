@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from halve.checkpoint.index import select_weight_files
 from halve.checkpoint.side_files import select_side_files
 from halve.errors import HalveError, SourceError
+from halve.model_path import local_folder, suggestion
 
 # Seconds until the Hub's first answer.
 _TIMEOUT = 20
@@ -26,41 +27,8 @@ def resolve_model(model: str | Path, weights: bool = True) -> Path:
         SourceError: There is no such folder or repository, or the Hub cannot be reached
             and its cache holds no complete copy.
     """
-    folder = _path_of(model)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise SourceError(
-            f"{folder} is a file; a model is a folder with a config.json.",
-            "Pass the folder that contains the file.",
-        )
-    if _looks_like_a_path(str(model)):
-        raise SourceError(
-            f"The folder {folder} does not exist.", "Check the path of the model."
-        )
-    return _download(str(model), weights)
-
-
-def _path_of(model: str | Path) -> Path:
-    try:
-        folder = Path(model).expanduser()
-        folder.exists()
-    except TypeError as error:
-        raise SourceError(
-            f"The model is a {type(model).__name__}, where a folder or a name on the "
-            "Hub was expected.",
-            "Save the model with save_pretrained, and pass its folder.",
-        ) from error
-    # Name too long, unknown ~user, or a null byte.
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SourceError(
-            f"{str(model)[:200]!r} is not a valid path.", "Check the path of the model."
-        ) from error
-    return folder
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    folder = local_folder(model)
+    return _download(str(model), weights) if folder is None else folder
 
 
 def _download(name: str, weights: bool) -> Path:
@@ -80,7 +48,8 @@ def _download(name: str, weights: bool) -> Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise SourceError(
             f"{name} is neither a local folder nor a model on the Hub.",
-            "Check the name; for a private model log in with `hf auth login`.",
+            suggestion(name)
+            or "Check the name; for a private model log in with `hf auth login`.",
         ) from error
     # Which errors the Hub's network library raises depends on its version.
     except Exception as error:  # noqa: BLE001
@@ -110,5 +79,6 @@ def _cached(name: str, reason: Exception) -> Path:
         raise SourceError(
             f"{name} is not a local folder, and it could not be downloaded from the "
             f"Hub ({type(reason).__name__}: {summary}).",
-            "Check the path or the network, or download the model first.",
+            suggestion(name)
+            or "Check the path or the network, or download the model first.",
         ) from error

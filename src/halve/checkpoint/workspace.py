@@ -154,22 +154,6 @@ class Workspace:
         disk.remove_folder(self.folder)
         disk.sync(self.out)
 
-    def discard(self) -> None:
-        """Remove the folder and all that is in it.
-
-        The ledger goes last: if the run is killed here, the next one still recognizes
-        the folder.
-        """
-        with write_errors(self.folder):
-            # Folders after what is in them.
-            for path in sorted(self.folder.rglob("*"), reverse=True):
-                if path.is_dir():
-                    disk.remove_folder(path)
-                elif path.name != LEDGER:
-                    disk.remove(path)
-            disk.remove(self.folder / LEDGER)
-            disk.remove_folder(self.folder)
-
     def _resume(self) -> None:
         """Take over the work of an earlier run with the same identity, if any."""
         entries = self._ledger.read()

@@ -2,13 +2,17 @@
 
 import io
 import os
+import re
 import sys
 import warnings
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from halve.cli import (
     bench,
+    chat,
     demo,
     evaluate,
     generate,
@@ -19,24 +23,41 @@ from halve.cli import (
     verify,
 )
 
+
+class _Command(TyperCommand):
+    """A subcommand whose usage line shows its arguments without braces."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ANN401
+        """Return `MODEL` for typer's `{MODEL}`, and `[MODEL]` for its `[[MODEL]]`."""
+        pieces = super().collect_usage_pieces(ctx)
+        return [
+            re.sub(r"^\[\[(.*)\]\]$|^\{(.*)\}$", _without_braces, piece)
+            for piece in pieces
+        ]
+
+
+def _without_braces(match: re.Match[str]) -> str:
+    return f"[{match[1]}]" if match[1] else match[2]
+
+
 app = typer.Typer(
     name="halve",
     help="Prune large language models in one shot, and measure what was lost.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-app.command("prune", epilog=prune.EXAMPLES)(prune.command)
-app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
-app.command("pack", epilog=pack.PACK_EXAMPLES)(pack.pack)
-app.command("unpack", epilog=pack.UNPACK_EXAMPLES)(pack.unpack)
-app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
-app.command("verify", epilog=verify.EXAMPLES)(verify.command)
-app.command("generate", epilog=generate.EXAMPLES)(generate.command)
-app.command("serve", epilog=serve.EXAMPLES)(serve.command)
-app.command("bench", epilog=bench.EXAMPLES)(bench.command)
-app.command("demo", epilog=demo.EXAMPLES)(demo.command)
+app.command("prune", cls=_Command, epilog=prune.EXAMPLES)(prune.command)
+app.command("eval", cls=_Command, epilog=evaluate.EXAMPLES)(evaluate.command)
+app.command("pack", cls=_Command, epilog=pack.PACK_EXAMPLES)(pack.pack)
+app.command("unpack", cls=_Command, epilog=pack.UNPACK_EXAMPLES)(pack.unpack)
+app.command("inspect", cls=_Command, epilog=inspect.EXAMPLES)(inspect.command)
+app.command("verify", cls=_Command, epilog=verify.EXAMPLES)(verify.command)
+app.command("generate", cls=_Command, epilog=generate.EXAMPLES)(generate.command)
+app.command("chat", cls=_Command, epilog=chat.EXAMPLES)(chat.command)
+app.command("serve", cls=_Command, epilog=serve.EXAMPLES)(serve.command)
+app.command("bench", cls=_Command, epilog=bench.EXAMPLES)(bench.command)
+app.command("demo", cls=_Command, epilog=demo.EXAMPLES)(demo.command)
 
 
 @app.callback(invoke_without_command=True)

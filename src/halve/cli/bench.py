@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halve.cli.options import Quiet, with_options
+from halve.cli.options import Quiet, check_model, with_options
 from halve.option import OUTPUT, Option
 from halve.options import BenchOptions
 
@@ -31,6 +31,7 @@ EXAMPLES = """
 class Output(StrEnum):
     """Formats of the table."""
 
+    table = "table"
     md = "md"
     csv = "csv"
     json = "json"
@@ -42,10 +43,19 @@ def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="A pruned model, dense or packed: folder or name."
+            metavar="MODEL",
+            help="A pruned model, dense or packed: folder or name.",
+            callback=check_model,
         ),
     ] = None,
-    output: Annotated[Output, Option("Format of the table.", OUTPUT)] = Output.md,
+    output: Annotated[
+        Output | None,
+        Option(
+            "Format of the result.",
+            OUTPUT,
+            unset="table on a terminal, md elsewhere",
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Time a model dense in torch, dense in Halve's kernel, and packed.
@@ -58,39 +68,67 @@ def command(
     that a token reads, the fraction of the memory bandwidth that this takes, and the
     peak memory of loading and running each.
     """
+    if not options.names_one_model(model):
+        raise typer.BadParameter("name a MODEL, or one --random-llama or --random-opt")
     from transformers.utils.logging import disable_progress_bar
 
     from halve.api import bench
-    from halve.cli.console import progress_line
+    from halve.cli.progress import Step, progress_bar
 
-    if not options.names_one_model(model):
-        raise typer.BadParameter("name a MODEL, or one --random-llama or --random-opt")
     disable_progress_bar()
-    with progress_line(quiet) as show:
-        record = bench(model, options=replace(options, progress=show))
+    with progress_bar(quiet) as show:
+        shown = replace(options, progress=lambda text: show(Step(text)))
+        record = bench(model, options=shown)
     _print(record, output)
 
 
-def _print(record: "BenchRecord", output: Output) -> None:
-    """Print the table, whose first columns are those of llama-bench."""
-    import csv
+def _print(record: "BenchRecord", output: Output | None) -> None:
     import sys
     from dataclasses import asdict
 
     from halve.records.codec import to_json
 
+    if output is None:
+        output = Output.table if sys.stdout.isatty() else Output.md
     if output is Output.json:
         print(to_json(asdict(record)))
-        return
-    rows = [_COLUMNS, *_rows(record)]
-    if output is Output.csv:
-        csv.writer(sys.stdout).writerows(rows)
-        return
+    elif output is Output.csv:
+        _print_csv(record)
+    elif output is Output.md:
+        _print_markdown(record)
+        _print_notes(record)
+    else:
+        _print_table(record)
+        _print_notes(record)
+
+
+def _print_csv(record: "BenchRecord") -> None:
+    import csv
+    import sys
+
+    csv.writer(sys.stdout).writerows([_COLUMNS, *_rows(record)])
+
+
+def _print_markdown(record: "BenchRecord") -> None:
     print(f"| {' | '.join(_COLUMNS)} |")
     print("|---|" + "--:|" * (len(_COLUMNS) - 1))
-    for row in rows[1:]:
+    for row in _rows(record):
         print(f"| {' | '.join(row)} |")
-    _print_notes(record)
+
+
+def _print_table(record: "BenchRecord") -> None:
+    """Print the table for a terminal: what is alike in all rows is its title."""
+    from halve.cli.console import print_table
+
+    title = (
+        f"{record.model}, {record.parameters / 1e6:.2f} M parameters, "
+        f"{record.threads} threads, kernel {record.kernel}"
+    )
+    rows = [
+        (result.backend, row[_SIZE], *row[_TEST:])
+        for result, row in zip(record.results, _rows(record), strict=True)
+    ]
+    print_table(title, _SHORT_COLUMNS, rows)
 
 
 _COLUMNS = (
@@ -105,9 +143,13 @@ _COLUMNS = (
     "weights read per token",
     "bandwidth used",
 )
+# Of these, what differs from row to row, under names for a narrow terminal.
+_SIZE, _TEST = _COLUMNS.index("size"), _COLUMNS.index("test")
+_SHORT_COLUMNS = ("backend", "size", "test", "t/s", "ratio", "read/token", "bandwidth")
 
 
 def _rows(record: "BenchRecord") -> "Iterator[tuple[str, ...]]":
+    """Yield a row for each result; the first columns are those of llama-bench."""
     from halve.cli.console import size
     from halve.measure import TORCH
 

@@ -1,16 +1,13 @@
-"""Formatting: tables on standard output, progress on standard error."""
+"""Formatting of what is printed on standard output."""
 
+import datetime
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def print_table(
@@ -19,7 +16,13 @@ def print_table(
     """Print a table whose first column is text and whose others are numbers."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        # A name that is cut, or a number, is of no use; other columns may wrap.
+        table.add_column(
+            column,
+            justify="right" if index else "left",
+            no_wrap=not index,
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*row)
     console = Console()
@@ -29,19 +32,17 @@ def print_table(
     console.print(table)
 
 
-@contextmanager
-def progress_line(quiet: bool) -> "Iterator[Callable[[str], None]]":
-    """Yield a function that updates a status line; without a terminal, it prints lines.
+def print_next(*commands: Sequence[str]) -> None:
+    """Print what may be done next, as command lines; on a terminal only."""
+    if sys.stdout.isatty():
+        lines = [shlex.join(["halve", *command]) for command in commands]
+        print("\nNext: " + "\n      ".join(lines))
 
-    With `quiet` it prints nothing.
-    """
-    if quiet:
-        yield lambda text: None
-    elif sys.stderr.isatty():
-        with Console(stderr=True).status("starting") as status:
-            yield status.update
-    else:
-        yield lambda text: print(text, file=sys.stderr, flush=True)
+
+def local_time(moment: str) -> str:
+    """Return a time in ISO 8601 as the clock here shows it, to the second."""
+    local = datetime.datetime.fromisoformat(moment).astimezone()
+    return local.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def duration(seconds: float | None) -> str:

@@ -128,8 +128,8 @@ def _packed(pruned: "Path", packed: "Path") -> dict[str, object]:
 
 def _run(packed: "Path") -> dict[str, object]:
     """Generate with the packed model, and time it against its dense form."""
+    from halve.api import generate
     from halve.measure import bench_cases, measure_speed
-    from halve.runtime.generation import generate
 
     _say("running")
     text = generate(packed, _PROMPT, max_new_tokens=_TOKENS, device="cpu")
@@ -164,7 +164,7 @@ def _print(rows: list[dict]) -> None:
 
     print_table(
         f"pycode-opt on {_SEGMENTS} held-out segments of 256 tokens",
-        ["model", "sparsity", "perplexity", "+/-", "bytes", "time to prune"],
+        ["model", "sparsity", "perplexity", "+/-", "size", "time to prune"],
         [
             (
                 row["model"],

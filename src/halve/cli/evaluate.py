@@ -3,12 +3,13 @@
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
-from halve.cli.options import Json, Model, Quiet, with_options
+from halve.cli.options import Json, Model, Quiet, check_model, with_options
 from halve.option import TEXT, Option
 from halve.options import EvalOptions
 
 if TYPE_CHECKING:
-    from halve.records import ComparisonRecord, PerplexityRecord
+    from halve.cli.progress import Step
+    from halve.records import ComparisonRecord, PerplexityRecord, Progress
 
 EXAMPLES = """
 **Examples**
@@ -38,16 +39,15 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Measure a model's perplexity, block by block, even if it exceeds memory."""
+    check_model(against)
     from halve.api import compare, perplexity
-    from halve.cli.console import progress_line
+    from halve.cli.console import print_next
+    from halve.cli.progress import progress_bar
     from halve.records import PerplexityRecord
     from halve.records.codec import to_json
 
-    with progress_line(quiet) as show:
-        options = replace(
-            options,
-            progress=lambda block, blocks: show(f"block {block + 1} of {blocks}"),
-        )
+    with progress_bar(quiet) as show:
+        options = replace(options, progress=lambda p: show(_step(p, model, against)))
         record = (
             perplexity(model, options=options)
             if not against
@@ -59,6 +59,21 @@ def command(
         _print_perplexity(record, model)
     else:
         _print_comparison(record, model, against)
+    if not as_json:
+        print_next(("bench", model))
+
+
+def _step(progress: "Progress", model: str, against: str | None) -> "Step":
+    """Return what is shown of an evaluation, of one model or of two in turn."""
+    from halve.cli.progress import Step
+    from halve.evaluation import REFERENCE
+
+    is_reference = progress.phase == REFERENCE
+    name = against if is_reference else model
+    done = progress.block + is_reference * progress.blocks
+    total = progress.blocks * (1 if against is None else 2)
+    text = f"{name}, block {progress.block + 1} of {progress.blocks}"
+    return Step(text, done / total)
 
 
 def _print_perplexity(record: "PerplexityRecord", model: str) -> None:

@@ -1,31 +1,47 @@
 """`halve inspect`."""
 
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
 
 from halve.cli.options import Json, Model, with_options
+from halve.option import OUTPUT, Option
 from halve.options import TrustRemoteCode
 
 if TYPE_CHECKING:
-    from halve.records import MatrixInspection
+    from halve.records import Inspection, MatrixInspection
 
 EXAMPLES = """
 **Examples**
 
 `halve inspect ./opt-125m-half`
 
+`halve inspect ./opt-125m-half --all`
+
 `halve inspect facebook/opt-125m --json`
 """
+
+# The names of a block and of a matrix within it, in the name of a tensor.
+_IN_BLOCK = re.compile(r"(.*?\.\d+|\d+)\.(.+?)(?:\.weight)?")
 
 
 @with_options()
 def command(
     model: Model,
+    every: Annotated[
+        bool,
+        Option(
+            "Print a line for each matrix, rather than for each block.",
+            OUTPUT,
+            flags=("--all",),
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Count sparsity, pattern and bytes of every prunable matrix in a model's files."""
-    from halve.cli.console import percent, print_table, size
     from halve.measure import inspect_model
     from halve.records.codec import to_json
 
@@ -33,20 +49,80 @@ def command(
     if as_json:
         print(to_json(asdict(inspection) | {"sparsity": inspection.sparsity}))
         return
-    rows = [
-        (
-            matrix.tensor,
-            f"{matrix.rows} x {matrix.columns}",
-            matrix.dtype,
-            percent(matrix.sparsity),
-            matrix.pattern,
-            size(matrix.bytes),
-            _storage(matrix),
-        )
-        for matrix in inspection.matrices
-    ]
-    columns = ["matrix", "shape", "dtype", "sparsity", "pattern", "size", "stored"]
-    print_table("", columns, rows)
+    _print_blocks(inspection.matrices, every)
+    _print_totals(inspection)
+
+
+def _print_blocks(matrices: Sequence["MatrixInspection"], every: bool) -> None:
+    from halve.cli.console import print_table
+
+    columns = ["block", "matrices", "zeros", "pattern", "size", "stored", "packed"]
+    if every:
+        columns[:2] = ["matrix", "shape"]
+    rows: list[tuple[str, ...]] = []
+    for block, group in groupby(matrices, key=lambda m: _split(m.tensor)[0]):
+        members = list(group)
+        if every:
+            rows += [(block,), *(_matrix_row(matrix) for matrix in members)]
+        else:
+            rows.append(_block_row(block, members))
+    print_table(f"Stored in {_joined(m.dtype for m in matrices)}", columns, rows)
+
+
+def _split(tensor: str) -> tuple[str, str]:
+    """Return the names of a tensor's block, and of its matrix within the block."""
+    match = _IN_BLOCK.fullmatch(tensor)
+    return (match[1], match[2]) if match else ("", tensor)
+
+
+def _matrix_row(matrix: "MatrixInspection") -> tuple[str, ...]:
+    return (
+        f"  {_split(matrix.tensor)[1]}",
+        f"{matrix.rows} x {matrix.columns}",
+        *_counts([matrix]),
+    )
+
+
+def _block_row(block: str, matrices: Sequence["MatrixInspection"]) -> tuple[str, ...]:
+    return block, str(len(matrices)), *_counts(matrices)
+
+
+def _counts(matrices: Sequence["MatrixInspection"]) -> Iterator[str]:
+    """Yield zeros, pattern, size, storage and packed size of some matrices."""
+    from halve.cli.console import percent, size
+
+    weights = [matrix.rows * matrix.columns for matrix in matrices]
+    zeros = sum(m.sparsity * n for m, n in zip(matrices, weights, strict=True))
+    yield percent(zeros / sum(weights))
+    yield _joined(matrix.pattern for matrix in matrices)
+    yield size(sum(matrix.bytes for matrix in matrices))
+    yield _joined(f"{matrix.storage} {matrix.grid}".rstrip() for matrix in matrices)
+    yield _gain(matrices)
+
+
+def _gain(matrices: Sequence["MatrixInspection"]) -> str:
+    """Return the packed size of dense matrices; `-` if that would not be smaller."""
+    packed, dense = _packed_bytes(matrices), sum(m.bytes for m in matrices)
+    is_packed = any(matrix.packed for matrix in matrices)
+    return "-" if is_packed or packed >= dense else f"{100 * packed / dense:.0f}%"
+
+
+def _packed_bytes(matrices: Sequence["MatrixInspection"]) -> int:
+    """Return the size of dense matrices, each packed if that is smaller."""
+    return sum(
+        m.bytes if m.packed_bytes is None else min(m.bytes, m.packed_bytes)
+        for m in matrices
+    )
+
+
+def _joined(names: Iterable[str]) -> str:
+    """Return the different names among some, in their order."""
+    return ", ".join(dict.fromkeys(names))
+
+
+def _print_totals(inspection: "Inspection") -> None:
+    from halve.cli.console import percent, size
+
     prunable = sum(matrix.bytes for matrix in inspection.matrices)
     zeros = percent(inspection.zeros / inspection.parameters)
     print(f"Prunable matrices: {percent(inspection.sparsity)} zeros, {size(prunable)}")
@@ -54,13 +130,3 @@ def command(
         f"Whole model: {inspection.parameters:,} parameters, {zeros} zeros, "
         f"{size(inspection.bytes)}"
     )
-
-
-def _storage(matrix: "MatrixInspection") -> str:
-    """Return how a matrix is stored, and its packed size if it is dense."""
-    if matrix.storage != "dense":
-        return matrix.storage
-    dense = matrix.bytes
-    if matrix.packed_bytes is None or matrix.packed_bytes >= dense:
-        return "dense (packing would not shrink it)"
-    return f"dense (packed: {100 * matrix.packed_bytes / dense:.1f}%)"

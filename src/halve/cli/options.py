@@ -14,10 +14,28 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from halve.cli.option_sources import OptionSources
+from halve.model_path import local_folder
 from halve.option import OUTPUT, PANELS, Option, option_of, options_of, with_choices
 
+
+def check_model(model: str | None) -> str | None:
+    """Return a model's name; raise SourceError if it is a path to nothing.
+
+    Called while arguments are parsed, before torch is imported.
+    """
+    if model is not None:
+        local_folder(model)
+    return model
+
+
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, or a name on the Hub.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, or a name on the Hub.",
+        callback=check_model,
+    ),
 ]
 Out = Annotated[
     str,
@@ -52,11 +70,14 @@ class CommandOption:
     group: str = ""
 
 
-def with_options(*, panels: bool = False) -> Callable[[Callable], Callable[..., None]]:
+def with_options(
+    *, panels: bool = False, presets: bool = False
+) -> Callable[[Callable], Callable[..., None]]:
     """Return a decorator that gives a command one parameter for each option.
 
     Args:
         panels: Whether `--help` lists the options under their headings.
+        presets: Whether the command has `--preset`.
     """
 
     def decorate(command: Callable) -> Callable[..., None]:
@@ -68,11 +89,22 @@ def with_options(*, panels: bool = False) -> Callable[[Callable], Callable[..., 
             and option_of(parameter.annotation) is None
         ]
 
+        sources = list(
+            OptionSources(_names_in_files(options), presets).typer_parameters()
+        )
+
         def run(**values: Any) -> None:  # noqa: ANN401
-            command(**_gathered(command, options, values))
+            for source in sources:  # their callbacks have read them
+                values.pop(source.name)
+            arguments = _gathered(command, options, values)
+            # Before the command imports torch, so that mistakes are reported at once.
+            for argument in arguments.values():
+                if hasattr(argument, "check"):
+                    argument.check()
+            command(**arguments)
 
         typed = [_typer_parameter(option, panels) for option in options]
-        _set_parameters(run, command, [*arguments, *typed])
+        _set_parameters(run, command, [*arguments, *typed, *sources])
         return run
 
     return decorate
@@ -123,7 +155,7 @@ def _typer_parameter(declared: CommandOption, panels: bool) -> Parameter:
         *option_flags(declared),
         help=with_choices(option),
         parser=parse_bytes if option.unit == "bytes" else None,
-        metavar=option.metavar,
+        metavar="" if _is_switch(type_) else option.metavar,  # `<bool>` says nothing
         show_default=option.unset or (default is not None and default is not False),
         min=option.minimum,
         max=option.maximum,
@@ -135,12 +167,27 @@ def _typer_parameter(declared: CommandOption, panels: bool) -> Parameter:
     )
 
 
+def _is_switch(type_: Any) -> bool:  # noqa: ANN401
+    return type_ is bool or bool in get_args(type_)
+
+
 def option_flags(declared: CommandOption) -> tuple[str, ...]:
     """Return the names of an option on the command line.
 
     A switch has a negative form only if its option names one.
     """
     return declared.option.flags or (f"--{declared.name.replace('_', '-')}",)
+
+
+def _names_in_files(options: list[CommandOption]) -> dict[str, str]:
+    """Return the names that an option has in a file -> name of its parameter."""
+    flags = {
+        flag.partition("/")[0].removeprefix("--").replace("-", "_"): option.name
+        for option in options
+        for flag in option_flags(option)
+        if flag.startswith("--")
+    }
+    return flags | {option.name: option.name for option in options}
 
 
 def _gathered(

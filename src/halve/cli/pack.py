@@ -7,9 +7,8 @@ from halve.cli.options import Json, Model, Out, Quiet, with_options
 from halve.options import PackOptions, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from halve.records import PackRecord
+    from halve.cli.progress import Show
+    from halve.records import PackRecord, Progress
 
 PACK_EXAMPLES = """
 **Examples**
@@ -34,12 +33,15 @@ def pack(
     quiet: Quiet = False,
 ) -> None:
     """Store a pruned model compactly: a bit per weight, and the nonzero weights."""
-    from halve.cli.console import progress_line
+    from halve.cli.console import print_next
+    from halve.cli.progress import progress_bar
     from halve.packing import pack_model
 
-    with progress_line(quiet) as show:
+    with progress_bar(quiet) as show:
         record = pack_model(model, out, _reporting(options, show))
     _print(record, as_json)
+    if not as_json:
+        print_next(("bench", out), ("generate", out, "Once upon a time"))
 
 
 @with_options()
@@ -51,25 +53,28 @@ def unpack(
     quiet: Quiet = False,
 ) -> None:
     """Store a packed or quantized model dense."""
-    from halve.cli.console import progress_line
+    from halve.cli.progress import progress_bar
     from halve.packing import unpack_model
 
     options = PackOptions(False, trust_remote_code)
-    with progress_line(quiet) as show:
+    with progress_bar(quiet) as show:
         record = unpack_model(model, out, _reporting(options, show))
     _print(record, as_json)
 
 
-def _reporting(options: PackOptions, show: "Callable[[str], None]") -> PackOptions:
-    """Return options under which each file is reported on the progress line."""
-    return replace(
-        options,
-        progress=lambda p: show(f"file {p.block + 1} of {p.blocks}: {p.phase}"),
-    )
+def _reporting(options: PackOptions, show: "Show") -> PackOptions:
+    """Return options under which each file is reported on the progress bar."""
+    from halve.cli.progress import Step
+
+    def report(progress: "Progress") -> None:
+        text = f"file {progress.block + 1} of {progress.blocks}: {progress.phase}"
+        show(Step(text, progress.block / progress.blocks))
+
+    return replace(options, progress=report)
 
 
 def _print(record: "PackRecord", as_json: bool) -> None:
-    from halve.cli.console import duration, percent, size
+    from halve.cli.console import duration, local_time, percent, size
 
     if as_json:
         print(record.to_json(), end="")
@@ -91,4 +96,6 @@ def _print(record: "PackRecord", as_json: bool) -> None:
             )
         if dense:
             print(f"Left dense (packing would not shrink them): {', '.join(dense)}.")
-    print(f"Finished {record.finished}, after {duration(record.seconds)}.")
+    print(
+        f"Finished at {local_time(record.finished)}, after {duration(record.seconds)}."
+    )

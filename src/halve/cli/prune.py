@@ -7,10 +7,7 @@ from halve.option import OUTPUT, Option
 from halve.options import PruneOptions, RunOptions
 
 if TYPE_CHECKING:
-    from halve.pruning import DryRun, Forecast
-    from halve.pruning.memory.gpu import GpuForecast
-    from halve.pruning.plan import Plan
-    from halve.records import Progress, PruneRecord
+    from halve.records import PruneRecord
 
 EXAMPLES = """
 **Examples**
@@ -27,11 +24,15 @@ EXAMPLES = """
 
 `halve prune ./llama -o ./llama-70 --sparsity 70% --calibration stdlib --dry-run`
 
+`halve prune ./llama -o ./llama-mixed --rule 'down_proj=40%' --skip 'layers\\.0\\.'`
+
+`halve prune ./llama -o ./llama-best --preset best --config run.yaml`
+
 `torchrun --nproc-per-node 2 -m halve prune ./llama -o ./llama-half`
 """
 
 
-@with_options(panels=True)
+@with_options(panels=True, presets=True)
 def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
     model: Model,
     out: Out,
@@ -39,6 +40,10 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
     run_options: RunOptions,
     dry_run: Annotated[
         bool, Option("Print the plan and its forecast; write nothing.", OUTPUT)
+    ] = False,
+    verbose: Annotated[
+        bool,
+        Option("With --dry-run: list matrices and the memory of each phase.", OUTPUT),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -50,10 +55,10 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
     the work among themselves.
     """
     if dry_run:
-        from halve.api import plan
-
-        _print_dry_run(plan(model, options=options, run_options=run_options), as_json)
+        _plan(model, (options, run_options), as_json, verbose)
         return
+    from halve.cli.console import print_next
+
     record = _prune((model, out, options), run_options, quiet)
     if record is None:
         return
@@ -61,6 +66,26 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
         print(record.to_json(), end="")
     else:
         _print_record(record, out)
+        print_next(
+            ("eval", out, "--against", model),
+            ("pack", out, "-o", f"{out.rstrip('/')}-packed"),
+        )
+
+
+def _plan(
+    model: str, options: tuple[PruneOptions, RunOptions], as_json: bool, verbose: bool
+) -> None:
+    """Print what a run would do and take."""
+    import json
+
+    from halve.api import plan
+    from halve.cli.dry_run import print_dry_run
+
+    planned = plan(model, options=options[0], run_options=options[1])
+    if as_json:
+        print(json.dumps(planned.to_dict(), indent=2))
+    else:
+        print_dry_run(planned, verbose)
 
 
 def _prune(
@@ -69,26 +94,21 @@ def _prune(
     """Prune, with the other processes of torchrun if any; only rank 0 gets a record."""
     from dataclasses import replace
 
-    from halve.cli.console import progress_line
+    from transformers.utils.logging import disable_progress_bar
+
+    from halve.cli.progress import progress_bar, step_of_block
     from halve.distributed import join
     from halve.pruning import prune_model
 
-    with join() as ranks, progress_line(quiet or not ranks.is_main_process) as show:
-        shown = replace(run_options, progress=lambda p: show(_describe(p)))
+    disable_progress_bar()  # of a model that is loaded whole, to sample text from it
+    with join() as ranks, progress_bar(quiet or not ranks.is_main_process) as show:
+        shown = replace(run_options, progress=lambda p: show(step_of_block(p)))
         record = prune_model(*job, shown, ranks)
     return record if ranks.is_main_process else None
 
 
-def _describe(progress: "Progress") -> str:
-    from halve.cli.console import duration
-
-    left = progress.seconds_left
-    tail = "" if left is None else f", {duration(left)} left"
-    return f"block {progress.block + 1} of {progress.blocks}: {progress.phase}{tail}"
-
-
 def _print_record(record: "PruneRecord", out: str) -> None:
-    from halve.cli.console import duration, percent, print_table
+    from halve.cli.console import duration, local_time, percent, print_table
 
     rows = [
         (
@@ -105,7 +125,7 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     print(f"{percent(record.sparsity)} of the prunable weights are zero in {out}.")
     _print_windows(record)
     if record.bits is not None:
-        print(f"Packed with their grids they would take {record.bits:.2f} bits each.")
+        print(f"As packed codes they take {record.bits:.2f} bits each.")
     if record.allocation is not None:
         trials = ", ".join(
             f"{t.strength:.3g}: {t.divergence:.4g}" for t in record.allocation.trials
@@ -113,7 +133,9 @@ def _print_record(record: "PruneRecord", out: str) -> None:
         print(f"Divergence on held-out windows by strength of allocation: {trials}.")
     if record.left_dense:
         print(f"Left dense in the blocks: {', '.join(record.left_dense)}.")
-    print(f"Finished {record.finished}, after {duration(record.seconds)}.")
+    print(
+        f"Finished at {local_time(record.finished)}, after {duration(record.seconds)}."
+    )
 
 
 def _print_windows(record: "PruneRecord") -> None:
@@ -126,75 +148,3 @@ def _print_windows(record: "PruneRecord") -> None:
         f"Calibrated on {used['samples']} windows of {used['seq_len']} tokens of "
         f"{used['calibration']}{bos}."
     )
-
-
-def _print_dry_run(dry_run: "DryRun", as_json: bool) -> None:
-    from halve.cli.console import duration, size
-    from halve.records.codec import to_json
-
-    if as_json:
-        print(to_json(dry_run.to_dict()))
-        return
-    plan, forecast = dry_run.plan, dry_run.forecast
-    _print_matrices(plan)
-    _print_targets(plan)
-    _print_forecast(forecast)
-    if dry_run.gpu is not None:
-        _print_gpu(dry_run.gpu)
-    print(f"Output: {size(forecast.output)} in {len(plan.layout.shards)} files")
-    print(f"Time, very roughly: {duration(dry_run.seconds)}")
-
-
-def _print_matrices(plan: "Plan") -> None:
-    """Print the matrices of the first block, and what stays dense in all of them."""
-    layout = plan.layout
-    if not layout.has_weights:
-        print(f"{plan.model} holds no weights; the plan is made from its config.json.")
-    matrices = sum(len(block.matrices) for block in layout.blocks)
-    print(f"{len(layout.blocks)} blocks with {matrices} matrices to prune:")
-    for planned in layout.blocks[0].matrices:
-        rows, columns = planned.matrix.shape
-        print(f"  {planned.tensor}  {rows} x {columns}")
-    if len(layout.blocks) > 1:
-        print("  ... and the same in every other block")
-    for name in layout.left_dense:
-        print(f"  {name}  left dense")
-
-
-def _print_targets(plan: "Plan") -> None:
-    targets = ", or ".join(
-        f"{pattern} to prune" + (f" and {grid} for the rest" if grid else "")
-        for pattern, grid in plan.options.pairs
-    )
-    print(f"{plan.layout.prunable:,} prunable weights, {targets}.")
-    if plan.options.allocation_held_out:
-        print("Distributed over the blocks by error, after two to four trials.")
-
-
-def _print_gpu(gpu: "GpuForecast") -> None:
-    from halve.cli.console import size
-
-    where = "on the GPU" if gpu.keeps_hidden else "in the host's memory"
-    text = (
-        f"GPU memory ({gpu.name}), while {gpu.largest.name}: {size(gpu.peak)} of "
-        f"{size(gpu.total)}"
-    )
-    if gpu.hidden:
-        text += f"; hidden states ({size(gpu.hidden)}) stay {where}"
-    print(text if gpu.fits else f"{text}; batches will be smaller, or it will fail")
-
-
-def _print_forecast(forecast: "Forecast") -> None:
-    from halve.cli.console import print_table, size
-
-    rows = [("process", "", size(forecast.process))]
-    if forecast.resident:
-        rows.append(("hidden states and cached inputs", "", size(forecast.resident)))
-    for name, parts in forecast.by_name().items():
-        rows += [(name, part, size(count)) for part, count in parts.items() if count]
-    print_table("", ["memory", "part", "bytes"], rows)
-    print(f"Peak memory, while {forecast.largest.name}: {size(forecast.peak)}")
-    if forecast.mapped:
-        mapped = size(forecast.mapped)
-        print(f"Hidden states and cached inputs in memory-mapped files: {mapped}")
-    print(f"Disk: {size(forecast.disk)}")

@@ -1,5 +1,5 @@
 """Evaluation: a model's perplexity, and its divergence from a reference model."""
 
-from halve.evaluation.perplexity import compare, evaluate
+from halve.evaluation.perplexity import MODEL, REFERENCE, compare, evaluate
 
-__all__ = ["compare", "evaluate"]
+__all__ = ["MODEL", "REFERENCE", "compare", "evaluate"]

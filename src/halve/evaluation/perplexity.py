@@ -30,10 +30,13 @@ from halve.calibration import (
 from halve.checkpoint import resolve_model
 from halve.errors import CalibrationError, NumericalError
 from halve.options import EvalOptions
-from halve.records import ComparisonRecord, PerplexityRecord
+from halve.records import ComparisonRecord, PerplexityRecord, Progress
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.oom_backoff import with_smaller_batches
 from halve.runtime.stream import Stream
+
+# Phases of progress: which of two models is run.
+MODEL, REFERENCE = "model", "reference"
 
 
 def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
@@ -44,7 +47,7 @@ def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
     segments = _segments(opened, options)
 
     def measure(opened: BlockwiseModel) -> Tensor:
-        batches = _run_blocks(opened, segments.ids, options).logits()
+        batches = _run_blocks(opened, segments.ids, options, MODEL).logits()
         return torch.cat(
             [_losses(logits, segments.part(part)) for part, logits in batches]
         )
@@ -71,7 +74,8 @@ def compare(
     def measure(first: BlockwiseModel) -> _Differences:
         second = replace(pair[1], batch_tokens=first.batch_tokens)
         streams = [
-            _run_blocks(opened, segments.ids, options) for opened in (first, second)
+            _run_blocks(opened, segments.ids, options, name)
+            for opened, name in ((first, MODEL), (second, REFERENCE))
         ]
         differences = _Differences([], [], [], [])
         for (part, logits), (_, reference_logits) in _paired_logits(*streams):
@@ -162,15 +166,22 @@ def _segments(opened: BlockwiseModel, options: EvalOptions) -> Segments:
 
 
 def _run_blocks(
-    opened: BlockwiseModel, windows: Tensor, options: EvalOptions
+    opened: BlockwiseModel, windows: Tensor, options: EvalOptions, name: str
 ) -> Stream:
-    """Return the hidden states of all segments after the last block."""
+    """Return the hidden states of all segments after the last block.
+
+    Args:
+        opened: The model.
+        windows: Token ids, [segments, length].
+        options: Memory, and what is told of progress.
+        name: Which of two models it is, `MODEL` or `REFERENCE`: the phase of progress.
+    """
     limit = options.activation_memory
     stream = Stream.start(
         opened, windows, default_activation_memory() if limit is None else limit
     )
     for index in range(opened.depth):
-        options.progress(index, opened.depth)
+        options.progress(Progress(index, opened.depth, name))
         with opened.block(index) as block:
             stream.advance(block, index)
     return stream

@@ -1,12 +1,12 @@
 """How much memory it takes to load and run a model, measured in a new process."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 from halve.records import Footprint
+from halve.runtime.peak_memory import peak_memory
 
 
 def footprint(
@@ -39,30 +39,16 @@ def main(folder: str, trust_remote_code: bool, device: str) -> None:
     from halve.runtime.generation import load  # noqa: PLC0415
 
     disable_progress_bar()
-    interpreter = _peak()
+    interpreter = peak_memory()
     model = load(folder, device, trust_remote_code)
-    measured = {"interpreter": interpreter, "loaded": _peak()}
+    measured = {"interpreter": interpreter, "loaded": peak_memory()}
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         measured["gpu_loaded"] = torch.cuda.memory_allocated(model.device)
     prompt = torch.tensor([[0]], device=model.device)
     with torch.inference_mode():
         model.generate(prompt, max_new_tokens=2, do_sample=False)
-    measured["run"] = _peak()
+    measured["run"] = peak_memory()
     if on_gpu:
         measured["gpu_peak"] = torch.cuda.max_memory_allocated(model.device)
     print(json.dumps(measured))  # noqa: T201
-
-
-def _peak() -> int:
-    """Return the peak of this process's resident memory, in bytes.
-
-    On Linux it is read from /proc, since getrusage starts with the parent's size.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text("utf-8").splitlines() if status.is_file() else []
-    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    if peaks:
-        return int(peaks[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

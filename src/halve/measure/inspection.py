@@ -8,7 +8,7 @@ from torch import Tensor
 from halve.checkpoint import Checkpoint, TensorInfo, resolve_model, source_record
 from halve.errors import HalveError
 from halve.formats import packed_size
-from halve.grids import QuantScheme, recorded_scheme
+from halve.grids import QuantScheme, grid_shortfall, recorded_scheme
 from halve.models import StoredTensor, build_meta_model, match_names, prunable_matrices
 from halve.models.matrices import Matrix
 from halve.patterns import describe
@@ -64,6 +64,13 @@ def _recorded_grids(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def _grid_label(scheme: QuantScheme | None, weight: Tensor) -> str:
+    """Return bits and group size of a grid; "" if a matrix does not lie on it."""
+    if scheme is None or grid_shortfall(scheme, weight) is not None:
+        return ""
+    return f"{scheme} g{scheme.group_size}"
+
+
 def _matrix(
     info: TensorInfo, matrix: Matrix, tensor: Tensor, scheme: QuantScheme | None
 ) -> MatrixInspection:
@@ -82,4 +89,5 @@ def _matrix(
         if info.is_packed
         else packed_size(weight, scheme),
         storage=info.label,
+        grid="" if info.format else _grid_label(scheme, weight),
     )

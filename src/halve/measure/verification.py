@@ -23,6 +23,7 @@ from halve.checkpoint.output import name_record
 from halve.errors import CheckpointError, PatternError, QuantizationError
 from halve.grids import QuantScheme, grid_shortfall
 from halve.measure.inspection import matrices_of
+from halve.measure.rule_check import rule_mismatches
 from halve.patterns import NM, parse_pattern
 from halve.records import (
     Finding,
@@ -95,12 +96,14 @@ class _Record:
         files: The same for all other files.
         matrices: Tensor name -> recorded properties.
         heads: The same of embedding and head, where they were quantized.
+        rule_findings: Matrices whose recorded pattern is not that of the recorded rule.
     """
 
     shards: dict[str, str]
     files: dict[str, str]
     matrices: dict[str, _Expected]
     heads: dict[str, _Expected]
+    rule_findings: tuple[Finding, ...]
 
     @classmethod
     def of(cls, record: PruneRecord | PackRecord) -> "_Record":
@@ -114,6 +117,7 @@ class _Record:
             dict(record.files),
             {matrix.tensor: _Expected.of(matrix) for matrix in record.all_matrices},
             {matrix.tensor: _Expected.of(matrix) for matrix in record.heads},
+            tuple(rule_mismatches(record)) if isinstance(record, PruneRecord) else (),
         )
 
 
@@ -206,6 +210,7 @@ def _mismatches(
         if (problem := record.matrices[name].mismatch(name, weight)) is not None:
             yield Finding(name, problem)
     yield from _head_mismatches(checkpoint, record)
+    yield from record.rule_findings
 
 
 def _head_mismatches(checkpoint: Checkpoint, record: _Record) -> Iterator[Finding]:

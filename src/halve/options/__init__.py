@@ -9,12 +9,15 @@ nor typer, so that `halve --help` is fast and a wrong option is reported at once
 from halve.options.bench import BenchKeywords, BenchOptions
 from halve.options.choices import QUANTIZE_CHOICES, SOLVER_CHOICES
 from halve.options.evaluation import EvalKeywords, EvalOptions
+from halve.options.generate import GenerateKeywords, GenerateOptions
 from halve.options.pack import PackOptions
+from halve.options.presets import PRESETS, preset_options
 from halve.options.prune import PruneKeywords, PruneOptions
 from halve.options.run import RunKeywords, RunOptions
-from halve.options.shared import Activations, Device, TrustRemoteCode
+from halve.options.shared import Activations, Device, TrustRemoteCode, check_device
 
 __all__ = [
+    "PRESETS",
     "QUANTIZE_CHOICES",
     "SOLVER_CHOICES",
     "Activations",
@@ -23,10 +26,14 @@ __all__ = [
     "Device",
     "EvalKeywords",
     "EvalOptions",
+    "GenerateKeywords",
+    "GenerateOptions",
     "PackOptions",
     "PruneKeywords",
     "PruneOptions",
     "RunKeywords",
     "RunOptions",
     "TrustRemoteCode",
+    "check_device",
+    "preset_options",
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, TypedDict
 from halve.errors import HalveError
 from halve.option import MEASUREMENT, MODEL, Option, Options, check_ranges, documented
 from halve.options.choices import ACTIVATION_CHOICES, QUANTIZE_CHOICES
-from halve.options.shared import Device, TrustRemoteCode
+from halve.options.shared import Device, TrustRemoteCode, check_device
 
 
 @documented
@@ -103,6 +103,7 @@ class BenchOptions(Options):
 
     def check(self) -> None:
         """Raise HalveError on the first option that is invalid."""
+        check_device(self.device)
         check_ranges(self)
         if self.activations not in ACTIVATION_CHOICES:
             raise HalveError(

@@ -11,3 +11,5 @@ ACTIVATION_CHOICES = ("int16", "int8")
 ALLOCATION_CHOICES = ("uniform", "error")
 PRECISION_CHOICES = ("highest", "high")
 BOS_CHOICES = ("auto", "never")
+# Kinds of devices, besides `auto`.
+DEVICE_CHOICES = ("cpu", "cuda")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from halve.option import TEXT, Option, Options, check_choice, check_ranges, documented
 from halve.options.choices import BOS_CHOICES
@@ -12,7 +12,11 @@ from halve.options.shared import (
     ActivationMemory,
     Device,
     TrustRemoteCode,
+    check_device,
 )
+
+if TYPE_CHECKING:
+    from halve.records import Progress
 
 
 @documented
@@ -58,10 +62,11 @@ class EvalOptions(Options):
     device: Device = "auto"
     activation_memory: ActivationMemory = None
     trust_remote_code: TrustRemoteCode = False
-    progress: Callable[[int, int], None] = lambda block, blocks: None
+    progress: "Callable[[Progress], None]" = lambda progress: None
 
     def check(self) -> None:
         """Raise HalveError on the first option that is invalid."""
+        check_device(self.device)
         check_ranges(self)
         check_choice(self, "bos")
 
@@ -76,4 +81,4 @@ class EvalKeywords(TypedDict, total=False):
     device: str
     activation_memory: int | None
     trust_remote_code: bool
-    progress: Callable[[int, int], None]
+    progress: "Callable[[Progress], None]"

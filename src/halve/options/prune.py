@@ -1,6 +1,6 @@
 """Options of pruning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from halve.errors import HalveError
@@ -24,8 +24,10 @@ from halve.options.choices import (
     QUANTIZE_CHOICES,
     SOLVER_CHOICES,
 )
+from halve.options.rules import Rules, parse_rules
 from halve.options.run import RunKeywords
-from halve.options.shared import BOS_DETAILS, LENGTH, Device
+from halve.options.shared import BOS_DETAILS, LENGTH, Device, check_device
+from halve.sparsity_text import parse_sparsity
 
 if TYPE_CHECKING:
     from halve.grids import QuantScheme
@@ -212,7 +214,8 @@ class PruneOptions(Options):
             FEW_BITS,
             unset="the given sparsity and grid",
             details="Both are selected for each matrix on held-out windows, among the "
-            "pairs of that size. Cannot be combined with sparsity or quantize.",
+            "pairs of that size, each of which is solved: that takes several times as "
+            "long. Cannot be combined with sparsity or quantize.",
         ),
     ] = None
     allocation: Annotated[
@@ -227,6 +230,29 @@ class PruneOptions(Options):
             "model then has floor(weights * sparsity) zeros, exactly.",
         ),
     ] = "uniform"
+    rules: Annotated[
+        tuple[str, ...],
+        Option(
+            "Another sparsity for matrices whose tensor's name a regular expression "
+            "matches, such as 'down_proj=70%'; may be repeated.",
+            TARGET,
+            flags=("--rule",),
+            metavar="REGEX=SPARSITY",
+            unset="none",
+            details="The expression may match any part of the name; the last rule that "
+            "matches counts. A rule that matches nothing is refused.",
+        ),
+    ] = ()
+    skip: Annotated[
+        tuple[str, ...],
+        Option(
+            "Leave matrices as they are whose tensor's name a regular expression "
+            "matches; may be repeated.",
+            TARGET,
+            metavar="REGEX",
+            unset="none",
+        ),
+    ] = ()
     matmul_precision: Annotated[
         str,
         Option(
@@ -254,6 +280,16 @@ class PruneOptions(Options):
         pattern = parse_pattern(self.sparsity, allow_dense=True)
         grid = parse_scheme(self.quantize, self.group_size, self.symmetric)
         return [(pattern, grid if pattern.sparsity else grid.without_zero())]
+
+    @property
+    def parsed_rules(self) -> Rules:
+        """Rules and skipped matrices, parsed."""
+        return parse_rules(self.rules, self.skip, self.quantize is not None)
+
+    def for_matrix(self, tensor: str) -> "PruneOptions":
+        """Return the options of one matrix: with the sparsity that a rule asks for."""
+        sparsity = self.parsed_rules.sparsity(tensor)
+        return self if sparsity is None else replace(self, sparsity=sparsity)
 
     @property
     def head_grid(self) -> str | None:
@@ -290,7 +326,9 @@ class PruneOptions(Options):
     @property
     def held_out(self) -> int:
         """Number of windows held out to select candidates and refined states."""
-        selects = self.solver == "auto" or self.refine or len(self.pairs) > 1
+        selects = self.solver == "auto" or self.refine
+        if not selects and self.target_bits is not None:
+            selects = len(self.pairs) > 1
         return max(self.samples // _HELD_OUT, 1) if selects else 0
 
     @property
@@ -299,24 +337,31 @@ class PruneOptions(Options):
         return max(self.samples // _HELD_OUT, 1) if self.allocation == "error" else 0
 
     def check(self) -> None:
-        """Raise HalveError on the first option, or combination, that is invalid."""
-        _ = self.pairs  # parses the pattern and the grid
-        self._check_target_bits()
-        for name in (
-            "solver",
-            "allocation",
-            "quantize_head",
-            "matmul_precision",
-            "bos",
-        ):
-            check_choice(self, name)
-        for name in ("samples", "block_size", "seq_len", "epochs"):
+        """Raise HalveError on the first option, or combination, that is invalid.
+
+        What needs no grid is checked first, so that most mistakes are reported before
+        torch is imported.
+        """
+        check_device(self.device)
+        self._check_choices()
+        parsed = parse_sparsity(self.sparsity, allow_dense=self.quantize is not None)
+        for name in ("samples", "block_size", "group_size", "seq_len", "epochs"):
             self._check_positive(name)
+        self._check_damping()
+        self._check_target_bits()
+        self._check_allocation(parsed)
+        self._check_rules()
+        self._check_held_out()
+        _ = self.pairs  # there may be no grid of that many bits
         self._check_grid_options()
         self._check_packed_groups()
-        self._check_allocation()
-        self._check_held_out()
-        self._check_damping()
+
+    def _check_choices(self) -> None:
+        names = ("solver", "allocation", "quantize_head", "matmul_precision", "bos")
+        for name in names:
+            check_choice(self, name)
+        if self.quantize is not None:
+            check_choice(self, "quantize")
 
     def _check_target_bits(self) -> None:
         if self.target_bits is None:
@@ -357,20 +402,32 @@ class PruneOptions(Options):
                 "packed to False (omit --pack).",
             )
 
-    def _check_allocation(self) -> None:
-        if self.allocation == "uniform":
+    def _check_allocation(self, parsed: float | tuple[int, int]) -> None:
+        """Check that there is something to distribute; `parsed` is the sparsity."""
+        by_bits = self.target_bits is not None
+        is_alike = by_bits or parsed == 0 or isinstance(parsed, tuple)
+        if self.allocation == "uniform" or not is_alike:
             return
-        from halve.patterns import NM  # noqa: PLC0415
-
-        pattern, *others = [pattern for pattern, _ in self.pairs]
-        if not (isinstance(pattern, NM) or pattern.sparsity == 0 or others):
-            return
-        target = "target_bits" if others else f"The pattern {pattern}"
+        target = "target_bits" if by_bits else f"The pattern {self.sparsity}"
         raise HalveError(
             f"{target} prunes all blocks alike, so allocation {self.allocation!r} has "
             "nothing to distribute.",
             "Set allocation to uniform (--allocation uniform), or sparsity to a "
             "fraction such as 50%.",
+        )
+
+    def _check_rules(self) -> None:
+        rules = self.parsed_rules
+        uniform = self.allocation == "uniform"
+        if (uniform and self.target_bits is None) or not rules:
+            return
+        if uniform and not rules.sparsities:
+            return
+        other = "allocation" if not uniform else "target_bits"
+        raise HalveError(
+            f"{other} chooses the sparsity of matrices, and so do rules or skip.",
+            f"Omit {other} (--{other.replace('_', '-')}), or the rules (--rule, "
+            "--skip).",
         )
 
     def _check_held_out(self) -> None:
@@ -414,4 +471,6 @@ class PruneKeywords(RunKeywords, total=False):
     quantize_head: str
     target_bits: float | None
     allocation: str
+    rules: tuple[str, ...]
+    skip: tuple[str, ...]
     matmul_precision: str

@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
+from halve.errors import HalveError
 from halve.option import RESOURCES, Option
-from halve.options.choices import ACTIVATION_CHOICES
+from halve.options.choices import ACTIVATION_CHOICES, DEVICE_CHOICES
 
 LENGTH = "the model's maximum, or 2048 if that is less"
 
@@ -41,3 +42,12 @@ BOS_DETAILS = (
 TrustRemoteCode = Annotated[
     bool, Option("Allow Python code that comes with the model to run.")
 ]
+
+
+def check_device(name: str) -> None:
+    """Raise HalveError if a device is of no kind that Halve supports."""
+    if name != "auto" and name.partition(":")[0] not in DEVICE_CHOICES:
+        raise HalveError(
+            f"{name!r} is not a device that Halve supports.",
+            f"Use --device auto, {' or '.join(DEVICE_CHOICES)}.",
+        )

@@ -1,7 +1,7 @@
 """Rewrites a checkpoint shard by shard, packed or dense, and changes nothing else."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from halve.checkpoint import (
     source_record,
 )
 from halve.errors import HalveError, OutputError
-from halve.formats import VERSION, quantization_config, store
+from halve.formats import VERSION, packed_size, quantization_config, store
 from halve.grids import grid_shortfall, recorded_scheme, recover_quant_params
 from halve.layout import Layout, make_layout
 from halve.models import Matrix, build_meta_model
@@ -48,19 +48,16 @@ class _Rewriting:
         kind: Verb in the record and in the identity of the output.
         phase: The verb in reports of progress.
         packs: Whether matrices are stored packed where that is smaller.
-        check: (model, how its matrices are stored) -> raises HalveError if the output
-            is of no use.
     """
 
     kind: str
     phase: str
     packs: bool
-    check: Callable[[str | Path, tuple[MatrixStorage, ...]], None]
 
 
 def pack_model(model: str | Path, out: str | Path, options: PackOptions) -> PackRecord:
     """Pack a model; see `halve.pack` for the contract."""
-    packing = _Rewriting("pack", "packing", packs=True, check=_check_gain)
+    packing = _Rewriting("pack", "packing", packs=True)
     return _rewrite(model, out, options, packing)
 
 
@@ -75,26 +72,8 @@ def unpack_model(
             f"Nothing in {source} is packed or quantized.",
             "Use the model as it is; it is dense.",
         )
-    unpacking = _Rewriting(
-        kind="unpack",
-        phase="unpacking",
-        packs=False,
-        check=lambda model, matrices: None,
-    )
+    unpacking = _Rewriting("unpack", "unpacking", packs=False)
     return _rewrite(model, out, options, unpacking)
-
-
-def _check_gain(model: str | Path, matrices: tuple[MatrixStorage, ...]) -> None:
-    """Raise HalveError if no matrix is smaller packed."""
-    if any(matrix.packed for matrix in matrices):
-        return
-    sparsest = max(matrix.sparsity for matrix in matrices)
-    raise HalveError(
-        f"No matrix of {model} would get smaller: the sparsest of {len(matrices)} has "
-        f"{100 * sparsest:.1f}% zeros, and each weight costs a bit more when packed.",
-        "Prune the model first, with `halve prune`; if its zeros are minus zeros, pass "
-        "--positive-zeros.",
-    )
 
 
 def _rewrite(
@@ -117,18 +96,16 @@ def _rewrite(
     provenance = source_record(source)
     find_side_files(source)
     check_space(out, layout.output_bytes)
+    conversion = _Conversion(
+        source, layout, options, rewriting, recorded_grids(provenance)
+    )
+    if rewriting.packs:
+        conversion.check_gain(model)
     with open_workspace(out, identity) as workspace:
         if workspace.is_complete:
             workspace.publish()
             return read_record(out, PackRecord.from_json)
-        grids = recorded_grids(provenance)
-        shards = _Shards(source, layout, workspace, options, rewriting, grids)
-        matrices, heads = shards.rewrite()
-        try:
-            rewriting.check(model, matrices)
-        except HalveError:
-            workspace.discard()
-            raise
+        matrices, heads = conversion.rewrite(workspace)
         packed = quantization_config(workspace.formats) if rewriting.packs else None
         record = PackRecord(
             kind=rewriting.kind,
@@ -154,21 +131,19 @@ class _Note:
     heads: tuple[MatrixStorage, ...]
 
 
-class _Shards:
+class _Conversion:
     """The loop over the shards of an output; each is committed before the next."""
 
     def __init__(
         self,
         source: Path,
         layout: Layout,
-        workspace: Workspace,
         options: PackOptions,
         rewriting: _Rewriting,
         grids: dict[str, Any],
     ) -> None:
         self.checkpoint = Checkpoint(source, layout.tensors)
         self.layout = layout
-        self.workspace = workspace
         self.options = options
         self.rewriting = rewriting
         self.grids = grids
@@ -179,8 +154,38 @@ class _Shards:
             for planned in block.matrices
         }
 
-    def rewrite(self) -> tuple[tuple[MatrixStorage, ...], tuple[MatrixStorage, ...]]:
-        """Write every shard that is missing.
+    def check_gain(self, model: str | Path) -> None:
+        """Raise HalveError if no matrix would be smaller packed.
+
+        Cost:
+            Reads matrices until it has found one; at worst the whole model, once.
+        """
+        sparsest = 0.0
+        for name in self.matrices:
+            tensor = self._read([name])[name]
+            if self._shrinks(name, tensor):
+                return
+            sparsest = max(sparsest, float((tensor == 0).double().mean()))
+        raise HalveError(
+            f"No matrix of {model} would get smaller: the sparsest of "
+            f"{len(self.matrices)} has {100 * sparsest:.1f}% zeros, and each weight "
+            "costs a bit more when packed.",
+            "Prune the model first, with `halve prune`; if its zeros are minus zeros, "
+            "pass --positive-zeros.",
+        )
+
+    def _shrinks(self, name: str, tensor: Tensor) -> bool:
+        """Whether a matrix is smaller packed; counted first, since packing is slow."""
+        weight = self._as_rows(name, tensor)
+        size = packed_size(weight, recorded_scheme(self.grids.get(name)))
+        if size is None or size >= tensor.nbytes:
+            return False
+        return len(self._stored(name, tensor)) > 1
+
+    def rewrite(
+        self, workspace: Workspace
+    ) -> tuple[tuple[MatrixStorage, ...], tuple[MatrixStorage, ...]]:
+        """Write every shard that is missing from a workspace.
 
         Returns:
             How the matrices of the blocks are stored, and how embedding and head are.
@@ -189,9 +194,9 @@ class _Shards:
         heads: list[MatrixStorage] = []
         for number, file in enumerate(self.layout.shards):
             self._report(number)
-            done = self.workspace.committed.get(file)
-            note = done.note if done else self._commit(file)
-            parsed = parse_note(self.workspace.folder, _Note, note)
+            done = workspace.committed.get(file)
+            note = done.note if done else self._commit(workspace, file)
+            parsed = parse_note(workspace.folder, _Note, note)
             matrices += parsed.matrices
             heads += parsed.heads
         return tuple(matrices), tuple(heads)
@@ -200,18 +205,21 @@ class _Shards:
         shards = len(self.layout.shards)
         self.options.progress(Progress(number, shards, self.rewriting.phase))
 
-    def _commit(self, file: str) -> dict[str, Any]:
-        """Write one shard; return its note for the ledger."""
-        dense = self.checkpoint.read(self.layout.shards[file])
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors of the input, matrices without negative zeros if asked."""
+        dense = self.checkpoint.read(names)
         if self.options.positive_zeros:
             # -0.0 + 0 is +0.0; every other number stays as it is.
             dense |= {name: dense[name] + 0 for name in dense if name in self.matrices}
+        return dense
+
+    def _commit(self, workspace: Workspace, file: str) -> dict[str, Any]:
+        """Write one shard; return its note for the ledger."""
+        dense = self._read(self.layout.shards[file])
         tensors: dict[str, Tensor] = {}
         for name, tensor in dense.items():
             tensors |= self._stored(name, tensor)
-        return self.workspace.commit(
-            file, tensors, lambda path: self._verify(dense, path)
-        )
+        return workspace.commit(file, tensors, lambda path: self._verify(dense, path))
 
     def _stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         known = name in self.matrices or name in self.heads

@@ -1,6 +1,6 @@
 """What is done to every block of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class BlockOptions:
         report: Called with the name of each phase.
         patterns: Tensor -> what it must obey, in place of the candidates' patterns.
         deferred: Whether the widest inputs are spilled and summed later (`MemoryPlan`).
+        ruled: Tensor -> its ways to be pruned, where a rule says so.
+        skipped: Tensors of matrices that are left as they are.
     """
 
     candidates: tuple[Candidate, ...]
@@ -40,11 +42,18 @@ class BlockOptions:
     report: Callable[[str], None]
     patterns: Patterns = field(default_factory=dict)
     deferred: bool = False
+    ruled: Mapping[str, tuple[Candidate, ...]] = field(default_factory=dict)
+    skipped: frozenset[str] = frozenset()
+
+    def candidates_of(self, tensor: str) -> tuple[Candidate, ...]:
+        """Return the ways to prune one matrix."""
+        return self.ruled.get(tensor, self.candidates)
 
     @property
     def needs(self) -> Needs:
         """What solvers and corrections read of the inputs."""
-        needs = combined_needs(self.candidates)
+        ruled = (candidate for own in self.ruled.values() for candidate in own)
+        needs = combined_needs((*self.candidates, *ruled))
         return needs | Needs.FACTOR if self.corrects else needs
 
     @property

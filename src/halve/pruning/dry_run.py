@@ -30,6 +30,15 @@ class DryRun:
     seconds: float
     gpu: GpuForecast | None = None
 
+    def __repr__(self) -> str:
+        """Return a line; the fields of all tensors would be thousands of characters."""
+        forecast = self.forecast
+        return (
+            f"DryRun({len(self.plan.layout.blocks)} blocks, peak memory "
+            f"{forecast.peak:,} bytes, disk {forecast.disk:,} bytes, about "
+            f"{self.seconds:.0f} s)"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return what `halve prune --dry-run --json` prints."""
         layout, forecast = self.plan.layout, self.forecast

@@ -30,7 +30,8 @@ from halve.pruning.run import (
     start_streams,
 )
 from halve.pruning.write import write_block, write_outside_blocks
-from halve.records import AllocationRecord, BlockRecord
+from halve.records import AllocationRecord, BlockRecord, FinishedBlock
+from halve.runtime.peak_memory import peak_memory
 
 
 def prune_blocks(
@@ -84,13 +85,15 @@ def _prune(
 ) -> None:
     """Prune a block, carry the streams through it, and commit its shard."""
 
-    def report(phase: str) -> None:
+    def report(phase: str, finished: FinishedBlock | None = None) -> None:
         commits.check()  # a full disk ends the run here, not a block later
-        run.progress.report(planned.index, phase)
+        run.progress.report(planned.index, phase, finished)
 
     run.progress.start_block(planned.index)
     pruned = prune_block(run.model, streams, planned, replace(options, report=report))
-    report("writing")
+    error = None if pruned.error is None else pruned.error.overall
+    finished = FinishedBlock(planned.name, error, pruned.seconds, peak_memory())
+    report("writing", finished)
     if (workspace := run.output.workspace) is not None:
         commits.submit(
             lambda: write_block(run.plan, run.model, workspace, planned, pruned)

@@ -23,7 +23,8 @@ from halve.models import (
 )
 from halve.numerics.precision import FULL_PRECISION
 from halve.options import PruneOptions
-from halve.patterns import parse_pattern
+from halve.patterns import Pattern, parse_pattern
+from halve.pruning.rules import matrix_names
 from halve.runtime.blockwise_model import choose_device
 
 
@@ -58,7 +59,11 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """Return all that the bytes of the output depend on, except the machine."""
         pattern = str(parse_pattern(self.options.sparsity, allow_dense=True))
-        options = asdict(self.options) | {"sparsity": pattern}
+        options = asdict(self.options) | {
+            "sparsity": pattern,
+            "rules": list(self.options.rules),
+            "skip": list(self.options.skip),
+        }
         return options | {"sources": self.layout.sources}
 
 
@@ -89,6 +94,7 @@ def make_plan(
     by_config = not needs_weights and has_no_weights(model)
     checkpoint = _expected(model, meta_model) if by_config else Checkpoint.open(model)
     layout = make_layout(checkpoint, meta_model)
+    options.parsed_rules.check_matches(matrix_names(layout))
     _check_pattern(layout.blocks, options)
     if options.packed:
         _check_packing(layout, options)
@@ -138,20 +144,23 @@ def _check_pattern(blocks: tuple[PlannedBlock, ...], options: PruneOptions) -> N
     A fraction of a matrix's weights, rounded to their number, may be none or all.
     """
     matrices = [matrix for block in blocks for matrix in block.matrices]
-    for pattern in {pattern for pattern, _ in options.pairs}:
-        for planned in matrices:
+    counts: dict[Pattern, int] = {}
+    for planned in matrices:
+        for pattern, _ in options.for_matrix(planned.tensor).pairs:
             pattern.check_fits(planned.tensor, planned.matrix.shape[1])
-            if pattern.count(planned.elements) == planned.elements:
+            count = pattern.count(planned.elements)
+            if count == planned.elements:
                 raise PatternError(
-                    f"A sparsity of {options.sparsity} prunes all of the "
-                    f"{planned.elements} weights of {planned.tensor}.",
+                    f"A sparsity of {pattern} prunes all of the {planned.elements} "
+                    f"weights of {planned.tensor}.",
                     "Choose a lower sparsity.",
                 )
-        if pattern.sparsity and not any(pattern.count(m.elements) for m in matrices):
-            largest = max(planned.elements for planned in matrices)
+            counts[pattern] = max(count, counts.get(pattern, 0))
+    for pattern, most in counts.items():
+        if pattern.sparsity and not most:
             raise PatternError(
-                f"A sparsity of {options.sparsity} prunes nothing: the largest matrix "
-                f"has {largest} weights.",
+                f"A sparsity of {pattern} prunes nothing: the matrices have too few "
+                "weights.",
                 "Choose a higher sparsity, such as 50%.",
             )
 
@@ -169,16 +178,18 @@ def _check_head(layout: Layout, options: PruneOptions) -> None:
 
 def _check_packing(layout: Layout, options: PruneOptions) -> None:
     """Raise HalveError if packing would shrink no matrix."""
-    pattern, scheme = max(options.pairs, key=lambda pair: pair[0].sparsity)
     for block in layout.blocks:
         for planned in block.matrices:
+            pairs = options.for_matrix(planned.tensor).pairs
+            pattern, scheme = max(pairs, key=lambda pair: pair[0].sparsity)
             rows, columns = planned.matrix.shape
             dtype = layout.tensors[planned.tensor].dtype
             nonzeros = rows * columns - pattern.count(rows * columns)
             if would_shrink((rows, columns), nonzeros, dtype, scheme):
                 return
+    sparsest = max((pattern for pattern, _ in options.pairs), key=lambda p: p.sparsity)
     raise HalveError(
-        f"With {pattern} zeros no matrix of any block would get smaller when packed, "
+        f"With {sparsest} zeros no matrix of any block would get smaller when packed, "
         "because the mask takes a bit per weight.",
         "Set packed to False (omit --pack), or prune more.",
     )

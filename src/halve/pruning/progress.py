@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from halve.records import Progress
+from halve.records import FinishedBlock, Progress
 from halve.runtime.malloc_trim import malloc_trim
 
 
@@ -27,10 +27,13 @@ class ProgressReporter:
         """Record that pruning of a block starts now."""
         self.started[block] = time.monotonic()
 
-    def report(self, block: int, phase: str) -> None:
+    def report(
+        self, block: int, phase: str, finished: FinishedBlock | None = None
+    ) -> None:
         """Report the start of a phase, after returning freed memory to the system."""
         malloc_trim()
-        self.callback(Progress(block, self.blocks, phase, self._seconds_left(block)))
+        left = self._seconds_left(block)
+        self.callback(Progress(block, self.blocks, phase, left, finished))
 
     def _seconds_left(self, block: int) -> float | None:
         """Extrapolate from the mean time per block; None during the first block."""

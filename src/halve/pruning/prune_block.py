@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halve.layout import PlannedBlock
 from halve.pruning.block_options import BlockOptions
-from halve.pruning.observe.block_state import BlockState, Streams
+from halve.pruning.observe.block_state import BlockState, Streams, weight_path
 from halve.pruning.observe.output_error import OutputDeviation
 from halve.pruning.observe_block import observe_block
 from halve.pruning.select.selection import Selected
@@ -90,7 +90,11 @@ def _refine(
     if options.refining is None:
         return None
     options.report("refining")
-    return refine(state, model.own_dtypes(state.planned.name), options.refining)
+    dtypes = model.own_dtypes(state.planned.name)
+    for planned in state.planned.matrices:
+        if planned.tensor in options.skipped:
+            dtypes.pop(weight_path(planned), None)
+    return refine(state, dtypes, options.refining)
 
 
 def _stored(state: BlockState, model: BlockwiseModel) -> Iterator[tuple[str, Tensor]]:

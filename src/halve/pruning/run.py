@@ -17,6 +17,7 @@ from halve.pruning.memory.limit import MemoryPlan
 from halve.pruning.observe.block_state import Streams
 from halve.pruning.plan import Plan
 from halve.pruning.progress import ProgressReporter
+from halve.pruning.rules import ruled_candidates, skipped_matrices
 from halve.pruning.select.candidates import candidates
 from halve.pruning.tune.block_reconstruction import TuneOptions
 from halve.records import AllocationRecord
@@ -173,4 +174,6 @@ def block_options(run: Run) -> BlockOptions:
         folder=run.output.folder,
         report=lambda _: None,
         deferred=run.memory_plan.deferred,
+        ruled=ruled_candidates(run.plan.layout, options),
+        skipped=skipped_matrices(run.plan.layout, options),
     )

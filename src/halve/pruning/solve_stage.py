@@ -64,7 +64,6 @@ def _solve_group(
 ) -> dict[str, Selected]:
     """Prune this rank's matrices of a group, and install the solutions in the block."""
     hessian = Hessian.of(group_inputs.statistic, options.damping, options.needs)
-    candidates = CandidateSet(options.candidates, hessian, group_inputs.held_out)
     selected_by_tensor: dict[str, Selected] = {}
     with _naming_group(state, group_inputs.group):
         hessian.prepare(options.needs)
@@ -72,10 +71,13 @@ def _solve_group(
         if owners[planned.tensor] != state.ranks.rank:
             continue
         with _naming_group(state, group_inputs.group):
-            pattern = options.patterns.get(planned.tensor)
-            selected = _select(
-                candidates, state.weight(planned), group_inputs.drift, index, pattern
+            candidates = CandidateSet(
+                options.candidates_of(planned.tensor), hessian, group_inputs.held_out
             )
+            pattern = options.patterns.get(planned.tensor)
+            skipped = planned.tensor in options.skipped
+            drift = None if skipped else group_inputs.drift
+            selected = _select(candidates, state.weight(planned), drift, index, pattern)
         selected_by_tensor[planned.tensor] = _install_solution(
             state, model, planned, selected
         )

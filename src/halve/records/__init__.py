@@ -9,7 +9,7 @@ from halve.records.evaluation import ComparisonRecord, PerplexityRecord
 from halve.records.inspection import Inspection, MatrixInspection
 from halve.records.pack import MatrixStorage, PackRecord
 from halve.records.parse import parse_record, recorded_grids
-from halve.records.progress import Progress
+from halve.records.progress import FinishedBlock, Progress
 from halve.records.provenance import now, versions
 from halve.records.prune import (
     AllocationRecord,
@@ -28,6 +28,7 @@ __all__ = [
     "BlockRecord",
     "ComparisonRecord",
     "Finding",
+    "FinishedBlock",
     "Footprint",
     "Inspection",
     "MatrixInspection",

@@ -19,6 +19,8 @@ class MatrixInspection:
         packed_bytes: Size when packed; None for a dtype that cannot be packed.
         storage: `dense`, `bitmask`, bits and group size of packed codes, or the format
             of a quantized or sparse release.
+        grid: Bits and group size of the recorded quantization grid, such as
+            `int4 g128`, if all values of a dense matrix lie on it; else empty.
     """
 
     tensor: str
@@ -31,6 +33,7 @@ class MatrixInspection:
     packed: bool
     packed_bytes: int | None
     storage: str
+    grid: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,13 @@ class Inspection:
     parameters: int
     zeros: int
     bytes: int
+
+    def __repr__(self) -> str:
+        """Return a line: the fields of all matrices are thousands of characters."""
+        return (
+            f"Inspection({self.model}: {100 * self.sparsity:.2f}% zeros in "
+            f"{len(self.matrices)} matrices, {self.bytes:,} bytes)"
+        )
 
     @property
     def sparsity(self) -> float:

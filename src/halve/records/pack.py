@@ -87,6 +87,14 @@ class PackRecord:
         """Size of all prunable matrices in the files."""
         return sum(matrix.stored_bytes for matrix in self.matrices)
 
+    def __repr__(self) -> str:
+        """Return a line: the fields of all matrices are thousands of characters."""
+        packed = sum(matrix.packed for matrix in self.matrices)
+        return (
+            f"PackRecord({self.kind}: {packed} of {len(self.matrices)} matrices "
+            f"packed, {self.stored_bytes:,} of {self.dense_bytes:,} bytes)"
+        )
+
     def to_json(self) -> str:
         """Return the text of `halve.json`."""
         return to_json_with_checksum(asdict(self))

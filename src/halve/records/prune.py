@@ -201,6 +201,14 @@ class PruneRecord:
         total = sum(value(m) * m.rows * m.columns for m in matrices)
         return total / sum(block.weights for block in self.blocks)
 
+    def __repr__(self) -> str:
+        """Return a line: the fields of all matrices are thousands of characters."""
+        return (
+            f"PruneRecord({100 * self.sparsity:.2f}% zeros in "
+            f"{len(self.all_matrices)} matrices of {len(self.blocks)} blocks, "
+            f"{self.seconds:.1f} s)"
+        )
+
     def to_json(self) -> str:
         """Return the text of `halve.json`."""
         return to_json_with_checksum(asdict(self))

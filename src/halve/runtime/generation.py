@@ -1,4 +1,4 @@
-"""A whole model in memory, to generate text: `halve generate`, `self` calibration."""
+"""A whole model in memory, to generate text, as for `self` calibration."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from halve.calibration import load_tokenizer
 from halve.checkpoint import resolve_model
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
 from halve.models import longest_sequence
-from halve.runtime import decode
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.cpu.quantized_linear import set_activations
 from halve.runtime.cpu.quantized_operators import activation_mode
-from halve.runtime.cuda import decode as cuda_decode
 from halve.untrusted import truncated
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -104,56 +101,7 @@ def _refuse_quantized(opened: BlockwiseModel) -> None:
         )
 
 
-@torch.no_grad()
-def generate(
-    model: str | Path,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    activations: str = "int16",
-) -> str:
-    """Return a prompt with its greedy continuation.
-
-    Args:
-        model: A folder or a name on the Hub.
-        prompt: Text to continue.
-        max_new_tokens: Largest number of tokens to generate.
-        device: `cpu`, `cuda` or `auto`.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        activations: As for `load`.
-
-    Raises:
-        HalveError: The prompt is empty, or longer than the model's context allows; and
-            whatever `load` raises.
-    """
-    loaded = load(model, device, trust_remote_code, activations)
-    loaded = _with_plain_decoding(loaded)
-    tokenizer = load_tokenizer(resolve_model(model), trust_remote_code)
-    inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(loaded.device)
-    _check_context(loaded, inputs["input_ids"].shape[1], max_new_tokens)
-    decode.prepare(loaded)
-    ids = _continue(loaded, inputs, max_new_tokens)
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
-
-
-def _continue(model: Any, inputs: Any, max_new_tokens: int) -> Tensor:  # noqa: ANN401
-    """Return a prompt and its greedy continuation, [1, length]."""
-    if cuda_decode.has_greedy_loop(model):
-        end = model.generation_config.eos_token_id
-        ends = end if isinstance(end, list) else [] if end is None else [end]
-        ids = inputs["input_ids"]
-        return cuda_decode.continue_greedily(model, ids, max_new_tokens, ends)
-    return model.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-    )
-
-
-def _with_plain_decoding(model: Any) -> Any:  # noqa: ANN401
+def with_plain_decoding(model: Any) -> Any:  # noqa: ANN401
     """Return a model whose generation_config.json is ignored except for its tokens.
 
     The rest would change which tokens are chosen, and is untrusted: it may ask for a
@@ -172,7 +120,8 @@ def _are_token_ids(value: object) -> bool:
     return all(isinstance(v, int) and 0 <= v < _MAX_TOKEN_ID for v in values)
 
 
-def _check_context(model: Any, prompt: int, generated: int) -> None:  # noqa: ANN401
+def check_context(model: Any, prompt: int, generated: int) -> None:  # noqa: ANN401
+    """Raise HalveError if prompt and new tokens do not fit into a model's context."""
     if prompt == 0:
         raise HalveError("The prompt is empty.", "Pass at least one word.")
     longest = longest_sequence(model.config)
@@ -209,7 +158,7 @@ def sample_windows(
     Returns:
         [samples, length], int64; the same seed gives the same windows.
     """
-    model = _with_plain_decoding(load(folder, "cpu", trust_remote_code))
+    model = with_plain_decoding(load(folder, "cpu", trust_remote_code))
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     first = torch.randint(vocabulary, (samples, 1), generator=generator)

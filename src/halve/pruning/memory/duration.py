@@ -18,6 +18,9 @@ _SIZE, _GPU_SIZE, _ROUNDS = 1024, 8192, 5
 # docs/log.md. Their operations grow with the square of the width; the rest (attention,
 # copies, files) grows with the width.
 _HALF_TIME_WIDTH = 300
+# Imports, tokenizer and text, and the least that a block takes, measured in processor
+# time with a model of 0.4 million weights: docs/log.md.
+_START_SECONDS, _BLOCK_SECONDS = 10.0, 0.1
 
 
 def estimate_seconds(forecast: Forecast, device: torch.device) -> float:
@@ -30,7 +33,8 @@ def estimate_seconds(forecast: Forecast, device: torch.device) -> float:
         A tenth of a second; on a GPU a little more, and 768 MiB of its memory.
     """
     speed = _operations_per_second(device)
-    return forecast.operations / speed * (1 + _HALF_TIME_WIDTH / forecast.width)
+    computing = forecast.operations / speed * (1 + _HALF_TIME_WIDTH / forecast.width)
+    return _START_SECONDS + _BLOCK_SECONDS * forecast.blocks + computing
 
 
 def _operations_per_second(device: torch.device) -> float:

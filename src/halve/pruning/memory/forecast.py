@@ -52,6 +52,7 @@ class Forecast:
         output: Bytes of the output, before packing.
         operations: Multiplications and additions of the whole run.
         width: Width of hidden states.
+        blocks: Number of blocks.
     """
 
     process: int
@@ -62,6 +63,7 @@ class Forecast:
     output: int
     operations: int
     width: int
+    blocks: int
 
     @property
     def resident(self) -> int:
@@ -128,6 +130,7 @@ def forecast_run(
         output=plan.layout.output_bytes,
         operations=sum(_operations(work, block) for block in work.blocks),
         width=plan.width,
+        blocks=len(work.blocks),
     )
 
 
