@@ -104,6 +104,12 @@ def _print_record(record: "PruneRecord", out: str) -> None:
             f"{t.strength:.3g}: {t.divergence:.4g}" for t in record.allocation.trials
         )
         print(f"Divergence on held-out windows by strength of allocation: {trials}.")
+    if record.mix is not None:
+        trials = "; ".join(
+            f"{t.name}, {t.bits:.3g} bits: {t.divergence:.4g}"
+            for t in record.mix.trials
+        )
+        print(f"Divergence on held-out windows by mix: {trials}.")
     if record.left_dense:
         print(f"Left dense in the blocks: {', '.join(record.left_dense)}.")
     print(f"Finished {record.finished}, after {duration(record.seconds)}.")
@@ -161,7 +167,9 @@ def _print_targets(plan: "Plan") -> None:
         for pattern, grid in plan.options.pairs
     )
     print(f"{plan.layout.prunable:,} prunable weights, {targets}.")
-    if plan.options.allocation_held_out:
+    if plan.options.target_bits is not None:
+        print("Or two grids without zeros: after three to seven trials.")
+    elif plan.options.trial_held_out:
         print("Distributed over the blocks by error, after two to four trials.")
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from halve.calibration_stats import Statistic
-from halve.patterns import Patterns
-from halve.pruning.select.selection import Candidate, combined_needs
+from halve.pruning.select.selection import Candidate, OwnCandidates, combined_needs
 from halve.pruning.tune.block_reconstruction import TuneOptions
 from halve.solvers import Needs
 
@@ -27,7 +26,7 @@ class BlockOptions:
         folder: Where memory-mapped files are created past that; None for the system's
             temporary folder.
         report: Called with the name of each phase.
-        patterns: Tensor -> what it must obey, in place of the candidates' patterns.
+        own: Ways to prune matrices, in place of `candidates`, by tensor.
         deferred: Whether the widest inputs are spilled and summed later (`MemoryPlan`).
     """
 
@@ -38,8 +37,12 @@ class BlockOptions:
     budget: int
     folder: Path | None
     report: Callable[[str], None]
-    patterns: Patterns = field(default_factory=dict)
+    own: OwnCandidates = field(default_factory=dict)
     deferred: bool = False
+
+    def candidates_for(self, tensor: str) -> tuple[Candidate, ...]:
+        """Return the ways to prune a matrix."""
+        return self.own.get(tensor, self.candidates)
 
     @property
     def needs(self) -> Needs:

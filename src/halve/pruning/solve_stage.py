@@ -11,7 +11,6 @@ from halve.calibration_stats import CrossGram
 from halve.errors import NumericalError
 from halve.layout import PlannedMatrix
 from halve.numerics.finite import is_finite
-from halve.patterns import Pattern
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.distributed.assignment import (
     Owners,
@@ -64,7 +63,6 @@ def _solve_group(
 ) -> dict[str, Selected]:
     """Prune this rank's matrices of a group, and install the solutions in the block."""
     hessian = Hessian.of(group_inputs.statistic, options.damping, options.needs)
-    candidates = CandidateSet(options.candidates, hessian, group_inputs.held_out)
     selected_by_tensor: dict[str, Selected] = {}
     with _naming_group(state, group_inputs.group):
         hessian.prepare(options.needs)
@@ -72,9 +70,10 @@ def _solve_group(
         if owners[planned.tensor] != state.ranks.rank:
             continue
         with _naming_group(state, group_inputs.group):
-            pattern = options.patterns.get(planned.tensor)
+            own = options.candidates_for(planned.tensor)
+            candidates = CandidateSet(own, hessian, group_inputs.held_out)
             selected = _select(
-                candidates, state.weight(planned), group_inputs.drift, index, pattern
+                candidates, state.weight(planned), group_inputs.drift, index
             )
         selected_by_tensor[planned.tensor] = _install_solution(
             state, model, planned, selected
@@ -98,7 +97,6 @@ def _select(
     weight: Tensor,
     drift: CrossGram | None,
     index: int,
-    pattern: Pattern | None,
 ) -> Selected:
     """Prune one matrix with every candidate and select the best solution.
 
@@ -110,7 +108,7 @@ def _select(
             return weight
         return corrected_target(candidates.hessian, weight, drift.drift(index))
 
-    return candidates.solve(weight, target, pattern)
+    return candidates.solve(weight, target)
 
 
 def _install_solution(
