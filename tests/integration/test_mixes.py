@@ -56,9 +56,10 @@ def test_every_matrix_gets_what_the_mix_says(
         pair = found.pairs[index]
         assert matrix.grid is not None
         assert matrix.grid["bits"] == pair.grid["bits"]
-        if pair.sparsity:
-            assert matrix.sparsity == pytest.approx(pair.sparsity, abs=0.01)
-    assert record.bits == pytest.approx(found.bits, abs=0.01)
+        # Weights that are rounded to zero are zeros as well.
+        assert matrix.sparsity >= pair.sparsity - 0.001
+    assert record.bits is not None
+    assert record.bits <= found.bits + 0.001
 
 
 def test_outer_blocks_get_the_finer_grid(pico, options, tmp_path, monkeypatch):
@@ -69,15 +70,14 @@ def test_outer_blocks_get_the_finer_grid(pico, options, tmp_path, monkeypatch):
     assert record.mix.name.endswith("by place")
     bits = [[m.grid["bits"] for m in block.matrices] for block in record.blocks]
     means = [sum(of_block) / len(of_block) for of_block in bits]
-    middle = len(means) // 2
-    assert means[0] >= means[middle]
-    assert means[-1] >= means[middle - 1]
+    assert means[0] == 3
+    assert means[len(means) // 2] < 3
     assert {bit for of_block in bits for bit in of_block} == {2, 3}
 
 
 def test_a_resumed_run_does_not_search_again(pico, options, tmp_path, monkeypatch):
     def stop(progress):
-        if progress.block == 1 and not progress.phase.startswith("trying"):
+        if progress.block == 1 and progress.phase == "writing":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
