@@ -84,7 +84,7 @@ def test_the_record_has_all_trials_and_the_least_divergence_wins(
 
 
 def test_where_nothing_is_better_it_stays_uniform(pico, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("halve.pruning.allocate.search._divergence", lambda *_: 1.0)
+    monkeypatch.setattr("halve.pruning.allocate.search.mean_divergence", lambda *_: 1.0)
     out = tmp_path / "out"
     record = halve.prune(pico("llama"), out, **options)
     assert record.allocation is not None
@@ -101,7 +101,7 @@ def test_what_helps_is_taken(pico, options, tmp_path, monkeypatch):
     """The last trial is chosen if the divergence falls from trial to trial."""
     divergences = iter([4.0, 3.0, 2.0, 1.0])
     monkeypatch.setattr(
-        "halve.pruning.allocate.search._divergence", lambda *_: next(divergences)
+        "halve.pruning.allocate.search.mean_divergence", lambda *_: next(divergences)
     )
     out = tmp_path / "out"
     record = halve.prune(pico("llama"), out, **options)

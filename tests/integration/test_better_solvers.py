@@ -269,7 +269,8 @@ def test_target_bits_are_not_exceeded(pico, text, tmp_path):
     )
     assert record.bits is not None
     assert record.bits <= 3.3 + 1e-3
-    assert all(m.runner_up is not None for m in matrices(record))
+    assert record.mix is not None
+    assert record.mix.bits <= 3.3 + 1e-9  # packed, a row of codes ends in a whole byte
 
 
 @pytest.mark.parametrize(("options", "message"), [

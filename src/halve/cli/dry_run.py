@@ -77,7 +77,9 @@ def _choices(plan: "Plan") -> Iterator[str]:
     options = plan.options
     if (count := len(candidates(options, plan.layout.dtype))) > 1:
         yield f"Each matrix is pruned in {count} ways, of which the best is taken."
-    if options.allocation_held_out:
+    if options.target_bits is not None:
+        print("Or two grids without zeros: after three to seven trials.")
+    elif options.trial_held_out:
         yield "Distributed over the blocks by error, after two to four trials."
     rules = options.parsed_rules
     names = [m.tensor for block in plan.layout.blocks for m in block.matrices]

@@ -131,6 +131,12 @@ def _print_record(record: "PruneRecord", out: str) -> None:
             f"{t.strength:.3g}: {t.divergence:.4g}" for t in record.allocation.trials
         )
         print(f"Divergence on held-out windows by strength of allocation: {trials}.")
+    if record.mix is not None:
+        trials = "; ".join(
+            f"{t.name}, {t.bits:.3g} bits: {t.divergence:.4g}"
+            for t in record.mix.trials
+        )
+        print(f"Divergence on held-out windows by mix: {trials}.")
     if record.left_dense:
         print(f"Left dense in the blocks: {', '.join(record.left_dense)}.")
     print(

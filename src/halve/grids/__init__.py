@@ -11,7 +11,7 @@ gains nearly what zero points do. This package has the grids and the choice of s
 solvers choose the codes.
 """
 
-from halve.grids.bit_budget import schemes_for_bits
+from halve.grids.bit_budget import grids_around, schemes_for_bits
 from halve.grids.check import grid_shortfall
 from halve.grids.fit import fit_quant_params
 from halve.grids.params import QuantParams
@@ -24,6 +24,7 @@ __all__ = [
     "QuantScheme",
     "fit_quant_params",
     "grid_shortfall",
+    "grids_around",
     "parse_scheme",
     "recorded_scheme",
     "recover_quant_params",

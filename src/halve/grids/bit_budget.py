@@ -1,4 +1,6 @@
-"""Pairs of sparsity and grid that take a given number of bits a weight."""
+"""What takes a given number of bits a weight: a sparsity and a grid, or two grids."""
+
+from itertools import pairwise
 
 from halve.errors import QuantizationError
 from halve.grids.scheme import BITS, QuantScheme
@@ -45,3 +47,26 @@ def schemes_for_bits(
         )
     whole = [(sparsity, grid.without_zero()) for sparsity, grid in dense[:1]]
     return whole + sparse
+
+
+def grids_around(
+    bits_per_weight: float, group_size: int, symmetric: bool
+) -> tuple[QuantScheme, QuantScheme] | None:
+    """Return the finest grid that takes no more bits a weight, and the next finer one.
+
+    All weights are kept on both. Some matrices on one and the rest on the other take
+    the bits that neither takes.
+
+    Args:
+        bits_per_weight: Codes and scales together.
+        group_size: Weights that share a scale.
+        symmetric: Whether grids have no zero points.
+
+    Returns:
+        None where no grid is coarse enough, or none is finer.
+    """
+    grids = [QuantScheme(bits, group_size, symmetric) for bits in BITS]  # finest first
+    for finer, coarser in pairwise(grid.without_zero() for grid in grids):
+        if coarser.bits_per_weight(0) <= bits_per_weight < finer.bits_per_weight(0):
+            return coarser, finer
+    return None

@@ -213,9 +213,11 @@ class PruneOptions(Options):
             "Bits per weight, including mask and scales; selects sparsity and grid.",
             FEW_BITS,
             unset="the given sparsity and grid",
-            details="Both are selected for each matrix on held-out windows, among the "
-            "pairs of that size, each of which is solved: that takes several times as "
-            "long. Cannot be combined with sparsity or quantize.",
+            details="Tried on the whole model: each pair of sparsity and grid of that "
+            "size for all matrices, and two grids without zeros, one for some matrices "
+            "and one for the rest. What diverges least on held-out windows is taken. "
+            "That takes several times as long. Cannot be combined with sparsity or "
+            "quantize.",
         ),
     ] = None
     allocation: Annotated[
@@ -268,7 +270,7 @@ class PruneOptions(Options):
 
     @property
     def pairs(self) -> "list[tuple[Pattern, QuantScheme | None]]":
-        """Pairs of pattern and grid to select from; one unless target_bits is set."""
+        """Pairs of pattern and grid to try; one unless target_bits is set."""
         from halve.grids import parse_scheme, schemes_for_bits  # noqa: PLC0415
         from halve.patterns import Unstructured, parse_pattern  # noqa: PLC0415
 
@@ -332,9 +334,10 @@ class PruneOptions(Options):
         return max(self.samples // _HELD_OUT, 1) if selects else 0
 
     @property
-    def allocation_held_out(self) -> int:
-        """Number of windows held out to judge allocations."""
-        return max(self.samples // _HELD_OUT, 1) if self.allocation == "error" else 0
+    def trial_held_out(self) -> int:
+        """Number of windows held out to judge trials of the whole model."""
+        tries = self.allocation == "error" or self.target_bits is not None
+        return max(self.samples // _HELD_OUT, 1) if tries else 0
 
     def check(self) -> None:
         """Raise HalveError on the first option, or combination, that is invalid.
@@ -431,7 +434,7 @@ class PruneOptions(Options):
         )
 
     def _check_held_out(self) -> None:
-        if max(self.held_out, self.allocation_held_out) >= self.samples:
+        if max(self.held_out, self.trial_held_out) >= self.samples:
             raise HalveError(
                 f"samples is {self.samples}, of which one is held out, so none is left "
                 "for calibration.",

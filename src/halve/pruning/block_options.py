@@ -1,12 +1,11 @@
 """What is done to every block of a run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from halve.calibration_stats import Statistic
-from halve.patterns import Patterns
-from halve.pruning.select.selection import Candidate, combined_needs
+from halve.pruning.select.selection import Candidate, OwnCandidates, combined_needs
 from halve.pruning.tune.block_reconstruction import TuneOptions
 from halve.solvers import Needs
 
@@ -27,9 +26,8 @@ class BlockOptions:
         folder: Where memory-mapped files are created past that; None for the system's
             temporary folder.
         report: Called with the name of each phase.
-        patterns: Tensor -> what it must obey, in place of the candidates' patterns.
+        own: Ways to prune matrices, in place of `candidates`, by tensor.
         deferred: Whether the widest inputs are spilled and summed later (`MemoryPlan`).
-        ruled: Tensor -> its ways to be pruned, where a rule says so.
         skipped: Tensors of matrices that are left as they are.
     """
 
@@ -40,20 +38,19 @@ class BlockOptions:
     budget: int
     folder: Path | None
     report: Callable[[str], None]
-    patterns: Patterns = field(default_factory=dict)
+    own: OwnCandidates = field(default_factory=dict)
     deferred: bool = False
-    ruled: Mapping[str, tuple[Candidate, ...]] = field(default_factory=dict)
     skipped: frozenset[str] = frozenset()
 
     def candidates_of(self, tensor: str) -> tuple[Candidate, ...]:
-        """Return the ways to prune one matrix."""
-        return self.ruled.get(tensor, self.candidates)
+        """Return the ways to prune a matrix."""
+        return self.own.get(tensor, self.candidates)
 
     @property
     def needs(self) -> Needs:
         """What solvers and corrections read of the inputs."""
-        ruled = (candidate for own in self.ruled.values() for candidate in own)
-        needs = combined_needs((*self.candidates, *ruled))
+        own = (candidate for ways in self.own.values() for candidate in ways)
+        needs = combined_needs((*self.candidates, *own))
         return needs | Needs.FACTOR if self.corrects else needs
 
     @property

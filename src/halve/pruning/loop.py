@@ -6,6 +6,7 @@ killed loses at most two. What precedes the loop is in `run`, what happens withi
 block in `prune_block`.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor
@@ -13,30 +14,29 @@ from torch import Tensor
 from halve.checkpoint import Workspace, parse_note
 from halve.layout import PlannedBlock
 from halve.numerics.precision import FULL_PRECISION, matmul_precision
-from halve.patterns import Patterns
 from halve.pruning.allocate.exact_counts import check_total
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.commit_queue import CommitQueue
+from halve.pruning.decisions import Decisions, decide, own_candidates
 from halve.pruning.observe.block_state import BlockState, Streams
 from halve.pruning.prune_block import install, prune_block
 from halve.pruning.run import (
     Run,
     block_options,
-    block_patterns,
-    choose_allocation,
     overlaps_files,
     reading_ahead,
     sized_for_gpu,
     start_streams,
 )
+from halve.pruning.select.selection import OwnCandidates
 from halve.pruning.write import write_block, write_outside_blocks
-from halve.records import AllocationRecord, BlockRecord, FinishedBlock
+from halve.records import BlockRecord, FinishedBlock
 from halve.runtime.peak_memory import peak_memory
 
 
 def prune_blocks(
     run: Run, windows: Tensor | None
-) -> tuple[tuple[BlockRecord, ...], AllocationRecord | None]:
+) -> tuple[tuple[BlockRecord, ...], Decisions]:
     """Write every shard of a plan that is not committed yet.
 
     Args:
@@ -45,35 +45,36 @@ def prune_blocks(
             needs text.
 
     Returns:
-        Records of all blocks (empty on ranks other than 0), and of the allocation;
-        None where all blocks are pruned alike.
+        Records of all blocks (empty on ranks other than 0), and what trials decided.
     """
     run, device = sized_for_gpu(run), run.model.device
     # Passes may compute with less; nothing else does, whatever the caller has set.
     with matmul_precision(FULL_PRECISION, device), reading_ahead(run) as run:
-        allocation = choose_allocation(run, windows)
+        decisions = decide(run, windows)
         streams = None if windows is None else start_streams(run, windows)
         if run.output.workspace is not None:
             write_outside_blocks(run.plan, run.model, run.output.workspace)
-        _prune_all(run, streams, block_patterns(run.plan, allocation))
+        _prune_all(run, streams, own_candidates(run, decisions))
     if run.output.workspace is None:
-        return (), allocation
+        return (), decisions
     records = _records(run, run.output.workspace)
-    if allocation is not None:
+    if decisions.allocation is not None:
         check_total(run.plan, records)
-    return records, allocation
+    return records, decisions
 
 
-def _prune_all(run: Run, streams: Streams | None, every: list[Patterns]) -> None:
-    """Prune or replay all blocks, each to the patterns of its matrices."""
+def _prune_all(
+    run: Run, streams: Streams | None, every: Iterable[OwnCandidates]
+) -> None:
+    """Prune or replay all blocks, each with what its matrices get."""
     options = block_options(run)
     with CommitQueue(overlaps_files(run)) as commits:
-        for planned, patterns in zip(run.plan.layout.blocks, every, strict=True):
+        for planned, own in zip(run.plan.layout.blocks, every, strict=True):
             if planned.shard in run.output.done:
                 _replay(run, streams, planned)
             else:
-                own = replace(options, patterns=patterns)
-                _prune(run, streams, planned, own, commits)
+                ways = {**own, **options.own}  # rules come first
+                _prune(run, streams, planned, replace(options, own=ways), commits)
 
 
 def _prune(

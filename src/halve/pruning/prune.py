@@ -23,6 +23,7 @@ from halve.distributed import SINGLE_PROCESS, Ranks
 from halve.errors import DistributedError
 from halve.formats import quantization_config
 from halve.options import PruneOptions, RunOptions
+from halve.pruning.decisions import Decisions
 from halve.pruning.distributed.output import RankZeroOutput, open_output
 from halve.pruning.loop import prune_blocks
 from halve.pruning.memory.limit import plan_memory
@@ -32,7 +33,6 @@ from halve.pruning.quantize_head import head_records
 from halve.pruning.run import Run
 from halve.pruning.windows import CalibrationWindows, calibration_windows
 from halve.records import (
-    AllocationRecord,
     BlockRecord,
     Progress,
     PruneRecord,
@@ -89,7 +89,7 @@ def prune_model(
     with open_output(out, identity, ranks) as output:
         if output.is_complete:
             return ranks.broadcast_object(lambda: _publish(output.workspace, out))
-        blocks, allocation = _run(plan, run_options, output, windows.ids)
+        blocks, decisions = _run(plan, run_options, output, windows.ids)
 
         def finish() -> PruneRecord:
             assert output.workspace is not None, "rank 0 has the workspace"
@@ -104,7 +104,8 @@ def prune_model(
                 left_dense=plan.layout.left_dense,
                 seconds=time.monotonic() - started,
                 finished=now(),
-                allocation=allocation,
+                allocation=decisions.allocation,
+                mix=decisions.mix,
                 files=files,
                 heads=head_records(plan, output.workspace),
             )
@@ -138,8 +139,8 @@ def _check_ranks(plan: Plan, ranks: Ranks) -> None:
             "Give every machine the same files of the model.",
         )
     options = plan.options
-    fitted = options.samples - max(options.held_out, options.allocation_held_out)
-    windows = min(fitted, options.allocation_held_out or fitted)
+    fitted = options.samples - max(options.held_out, options.trial_held_out)
+    windows = min(fitted, options.trial_held_out or fitted)
     if ranks.size > windows:
         raise DistributedError(
             f"{ranks.size} processes were started for {windows} windows.",
@@ -149,7 +150,7 @@ def _check_ranks(plan: Plan, ranks: Ranks) -> None:
 
 def _run(
     plan: Plan, run_options: RunOptions, output: RankZeroOutput, windows: Tensor | None
-) -> tuple[tuple[BlockRecord, ...], AllocationRecord | None]:
+) -> tuple[tuple[BlockRecord, ...], Decisions]:
     """Run the loop over the blocks, with smaller batches where memory is exhausted.
 
     The reduced batch size goes into the ledger, so that a resumed run uses it too and
@@ -164,7 +165,7 @@ def _run(
 
     def attempt(
         model: BlockwiseModel,
-    ) -> tuple[tuple[BlockRecord, ...], AllocationRecord | None]:
+    ) -> tuple[tuple[BlockRecord, ...], Decisions]:
         if model.batch_tokens < default and output.workspace is not None:
             output.workspace.decide(_BATCH, {"tokens": model.batch_tokens})
         limits = (run_options.memory, run_options.activation_memory)

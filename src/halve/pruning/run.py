@@ -1,15 +1,11 @@
-"""The parts of a run, and what precedes its loop: allocation, embedding, options."""
+"""The parts of a run, and what precedes its loop: embedding, options."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from halve.checkpoint import parse_note
-from halve.patterns import Patterns
-from halve.pruning.allocate.exact_counts import exact_patterns
-from halve.pruning.allocate.search import AllocationSearch
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.distributed.output import RankZeroOutput
 from halve.pruning.memory.forecast import forecast_run
@@ -20,7 +16,6 @@ from halve.pruning.progress import ProgressReporter
 from halve.pruning.rules import ruled_candidates, skipped_matrices
 from halve.pruning.select.candidates import candidates
 from halve.pruning.tune.block_reconstruction import TuneOptions
-from halve.records import AllocationRecord
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.memory_left import free_host_nbytes, gpu_nbytes
 from halve.runtime.read_ahead import ReadAhead
@@ -108,39 +103,6 @@ def overlaps_files(run: Run) -> bool:
     return free_host_nbytes() >= _BLOCKS_ON_HOST * run.model.block_nbytes()
 
 
-def choose_allocation(run: Run, windows: Tensor | None) -> AllocationRecord | None:
-    """Return the sparsities of the blocks, searched for unless the ledger has them.
-
-    Returns:
-        The decision of this or of an earlier, interrupted run; None where all blocks
-        are pruned alike.
-
-    Cost:
-        See `AllocationSearch.choose`: up to four runs with SparseGPT.
-    """
-    if not run.plan.options.allocation_held_out:
-        return None
-    assert windows is not None, "the search for an allocation needs text"
-    search = AllocationSearch(
-        plan=run.plan,
-        model=run.model,
-        windows=windows,
-        memory_plan=run.memory_plan,
-        folder=run.output.folder,
-        report=run.progress.report,
-        ranks=run.output.ranks,
-    )
-    chosen = run.output.decide_once("allocation", lambda: asdict(search.choose()))
-    return parse_note(run.output.place, AllocationRecord, chosen)
-
-
-def block_patterns(plan: Plan, allocation: AllocationRecord | None) -> list[Patterns]:
-    """Return the patterns of each block's matrices; empty where all are alike."""
-    if allocation is None:
-        return [{} for _ in plan.layout.blocks]
-    return exact_patterns(plan, allocation.sparsities)
-
-
 def start_streams(run: Run, windows: Tensor) -> Streams:
     """Run the model up to its first block, for this rank's part of the windows.
 
@@ -174,6 +136,6 @@ def block_options(run: Run) -> BlockOptions:
         folder=run.output.folder,
         report=lambda _: None,
         deferred=run.memory_plan.deferred,
-        ruled=ruled_candidates(run.plan.layout, options),
+        own=ruled_candidates(run.plan.layout, options),
         skipped=skipped_matrices(run.plan.layout, options),
     )

@@ -11,7 +11,7 @@ from halve.calibration_stats import CrossGram
 from halve.errors import NumericalError
 from halve.layout import PlannedMatrix
 from halve.numerics.finite import is_finite
-from halve.patterns import Pattern, is_sparse
+from halve.patterns import is_sparse
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.distributed.assignment import (
     Owners,
@@ -71,13 +71,11 @@ def _solve_group(
         if owners[planned.tensor] != state.ranks.rank:
             continue
         with _naming_group(state, group_inputs.group):
-            candidates = CandidateSet(
-                options.candidates_of(planned.tensor), hessian, group_inputs.held_out
-            )
-            pattern = options.patterns.get(planned.tensor)
+            own = options.candidates_of(planned.tensor)
+            candidates = CandidateSet(own, hessian, group_inputs.held_out)
             skipped = planned.tensor in options.skipped
             drift = None if skipped else group_inputs.drift
-            selected = _select(candidates, state.weight(planned), drift, index, pattern)
+            selected = _select(candidates, state.weight(planned), drift, index)
         selected_by_tensor[planned.tensor] = _install_solution(
             state, model, planned, selected
         )
@@ -100,7 +98,6 @@ def _select(
     weight: Tensor,
     drift: CrossGram | None,
     index: int,
-    pattern: Pattern | None,
 ) -> Selected:
     """Prune one matrix with every candidate and select the best solution.
 
@@ -112,7 +109,7 @@ def _select(
             return weight
         return corrected_target(candidates.hessian, weight, drift.drift(index))
 
-    return candidates.solve(weight, target, pattern)
+    return candidates.solve(weight, target)
 
 
 def _install_solution(

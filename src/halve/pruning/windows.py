@@ -44,7 +44,7 @@ def calibration_windows(plan: Plan, trust_remote_code: bool) -> CalibrationWindo
     """Return the calibration windows of a run."""
     options = plan.options
     needs = combined_needs(candidates(options, plan.layout.dtype))
-    runs_text = options.has_dense or options.held_out or options.allocation_held_out
+    runs_text = options.has_dense or options.held_out or options.trial_held_out
     if not needs and not runs_text:
         return CalibrationWindows()
     assert options.seq_len is not None

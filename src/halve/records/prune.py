@@ -95,6 +95,57 @@ class AllocationRecord:
 
 
 @dataclass(frozen=True)
+class PairRecord:
+    """What some matrices were pruned and quantized to.
+
+    Attributes:
+        sparsity: Fraction of zeros.
+        grid: The fields of the grid.
+    """
+
+    sparsity: float
+    grid: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MixTrialRecord:
+    """One mix that was tried on the whole model.
+
+    Attributes:
+        name: What the matrices got.
+        bits: Bits per weight of all matrices together, when packed.
+        divergence: As in `TrialRecord`.
+    """
+
+    name: str
+    bits: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class MixRecord:
+    """How a number of bits a weight was met, and on which evidence.
+
+    Attributes:
+        name: `name` of the trial with the lowest divergence.
+        bits: `bits` of that trial.
+        pairs: What matrices get.
+        matrices: For each matrix, in the order of the blocks, the index of its pair.
+        trials: All trials.
+    """
+
+    name: str
+    bits: float
+    pairs: tuple[PairRecord, ...]
+    matrices: tuple[int, ...]
+    trials: tuple[MixTrialRecord, ...]
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= index < len(self.pairs) for index in self.matrices):
+            raise ValueError("a matrix has no pair")
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """The result for one decoder block.
 
@@ -161,6 +212,8 @@ class PruneRecord:
         finished: When it did, ISO 8601, UTC.
         allocation: How the sparsity was distributed; None where every matrix has the
             same.
+        mix: What each matrix was pruned and quantized to, where a number of bits a
+            weight was requested; else None.
         files: Every other file except `halve.json` -> SHA-256.
         heads: Embedding and output head, where they were quantized.
     """
@@ -175,6 +228,7 @@ class PruneRecord:
     kind: str = "prune"
     format: int = RECORD_FORMAT
     allocation: AllocationRecord | None = None
+    mix: MixRecord | None = None
     files: dict[str, str] = field(default_factory=dict)
     heads: tuple[MatrixRecord, ...] = ()
 

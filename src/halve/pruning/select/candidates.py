@@ -16,6 +16,10 @@ from halve.solvers import (
     SparseGPT,
 )
 
+# What a matrix is pruned to, and the grid of the weights that are kept, if they are
+# quantized.
+Pair = tuple[Pattern, QuantScheme | None]
+
 # Solvers that `auto` selects from, and whether their masks are refitted.
 _AUTO = (("admm", False), ("wanda", True))
 
@@ -30,13 +34,41 @@ def candidates(options: PruneOptions, dtype: torch.dtype) -> tuple[Candidate, ..
     Raises:
         QuantizationError: They cannot be.
     """
+    return tuple(
+        candidate
+        for pair in options.pairs
+        for candidate in pair_candidates(options, pair, dtype)
+    )
+
+
+def pair_candidates(
+    options: PruneOptions, pair: Pair, dtype: torch.dtype
+) -> tuple[Candidate, ...]:
+    """Return the candidates that prune to a pattern and quantize to a grid.
+
+    Args:
+        options: They name several solvers with `auto`.
+        pair: The pattern and the grid.
+        dtype: As for `candidates`.
+
+    Raises:
+        QuantizationError: As for `candidates`.
+    """
+    pattern, grid = pair
     auto = options.solver == "auto"
     named = _AUTO if auto else ((options.solver, options.refit),)
     return tuple(
         _candidate(options, name, pattern, grid and grid.exact_in(dtype))
-        for pattern, grid in options.pairs
         # Where all weights are kept there is no mask to choose: one is enough.
         for name in (named if pattern.sparsity else named[:1])
+    )
+
+
+def trial_candidate(options: PruneOptions, pair: Pair, dtype: torch.dtype) -> Candidate:
+    """Return what prunes a matrix in a trial of the whole model: SparseGPT."""
+    pattern, grid = pair
+    return _candidate(
+        options, ("sparsegpt", False), pattern, grid and grid.exact_in(dtype)
     )
 
 

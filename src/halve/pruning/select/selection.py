@@ -1,6 +1,6 @@
 """Which of several solutions of one matrix is taken: the best on held-out inputs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -28,6 +28,10 @@ class Candidate:
     solver: Solver
     pattern: Pattern
     grid: QuantScheme | None = None
+
+
+# Tensor -> ways to prune it.
+OwnCandidates = Mapping[str, tuple[Candidate, ...]]
 
 
 def combined_needs(candidates: Iterable[Candidate]) -> Needs:
@@ -60,11 +64,11 @@ class Selected:
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """Candidates for the matrices of one group.
+    """Candidates for a matrix.
 
     Attributes:
         candidates: The ways to prune a matrix.
-        hessian: Of the group's inputs, shared by all candidates.
+        hessian: Of its inputs, shared by all candidates.
         held_out: Inputs that no candidate is fitted to, and that decide between them.
     """
 
@@ -72,12 +76,7 @@ class CandidateSet:
     hessian: Hessian
     held_out: HeldOut
 
-    def solve(
-        self,
-        weight: Tensor,
-        target: Callable[[], Tensor],
-        pattern: Pattern | None = None,
-    ) -> Selected:
+    def solve(self, weight: Tensor, target: Callable[[], Tensor]) -> Selected:
         """Prune one matrix with every candidate and select the best solution.
 
         Of a matrix that was pruned before, the zeros stay zeros.
@@ -86,13 +85,12 @@ class CandidateSet:
             weight: The dense matrix, [rows, columns], as it is stored.
             target: Returns what the solvers are given in its place. Called here, so
                 that no reference to it outlives the solvers.
-            pattern: What solutions must obey, in place of the candidates' patterns.
 
         Cost:
             Beside the solvers, one product with the held-out inputs for each solution.
         """
         zeros = weight == 0 if is_sparse(weight) else None
-        solved = self._solutions(target(), pattern, zeros)
+        solved = self._solutions(target(), zeros)
         if not self.held_out.pairs:
             assert len(solved) == 1, "several candidates and nothing to select them by"
             return solved[0]
@@ -102,13 +100,8 @@ class CandidateSet:
         second = errors[others[0]] if others else None
         return replace(solved[first], held_out=errors[first], runner_up=second)
 
-    def _solutions(
-        self, target: Tensor, pattern: Pattern | None, zeros: Tensor | None
-    ) -> list[Selected]:
-        candidates = self.candidates
-        if pattern is not None:
-            candidates = tuple(replace(c, pattern=pattern) for c in candidates)
+    def _solutions(self, target: Tensor, zeros: Tensor | None) -> list[Selected]:
         return [
             Selected(c.solver.solve(self.hessian, target, c.pattern, zeros), c)
-            for c in candidates
+            for c in self.candidates
         ]

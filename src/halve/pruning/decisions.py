@@ -1,0 +1,92 @@
+"""What is decided by trials of the whole model, before its first block is pruned."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from torch import Tensor
+
+from halve.checkpoint import parse_note
+from halve.grids import QuantScheme
+from halve.patterns import Unstructured
+from halve.pruning.allocate.exact_counts import exact_patterns
+from halve.pruning.allocate.mixes import MixSearch
+from halve.pruning.allocate.search import AllocationSearch
+from halve.pruning.allocate.trials import Trials
+from halve.pruning.run import Run
+from halve.pruning.select.candidates import candidates, pair_candidates
+from halve.pruning.select.selection import OwnCandidates
+from halve.records import AllocationRecord, MixRecord
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What trials decided; None where nothing was tried.
+
+    Attributes:
+        allocation: Sparsities of the blocks.
+        mix: Pairs of sparsity and grid of the matrices.
+    """
+
+    allocation: AllocationRecord | None = None
+    mix: MixRecord | None = None
+
+
+def decide(run: Run, windows: Tensor | None) -> Decisions:
+    """Return what this or an earlier, interrupted run has decided.
+
+    Cost:
+        See `AllocationSearch.choose` and `MixSearch.choose`.
+    """
+    options, output = run.plan.options, run.output
+    if not options.trial_held_out:
+        return Decisions()
+    assert windows is not None, "trials need text"
+    trials = Trials(
+        plan=run.plan,
+        model=run.model,
+        windows=windows,
+        memory_plan=run.memory_plan,
+        folder=output.folder,
+        report=run.progress.report,
+        ranks=output.ranks,
+    )
+    if options.target_bits is None:
+        search = AllocationSearch(trials)
+        chosen = output.decide_once("allocation", lambda: asdict(search.choose()))
+        return Decisions(parse_note(output.place, AllocationRecord, chosen))
+    mixes = MixSearch(trials)
+    chosen = output.decide_once("mix", lambda: asdict(mixes.choose()))
+    return Decisions(mix=parse_note(output.place, MixRecord, chosen))
+
+
+def own_candidates(run: Run, decisions: Decisions) -> Iterator[OwnCandidates]:
+    """Yield the ways to prune each block's matrices; empty where all are alike."""
+    if decisions.mix is not None:
+        yield from _of_mix(run, decisions.mix)
+    elif decisions.allocation is not None:
+        yield from _of_allocation(run, decisions.allocation)
+    else:
+        yield from ({} for _ in run.plan.layout.blocks)
+
+
+def _of_mix(run: Run, mix: MixRecord) -> Iterator[OwnCandidates]:
+    options, layout = run.plan.options, run.plan.layout
+    ways = [
+        pair_candidates(
+            options, (Unstructured(p.sparsity), QuantScheme(**p.grid)), layout.dtype
+        )
+        for p in mix.pairs
+    ]
+    indices = iter(mix.matrices)
+    for block in layout.blocks:
+        yield {m.tensor: ways[next(indices)] for m in block.matrices}
+
+
+def _of_allocation(run: Run, allocation: AllocationRecord) -> Iterator[OwnCandidates]:
+    """Yield the candidates, each with the exact number of zeros of a matrix."""
+    every = candidates(run.plan.options, run.plan.layout.dtype)
+    for patterns in exact_patterns(run.plan, allocation.sparsities):
+        yield {
+            tensor: tuple(replace(c, pattern=pattern) for c in every)
+            for tensor, pattern in patterns.items()
+        }
