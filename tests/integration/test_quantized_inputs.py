@@ -1,6 +1,7 @@
 """Quantized and sparse releases are read as the dense models that they stand for."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from transformers import (
     AutoModelForCausalLM,
     FineGrainedFP8Config,
     GptOssConfig,
-    GptOssForCausalLM,
 )
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -29,7 +29,7 @@ from tests.quantized_inputs import (
 )
 
 Q = "model.layers.1.self_attn.q_proj.weight"
-MAGNITUDE = {"solver": "magnitude", "device": "cpu"}
+MAGNITUDE: dict[str, Any] = {"solver": "magnitude", "device": "cpu"}
 # Formats that transformers 5.23 reads by itself. It refuses partial blocks, and needs
 # another package for what compressed-tensors writes.
 BY_TRANSFORMERS = ("fp8 blocks", "fp8 per tensor", "mxfp8")
@@ -224,7 +224,8 @@ def gpt_oss(tmp_path_factory):
         num_experts_per_tok=2,
         pad_token_id=0,
     )
-    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     tensors = load_file(folder / WEIGHTS)
     generator = torch.Generator().manual_seed(1)
     for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:

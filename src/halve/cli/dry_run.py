@@ -75,10 +75,11 @@ def _choices(plan: "Plan") -> Iterator[str]:
     from halve.pruning.select.candidates import candidates
 
     options = plan.options
-    if (count := len(candidates(options, plan.layout.dtype))) > 1:
+    count = len(candidates(options, plan.layout.dtype))
+    if count > 1 and options.target_bits is None:
         yield f"Each matrix is pruned in {count} ways, of which the best is taken."
     if options.target_bits is not None:
-        print("Or two grids without zeros: after three to seven trials.")
+        yield "Or two grids without zeros: what is best in three to seven trials."
     elif options.trial_held_out:
         yield "Distributed over the blocks by error, after two to four trials."
     rules = options.parsed_rules
