@@ -78,12 +78,13 @@ def test_other_values_are_refused_by_name(row):
 
 def test_options_of_any_type_are_json():
     """They are the identity of a run, which its ledger and its record hold."""
-    options = PruneOptions(
-        calibration=Path("a.txt"),
-        samples=np.int64(4),
-        damping=np.float32(0.5),
-        device=torch.device("cpu"),
-    )
+    values: dict[str, Any] = {
+        "calibration": Path("a.txt"),
+        "samples": np.int64(4),
+        "damping": np.float32(0.5),
+        "device": torch.device("cpu"),
+    }
+    options = PruneOptions(**values)
     plain = PruneOptions(calibration="a.txt", samples=4, damping=0.5, device="cpu")
     assert json.dumps(asdict(options)) == json.dumps(asdict(plain))
 

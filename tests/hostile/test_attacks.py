@@ -361,16 +361,18 @@ def test_a_config_that_does_not_declare_packed_weights(
 
 
 def test_links_to_private_files_are_not_copied(pico, tmp_path):
-    """An attacker's link named halve.json does not put its target into the output."""
+    """A link does not put its target into the output; the record is left out."""
     model = shutil.copytree(pico("llama"), tmp_path / "model")
     (tmp_path / "private").write_text(json.dumps({"password": "12345"}))
     (model / "halve.json").symlink_to(tmp_path / "private")
-    (model / "notes.json").symlink_to(tmp_path / "private")
     tensors = {name: t.relu() for name, t in load_file(model / by.WEIGHTS).items()}
     save_file(tensors, model / by.WEIGHTS)
     assert halve.pack(model, tmp_path / "out").source is None
     assert "password" not in (tmp_path / "out/halve.json").read_text()
-    assert not (tmp_path / "out/notes.json").exists()
+    (model / "notes.json").symlink_to(tmp_path / "private")
+    with pytest.raises(CheckpointError, match=r"notes\.json .* link out"):
+        halve.pack(model, tmp_path / "other")
+    assert not list(tmp_path.glob("other*"))
 
 
 GENERATIONS = {

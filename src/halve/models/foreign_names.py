@@ -75,8 +75,7 @@ def explain_names(
         if all(any(name.endswith(end) for name in stored) for end in ends):
             return explanation
     for wrapper in _WRAPPERS:
-        inner = (name.replace(wrapper.prefix, "", 1) for name in stored)
-        wrapped = any(wrapper.prefix in name for name in stored)
-        if wrapped and any(name in expected for name in inner):
+        wrapped = (name for name in stored if wrapper.prefix in name)
+        if any(name.replace(wrapper.prefix, "", 1) in expected for name in wrapped):
             return wrapper.name, wrapper.remedy
     return None
