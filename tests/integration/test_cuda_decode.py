@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+import halve
 from halve.errors import HalveWarning
-from halve.runtime import decode, generation
+from halve.runtime import decode
 from halve.runtime.cuda import decode as cuda_decode
 from halve.runtime.cuda.decode import GreedyDecoder, continue_greedily
 from tests.tables import FAMILIES, family_config

@@ -13,6 +13,8 @@ from halve.untrusted import read_bytes, read_json, truncated
 
 # The file name of the record; a folder that holds it is complete.
 RECORD = "halve.json"
+# Measurements of a folder with such a record; those of another output are not its own.
+MEASUREMENTS = "measurements.json"
 
 Record = TypeVar("Record")
 

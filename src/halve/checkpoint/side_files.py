@@ -17,7 +17,7 @@ from halve.checkpoint.files import (
     sha256,
     write_text,
 )
-from halve.checkpoint.output import RECORD
+from halve.checkpoint.output import MEASUREMENTS, RECORD
 from halve.untrusted import is_inside, parse_json
 
 _INDEX = "model.safetensors.index.json"
@@ -72,7 +72,7 @@ def find_side_files(source: Path) -> list[Path]:
         and is_inside(source, path)
         and not path.name.endswith(".index.json")
         and not path.name.startswith(".")
-        and path.name != RECORD
+        and path.name not in {RECORD, MEASUREMENTS}
         and (path.suffix in _SUFFIXES or path.name.startswith(_PREFIXES))
     ]
 

@@ -6,6 +6,7 @@ Perplexities of different sequence lengths are not comparable, so every record s
 its length. Models run block by block, so they need not fit into memory.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from halve.calibration import (
 )
 from halve.checkpoint import resolve_model
 from halve.errors import CalibrationError, NumericalError
+from halve.evaluation.divergence import summarize
 from halve.options import EvalOptions
 from halve.records import ComparisonRecord, PerplexityRecord, Progress
 from halve.runtime.blockwise_model import BlockwiseModel
@@ -76,17 +78,12 @@ def compare(
         return differences
 
     differences = with_smaller_batches(pair[0], windows.shape[1], measure)
-    divergence = torch.cat(differences.divergences)
     return ComparisonRecord(
         model=_record(torch.cat(differences.losses), windows, options, started),
         reference=_record(
             torch.cat(differences.reference_losses), windows, options, started
         ),
-        kl_mean=float(divergence.mean()),
-        kl_median=float(divergence.median()),
-        # The smallest value that 99 % of the tokens do not exceed: rank ceil(0.99 n).
-        kl_99=float(divergence.kthvalue(-(-99 * len(divergence) // 100)).values),
-        agreement=float(torch.cat(differences.agreements).double().mean()),
+        **summarize(differences.divergences, differences.agreements),
     )
 
 
@@ -211,4 +208,6 @@ def _record(
         segments=count,
         data=options.data,
         seconds=time.perf_counter() - started,
+        losses=tuple(losses.tolist()),
+        data_sha256=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
     )

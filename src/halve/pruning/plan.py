@@ -34,6 +34,7 @@ class Plan:
         width: Size of the hidden states.
         vocabulary: Size of the model's vocabulary.
         scored_heads: See `MetaModel.scored_heads`.
+        model_type: As in the model's config.json.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Plan:
     width: int
     vocabulary: int
     scored_heads: int
+    model_type: str
 
     @property
     def tokens(self) -> int:
@@ -97,6 +99,7 @@ def make_plan(
         width=meta_model.config.get_text_config().hidden_size,
         vocabulary=meta_model.vocabulary,
         scored_heads=meta_model.scored_heads,
+        model_type=meta_model.config.model_type,
     )
 
 

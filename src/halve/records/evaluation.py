@@ -1,6 +1,6 @@
 """What `halve eval` measures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,9 @@ class PerplexityRecord:
         segments: Number of segments.
         data: Name of the text.
         seconds: Wall time.
+        losses: Mean token loss of each segment, in nats; two models on the same text
+            are compared by the differences of these.
+        data_sha256: Digest of the token ids, [segments, seq_len] in int64.
     """
 
     perplexity: float
@@ -25,6 +28,8 @@ class PerplexityRecord:
     segments: int
     data: str
     seconds: float
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    data_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,14 @@ class ComparisonRecord:
         kl_99: 99th percentile over tokens of the same.
         agreement: Fraction of tokens for which both models rank the same next token
             first.
+        kl_max: Largest divergence of a token.
+        kl_error: Standard error of `kl_mean`, from the spread of the segments' means;
+            None for one segment.
+        agreement_error: The same of `agreement`.
+        kl_quantiles: Per cent -> the smallest divergence that so many tokens do not
+            exceed.
+        kl_histogram: Number of tokens whose divergence is below 1e-8, and in each of 48
+            bins of equal width in log10 from there to 100.
     """
 
     model: PerplexityRecord
@@ -48,3 +61,8 @@ class ComparisonRecord:
     kl_median: float
     kl_99: float
     agreement: float
+    kl_max: float
+    kl_error: float | None
+    agreement_error: float | None
+    kl_quantiles: dict[str, float] = field(repr=False)
+    kl_histogram: tuple[int, ...] = field(repr=False)

@@ -7,8 +7,9 @@ from halve.records.checksum import CHECKSUM
 from halve.untrusted import parse_json
 
 # Raised with every change to the fields of PruneRecord or PackRecord, or to how they
-# are written. 2: the key of the checksum is `checksum`.
-RECORD_FORMAT = 2
+# are written. 2: the key of the checksum is `checksum`. 3: model, machine and memory of
+# a pruning run.
+RECORD_FORMAT = 3
 
 
 def check_format(fields: dict[str, Any]) -> None:
