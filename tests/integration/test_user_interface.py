@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -121,11 +122,12 @@ RECORD = BenchRecord(
 def test_the_table_of_bench_fits_a_terminal(terminal):
     streams = terminal()
     print_bench(RECORD, None)
-    lines = streams.out.getvalue().splitlines()
+    lines = re.sub(r"\x1b\[[\d;]*m", "", streams.out.getvalue()).splitlines()
     assert max(map(len, lines)) <= 80
     assert not any(line.startswith("|") for line in lines)
     # A heading, and one line a result: nothing is wrapped.
-    assert sum("halve packed" in line for line in lines) == 2
+    assert sum(line.startswith("  halve packed") for line in lines) == 2
+    assert sum("82.67 ± 3.77" in line for line in lines) == 6
     assert sum("avx512bf16" in line for line in lines) == 1
 
 

@@ -4,6 +4,7 @@ from halve.checkpoint.checkpoint import Checkpoint
 from halve.checkpoint.files import sha256
 from halve.checkpoint.index import has_no_weights
 from halve.checkpoint.output import (
+    MEASUREMENTS,
     RECORD,
     check_space,
     is_finished,
@@ -18,6 +19,7 @@ from halve.checkpoint.tensor_info import TensorInfo
 from halve.checkpoint.workspace import Workspace, open_workspace
 
 __all__ = [
+    "MEASUREMENTS",
     "RECORD",
     "Checkpoint",
     "TensorInfo",

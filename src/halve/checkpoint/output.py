@@ -18,8 +18,10 @@ from halve.untrusted import read_bytes, read_json, truncated
 
 # The file name of the record; a folder that holds it is complete.
 RECORD = "halve.json"
+# Measurements of a folder with such a record; those of another output are not its own.
+MEASUREMENTS = "measurements.json"
 # Files that Halve writes beside a model, and that are not copied with it.
-OWN_FILES = frozenset({RECORD, "measurements.json"})
+OWN_FILES = frozenset({RECORD, MEASUREMENTS})
 
 Record = TypeVar("Record")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halve.cli.options import Quiet, check_model, with_options
+from halve.cli.options import Keep, Quiet, check_model, with_options
 from halve.option import OUTPUT, Option
 from halve.options import BenchOptions
 
@@ -56,6 +56,7 @@ def command(
             unset="table on a terminal, md elsewhere",
         ),
     ] = None,
+    keep: Keep = False,
     quiet: Quiet = False,
 ) -> None:
     """Time a model dense in torch, dense in Halve's kernel, and packed.
@@ -74,11 +75,15 @@ def command(
 
     from halve.api import bench
     from halve.cli.progress import Step, progress_bar
+    from halve.measure import check_keepable, keep_measurement
 
     disable_progress_bar()
+    folder = check_keepable(model) if keep else None
     with progress_bar(quiet) as show:
         shown = replace(options, progress=lambda text: show(Step(text)))
         record = bench(model, options=shown)
+    if folder is not None:
+        keep_measurement(folder, record)
     _print(record, output)
 
 
@@ -118,17 +123,19 @@ def _print_markdown(record: "BenchRecord") -> None:
 
 def _print_table(record: "BenchRecord") -> None:
     """Print the table for a terminal: what is alike in all rows is its title."""
-    from halve.cli.console import print_table
+    from halve.cli.console import print_table, size
 
     title = (
         f"{record.model}, {record.parameters / 1e6:.2f} M parameters, "
         f"{record.threads} threads, kernel {record.kernel}"
     )
     rows = [
-        (result.backend, row[_SIZE], *row[_TEST:])
+        (result.backend, *row[_TEST:])
         for result, row in zip(record.results, _rows(record), strict=True)
     ]
     print_table(title, _SHORT_COLUMNS, rows)
+    sizes = ", ".join(f"{name} {size(count)}" for name, count in record.sizes.items())
+    print(f"Size: {sizes}.")
 
 
 _COLUMNS = (
@@ -144,8 +151,8 @@ _COLUMNS = (
     "bandwidth used",
 )
 # Of these, what differs from row to row, under names for a narrow terminal.
-_SIZE, _TEST = _COLUMNS.index("size"), _COLUMNS.index("test")
-_SHORT_COLUMNS = ("backend", "size", "test", "t/s", "ratio", "read/token", "bandwidth")
+_TEST = _COLUMNS.index("test")
+_SHORT_COLUMNS = ("backend", "test", "t/s", "ratio", "read", "bandwidth")
 
 
 def _rows(record: "BenchRecord") -> "Iterator[tuple[str, ...]]":

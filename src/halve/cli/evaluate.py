@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
-from halve.cli.options import Json, Model, Quiet, check_model, with_options
+from halve.cli.options import Json, Keep, Model, Quiet, check_model, with_options
 from halve.option import TEXT, Option
 from halve.options import EvalOptions
 
@@ -35,6 +35,7 @@ def command(
             metavar="DENSE",
         ),
     ] = None,
+    keep: Keep = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,9 +44,11 @@ def command(
     from halve.api import compare, perplexity
     from halve.cli.console import print_next
     from halve.cli.progress import progress_bar
+    from halve.measure import check_keepable, keep_measurement
     from halve.records import PerplexityRecord
     from halve.records.codec import to_json
 
+    folder = check_keepable(model) if keep else None
     with progress_bar(quiet) as show:
         options = replace(options, progress=lambda p: show(_step(p, model, against)))
         record = (
@@ -53,6 +56,8 @@ def command(
             if not against
             else compare(model, against, options=options)
         )
+    if folder is not None:
+        keep_measurement(folder, record, against)
     if as_json:
         print(to_json(asdict(record)))
     elif isinstance(record, PerplexityRecord):
@@ -103,8 +108,18 @@ def _print_comparison(
     print(f"{against}: perplexity {_with_error(record.reference)}")
     print(f"{model}: perplexity {_with_error(record.model)}")
     print(
-        f"KL divergence: mean {record.kl_mean:.6f}, median {record.kl_median:.6f}, "
-        f"99th percentile {record.kl_99:.6f}"
+        f"KL divergence: mean {record.kl_mean:.6f}{_plus_minus(record.kl_error, 6)}, "
+        f"median {record.kl_median:.6f}, 99% {record.kl_99:.6f}, "
+        f"99.9% {record.kl_quantiles['99.9']:.6f}, maximum {record.kl_max:.6f}"
     )
-    print(f"Same most likely token: {100 * record.agreement:.2f}% of tokens")
+    error = record.agreement_error
+    error = None if error is None else 100 * error
+    print(
+        f"Same most likely token: {100 * record.agreement:.2f}%{_plus_minus(error, 2)} "
+        "of tokens"
+    )
     _print_basis(record.model)
+
+
+def _plus_minus(error: float | None, digits: int) -> str:
+    return "" if error is None else f" +/- {error:.{digits}f}"

@@ -45,6 +45,10 @@ Json = Annotated[
     bool,
     Option("Print one JSON object and nothing else.", OUTPUT, flags=("--json",)),
 ]
+Keep = Annotated[
+    bool,
+    Option("Keep the result in MODEL/measurements.json.", OUTPUT),
+]
 Quiet = Annotated[bool, Option("Show no progress.", OUTPUT, flags=("--quiet", "-q"))]
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

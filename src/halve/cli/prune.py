@@ -108,7 +108,7 @@ def _prune(
 
 
 def _print_record(record: "PruneRecord", out: str) -> None:
-    from halve.cli.console import duration, local_time, percent, print_table
+    from halve.cli.console import duration, local_time, percent, print_table, size
 
     rows = [
         (
@@ -139,6 +139,9 @@ def _print_record(record: "PruneRecord", out: str) -> None:
         print(f"Divergence on held-out windows by mix: {trials}.")
     if record.left_dense:
         print(f"Left dense in the blocks: {', '.join(record.left_dense)}.")
+    if record.bytes_peak:
+        peak, foreseen = size(record.bytes_peak), size(record.bytes_foreseen)
+        print(f"Peak memory: {peak} ({foreseen} predicted).")
     print(
         f"Finished at {local_time(record.finished)}, after {duration(record.seconds)}."
     )

@@ -9,6 +9,7 @@ The paper's segments have no BOS token. A model that was trained with one reads 
 before every segment (`EvalOptions.bos`); what it predicts is the same.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from halve.calibration import (
 )
 from halve.checkpoint import resolve_model
 from halve.errors import CalibrationError, NumericalError
+from halve.evaluation.divergence import summarize
 from halve.options import EvalOptions
 from halve.records import ComparisonRecord, PerplexityRecord, Progress
 from halve.runtime.blockwise_model import BlockwiseModel
@@ -83,17 +85,12 @@ def compare(
         return differences
 
     differences = with_smaller_batches(pair[0], segments.ids.shape[1], measure)
-    divergence = torch.cat(differences.divergences)
     return ComparisonRecord(
         model=_record(torch.cat(differences.losses), segments, options, started),
         reference=_record(
             torch.cat(differences.reference_losses), segments, options, started
         ),
-        kl_mean=float(divergence.mean()),
-        kl_median=float(divergence.median()),
-        # The smallest value that 99 % of the tokens do not exceed: rank ceil(0.99 n).
-        kl_99=float(divergence.kthvalue(-(-99 * len(divergence) // 100)).values),
-        agreement=float(torch.cat(differences.agreements).double().mean()),
+        **summarize(differences.divergences, differences.agreements),
     )
 
 
@@ -223,4 +220,6 @@ def _record(
         data=options.data,
         seconds=time.perf_counter() - started,
         bos=segments.bos,
+        losses=tuple(losses.tolist()),
+        data_sha256=hashlib.sha256(segments.ids.numpy().tobytes()).hexdigest(),
     )

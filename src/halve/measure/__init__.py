@@ -2,6 +2,11 @@
 
 from halve.measure.bench import BenchModels, run_bench
 from halve.measure.inspection import inspect_model
+from halve.measure.measurements import (
+    check_keepable,
+    keep_measurement,
+    read_measurements,
+)
 from halve.measure.random_models import write_random_model
 from halve.measure.speed import TORCH, bench_cases, measure_speed
 from halve.measure.verification import verify_output
@@ -10,8 +15,11 @@ __all__ = [
     "TORCH",
     "BenchModels",
     "bench_cases",
+    "check_keepable",
     "inspect_model",
+    "keep_measurement",
     "measure_speed",
+    "read_measurements",
     "run_bench",
     "verify_output",
     "write_random_model",

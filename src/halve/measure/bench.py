@@ -1,6 +1,5 @@
 """Runs all measurements of `halve bench`: memory, bandwidth, speed."""
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from halve.records import BenchRecord
 from halve.runtime.blockwise_model import choose_device
 from halve.runtime.cpu.kernels import TORCH as NO_KERNEL
 from halve.runtime.cpu.kernels import kernels
+from halve.runtime.machine import cpu_name
 
 # Prompt and generated tokens that llama-bench measures by default.
 _PROMPT = 512
@@ -80,7 +80,7 @@ def run_bench(models: BenchModels, options: BenchOptions) -> BenchRecord:
             # Listed even where it is not timed: the same files.
             PACKED_INT8: sum(info.stored_bytes for info in packed),
         },
-        cpu=_cpu(),
+        cpu=cpu_name(),
         threads=torch.get_num_threads(),
         kernel=_kernel(device),
         bandwidth=_bandwidth(device),
@@ -124,13 +124,3 @@ def _cases(models: BenchModels, options: BenchOptions) -> list[BenchCase]:
 
 def _tensors(folder: Path) -> list[TensorInfo]:
     return list(Checkpoint.open(folder).tensors.values())
-
-
-def _cpu() -> str:
-    """Return the name of the CPU, or its architecture if the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.machine()

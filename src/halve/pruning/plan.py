@@ -41,6 +41,7 @@ class Plan:
         scored_heads: See `MetaModel.scored_heads`.
         adds_bos: Whether windows begin with the tokenizer's BOS token, if it puts that
             in front of a text by itself.
+        model_type: As in the model's config.json.
     """
 
     model: Path
@@ -50,6 +51,7 @@ class Plan:
     vocabulary: int
     scored_heads: int
     adds_bos: bool
+    model_type: str
 
     @property
     def tokens(self) -> int:
@@ -107,6 +109,7 @@ def make_plan(
         vocabulary=meta_model.vocabulary,
         scored_heads=meta_model.scored_heads,
         adds_bos=options.bos == "auto" and not meta_model.is_of_the_papers,
+        model_type=meta_model.config.model_type,
     )
 
 

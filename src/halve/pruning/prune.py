@@ -26,6 +26,7 @@ from halve.options import PruneOptions, RunOptions
 from halve.pruning.decisions import Decisions
 from halve.pruning.distributed.output import RankZeroOutput, open_output
 from halve.pruning.loop import prune_blocks
+from halve.pruning.memory.forecast import forecast_host
 from halve.pruning.memory.limit import plan_memory
 from halve.pruning.plan import Plan, make_plan
 from halve.pruning.progress import ProgressReporter
@@ -34,13 +35,16 @@ from halve.pruning.run import Run
 from halve.pruning.windows import CalibrationWindows, calibration_windows
 from halve.records import (
     BlockRecord,
+    ModelRecord,
     Progress,
     PruneRecord,
     now,
     versions,
 )
 from halve.runtime.blockwise_model import BlockwiseModel, choose_device
+from halve.runtime.machine import this_machine
 from halve.runtime.oom_backoff import with_smaller_batches
+from halve.runtime.peak_memory import peak_memory
 
 # Name of the ledger's entry for the batch size, where it is not the default one.
 _BATCH = "batch"
@@ -89,7 +93,7 @@ def prune_model(
     with open_output(out, identity, ranks) as output:
         if output.is_complete:
             return ranks.broadcast_object(lambda: _publish(output.workspace, out))
-        blocks, decisions = _run(plan, run_options, output, windows.ids)
+        blocks, decisions, foreseen = _run(plan, run_options, output, windows.ids)
 
         def finish() -> PruneRecord:
             assert output.workspace is not None, "rank 0 has the workspace"
@@ -108,11 +112,23 @@ def prune_model(
                 mix=decisions.mix,
                 files=files,
                 heads=head_records(plan, output.workspace),
+                model=_model_record(model, plan),
+                machine=this_machine(choose_device(ranks.device(plan.options.device))),
+                bytes_peak=peak_memory(),
+                bytes_foreseen=foreseen,
             )
             output.workspace.finish(record.to_json())
             return record
 
         return ranks.broadcast_object(finish)
+
+
+def _model_record(name: str | Path, plan: Plan) -> ModelRecord:
+    folder = plan.model
+    # The Hub's cache has a folder for each commit.
+    revision = folder.name if folder.parent.name == "snapshots" else ""
+    elements = sum(info.elements for info in plan.layout.tensors.values())
+    return ModelRecord(str(name), revision, plan.model_type, elements)
 
 
 def _publish(workspace: Workspace | None, out: Path) -> PruneRecord:
@@ -150,12 +166,16 @@ def _check_ranks(plan: Plan, ranks: Ranks) -> None:
 
 def _run(
     plan: Plan, run_options: RunOptions, output: RankZeroOutput, windows: Tensor | None
-) -> tuple[tuple[BlockRecord, ...], Decisions]:
+) -> tuple[tuple[BlockRecord, ...], Decisions, int]:
     """Run the loop over the blocks, with smaller batches where memory is exhausted.
 
     The reduced batch size goes into the ledger, so that a resumed run uses it too and
     ends in the same bytes. With several processes all of them would have to reduce it
     at the same time; there the error is raised.
+
+    Returns:
+        The blocks, how the sparsity was distributed, and the peak of memory that was
+        predicted.
     """
     ranks, length = output.ranks, plan.options.seq_len
     assert length is not None
@@ -165,16 +185,18 @@ def _run(
 
     def attempt(
         model: BlockwiseModel,
-    ) -> tuple[tuple[BlockRecord, ...], Decisions]:
+    ) -> tuple[tuple[BlockRecord, ...], Decisions, int]:
         if model.batch_tokens < default and output.workspace is not None:
             output.workspace.decide(_BATCH, {"tokens": model.batch_tokens})
         limits = (run_options.memory, run_options.activation_memory)
         memory_plan = plan_memory(plan, *limits, ranks.local_size)
+        places = memory_plan.activations, memory_plan.deferred
+        foreseen = forecast_host(plan, *places).peak
         depth = len(plan.layout.blocks)
         progress = ProgressReporter(run_options.progress, depth)
         overlaps = run_options.memory is None
         run = Run(plan, model, output, memory_plan, progress, overlaps)
-        return prune_blocks(run, windows)
+        return *prune_blocks(run, windows), foreseen
 
     model = replace(
         model,

@@ -7,6 +7,7 @@ One file for each command, and what they have in common: `codec` (JSON to datacl
 from halve.records.bench import BenchRecord, Footprint, SpeedRecord
 from halve.records.evaluation import ComparisonRecord, PerplexityRecord
 from halve.records.inspection import Inspection, MatrixInspection
+from halve.records.origin import MachineRecord, ModelRecord
 from halve.records.pack import MatrixStorage, PackRecord
 from halve.records.parse import parse_record, recorded_grids
 from halve.records.progress import FinishedBlock, Progress
@@ -34,11 +35,13 @@ __all__ = [
     "FinishedBlock",
     "Footprint",
     "Inspection",
+    "MachineRecord",
     "MatrixInspection",
     "MatrixRecord",
     "MatrixStorage",
     "MixRecord",
     "MixTrialRecord",
+    "ModelRecord",
     "PackRecord",
     "PairRecord",
     "PerplexityRecord",

@@ -7,6 +7,7 @@ from typing import Any
 
 from halve.records.checksum import to_json_with_checksum
 from halve.records.codec import from_dict
+from halve.records.origin import MachineRecord, ModelRecord
 from halve.records.version import RECORD_FORMAT, parse_fields
 
 
@@ -216,6 +217,10 @@ class PruneRecord:
             weight was requested; else None.
         files: Every other file except `halve.json` -> SHA-256.
         heads: Embedding and output head, where they were quantized.
+        model: The dense model; None if that is not known.
+        machine: Where the run was completed; None if that is not known.
+        bytes_peak: Peak of resident memory of the process that completed it.
+        bytes_foreseen: The peak that was predicted before it.
     """
 
     versions: dict[str, str]
@@ -231,6 +236,10 @@ class PruneRecord:
     mix: MixRecord | None = None
     files: dict[str, str] = field(default_factory=dict)
     heads: tuple[MatrixRecord, ...] = ()
+    model: ModelRecord | None = None
+    machine: MachineRecord | None = None
+    bytes_peak: int = 0
+    bytes_foreseen: int = 0
 
     @property
     def sparsity(self) -> float:

@@ -7,8 +7,8 @@ from halve.records.checksum import CHECKSUM
 from halve.untrusted import parse_json
 
 # Raised with every change to the fields of PruneRecord or PackRecord, or to how they
-# are written. 2: the key of the checksum is `checksum`. 3: errors of
-# blocks by token, BOS of windows.
+# are written. 2: the key of the checksum is `checksum`. 3: errors of blocks by token,
+# BOS of windows, mixes; model, machine and memory of a pruning run.
 RECORD_FORMAT = 3
 
 
