@@ -135,7 +135,7 @@ def _print_matrices(plan: "Plan") -> None:
     print(f"{len(layout.blocks)} blocks with {matrices} matrices to prune:")
     for planned in layout.blocks[0].matrices:
         rows, columns = planned.matrix.shape
-        print(f"  {planned.tensor}  {rows} x {columns}")
+        print(f"  {planned.name}  {rows} x {columns}")
     if len(layout.blocks) > 1:
         print("  ... and the same in every other block")
     for name in layout.left_dense:

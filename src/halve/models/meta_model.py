@@ -4,6 +4,7 @@ The model is built by transformers' own classes, with every parameter on the met
 device. Its decoder blocks are found by structure, not by name.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halve._compat.torch import buffer_slots
 from halve._compat.transformers import (
+    call_linear_layers,
     causal_classes,
     computes_all_scores,
     has_masked_model,
@@ -148,16 +151,38 @@ def _build(folder: Path, config: Any, trust_remote_code: bool) -> MetaModel:  # 
     # Remote code may compute with its buffers, which the meta device does not allow.
     if not trust_remote_code:
         check_model_size(folder, build)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _UnfilledOnMeta():
         model = build()
     model.tie_weights()
     model.eval().requires_grad_(False)
+    call_linear_layers(model)
     path, blocks = _find_blocks(folder, model)
     _share_equal_buffers(blocks)
     meta_model = MetaModel(config, model, blocks, path, dtype)
     if not isinstance(meta_model.vocabulary, int):
         raise TypeError(f"its vocab_size is {meta_model.vocabulary}")
     return meta_model
+
+
+class _UnfilledOnMeta(TorchFunctionMode):
+    """Put tensors that are created without values on the meta device.
+
+    accelerate moves a parameter there once it exists. That of all experts of a block of
+    DeepSeek-V3 takes 30 GB, which may be more than can be allocated at all.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401  (torch's signature)
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Create on the meta device what `torch.empty` would leave unfilled."""
+        options = dict(kwargs or {})
+        if func is torch.empty:
+            options["device"] = "meta"
+        return func(*args, **options)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: ANN401
@@ -271,17 +296,19 @@ def _check_causal(folder: Path, config: Any) -> None:  # noqa: ANN401
 
 
 def _find_blocks(folder: Path, model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the ModuleList of one class that holds most parameters; return its name."""
+    """Find the ModuleList that holds most parameters; return its name.
+
+    Its blocks may be of several classes, as in models that mix attention and Mamba.
+    """
     lists = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(block) for block in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
         raise UnsupportedModelError(
             f"{type(model).__name__} in {folder} has no decoder blocks: it contains no "
-            "ModuleList of modules of one class.",
+            "ModuleList of modules.",
             "Open an issue that names the model.",
         )
     _, path, blocks = max(lists, key=lambda item: item[0])

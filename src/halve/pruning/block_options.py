@@ -27,7 +27,8 @@ class BlockOptions:
         folder: Where memory-mapped files are created past that; None for the system's
             temporary folder.
         report: Called with the name of each phase.
-        patterns: Tensor -> what it must obey, in place of the candidates' patterns.
+        patterns: Name of a matrix -> what it must obey, in place of the candidates'
+            patterns.
         deferred: Whether the widest inputs are spilled and summed later (`MemoryPlan`).
     """
 

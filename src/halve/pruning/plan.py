@@ -10,7 +10,12 @@ from typing import Any
 from halve.checkpoint import Checkpoint, TensorInfo, has_no_weights
 from halve.errors import HalveError
 from halve.formats import would_shrink
-from halve.layout import Layout, PlannedBlock, make_layout
+from halve.layout import (
+    Layout,
+    PlannedBlock,
+    make_layout,
+    refuse_packed_experts,
+)
 from halve.models import (
     MetaModel,
     build_meta_model,
@@ -126,7 +131,7 @@ def _check_pattern(blocks: tuple[PlannedBlock, ...], options: PruneOptions) -> N
     for pattern in {pattern for pattern, _ in options.pairs}:
         for block in blocks:
             for planned in block.matrices:
-                pattern.check_fits(planned.tensor, planned.matrix.shape[1])
+                pattern.check_fits(planned.name, planned.matrix.shape[1])
 
 
 def _check_head(layout: Layout, options: PruneOptions) -> None:
@@ -141,7 +146,8 @@ def _check_head(layout: Layout, options: PruneOptions) -> None:
 
 
 def _check_packing(layout: Layout, options: PruneOptions) -> None:
-    """Raise HalveError if packing would shrink no matrix."""
+    """Raise HalveError if packing would shrink no matrix, or experts are packed."""
+    refuse_packed_experts(layout)
     pattern, scheme = max(options.pairs, key=lambda pair: pair[0].sparsity)
     for block in layout.blocks:
         for planned in block.matrices:

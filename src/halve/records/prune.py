@@ -107,6 +107,9 @@ class BlockRecord:
         seconds: Wall time.
         refined: ||Y_dense - Y'||^2 / ||Y_dense||^2 of the block's outputs on held-out
             samples, before and after refining; None where the block was not refined.
+        expert_tokens: Path of each module of experts within the block -> number of
+            calibration tokens that were sent to each expert; empty where there are no
+            experts, or no text was run.
     """
 
     name: str
@@ -114,6 +117,7 @@ class BlockRecord:
     error: float | None
     seconds: float
     refined: tuple[float, float] | None = None
+    expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.weights:

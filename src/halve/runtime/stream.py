@@ -1,6 +1,7 @@
 """The hidden states of a set of windows, advanced through a model block by block."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -212,9 +213,15 @@ class Stream:
         The output is differentiable if gradients are enabled.
         """
         call = self._calls(part).calls[index]
+        with self.computing():
+            return call.replay(block, self._load(part))
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute what belongs to a block as `run` does."""
         precision = matmul_precision(self.model.matmul_precision, self.model.device)
         with FastMatmul(), precision, self.model.running():
-            return call.replay(block, self._load(part))
+            yield
 
     def _load(self, part: slice) -> Tensor:
         """Return the hidden states of a batch, on the device."""
