@@ -47,6 +47,17 @@ class PlannedMatrix:
         return self.place.tensor
 
     @property
+    def experts_name(self) -> str | None:
+        """`name` with `*` for the number of its expert; None where it has none."""
+        number = self.matrix.expert
+        if number is None:
+            return None
+        if self.place.index is not None:
+            return f"{self.tensor}[*]"
+        head, _, tail = self.tensor.rpartition(f".{number}.")
+        return f"{head}.*.{tail}"
+
+    @property
     def elements(self) -> int:
         """Number of weights."""
         rows, columns = self.matrix.shape

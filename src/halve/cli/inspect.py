@@ -36,18 +36,7 @@ def command(
             json.dumps(asdict(inspection) | {"sparsity": inspection.sparsity}, indent=2)
         )
         return
-    rows = [
-        (
-            matrix.tensor,
-            f"{matrix.rows} x {matrix.columns}",
-            matrix.dtype,
-            percent(matrix.sparsity),
-            matrix.pattern,
-            size(matrix.bytes),
-            _storage(matrix),
-        )
-        for matrix in inspection.matrices
-    ]
+    rows = [_row(*group) for group in inspection.grouped()]
     columns = ["matrix", "shape", "dtype", "sparsity", "pattern", "size", "stored"]
     print_table("", columns, rows)
     prunable = sum(matrix.bytes for matrix in inspection.matrices)
@@ -56,6 +45,25 @@ def command(
     print(
         f"Whole model: {inspection.parameters:,} parameters, {zeros} zeros, "
         f"{size(inspection.bytes)}"
+    )
+
+
+def _row(title: str, matrices: "list[MatrixInspection]") -> tuple[str, ...]:
+    """Return the row of a matrix, or of the same matrix of all experts of a block."""
+    from halve.cli.console import percent, size
+
+    first = matrices[0]
+    sparsities = sorted(matrix.sparsity for matrix in matrices)
+    shown = dict.fromkeys(percent(value) for value in (sparsities[0], sparsities[-1]))
+    patterns = {matrix.pattern for matrix in matrices}
+    return (
+        title,
+        f"{first.rows} x {first.columns}",
+        first.dtype,
+        " to ".join(shown),
+        first.pattern if len(patterns) == 1 else "several",
+        size(sum(matrix.bytes for matrix in matrices)),
+        _storage(first),
     )
 
 

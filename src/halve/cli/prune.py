@@ -7,6 +7,7 @@ from halve.option import OUTPUT, Option
 from halve.options import PruneOptions, RunOptions
 
 if TYPE_CHECKING:
+    from halve.layout import PlannedBlock
     from halve.pruning import DryRun, Forecast
     from halve.pruning.memory.gpu import GpuForecast
     from halve.pruning.plan import Plan
@@ -127,19 +128,37 @@ def _print_dry_run(dry_run: "DryRun", as_json: bool) -> None:
 
 
 def _print_matrices(plan: "Plan") -> None:
-    """Print the matrices of the first block, and what stays dense in all of them."""
+    """Print the matrices of one block of each kind, and what stays dense in all."""
     layout = plan.layout
     if not layout.has_weights:
         print(f"{plan.model} holds no weights; the plan is made from its config.json.")
     matrices = sum(len(block.matrices) for block in layout.blocks)
     print(f"{len(layout.blocks)} blocks with {matrices} matrices to prune:")
-    for planned in layout.blocks[0].matrices:
-        rows, columns = planned.matrix.shape
-        print(f"  {planned.name}  {rows} x {columns}")
-    if len(layout.blocks) > 1:
+    shown: set[tuple[object, ...]] = set()
+    for block in layout.blocks:
+        kind = tuple((m.matrix.path, m.matrix.shape) for m in block.matrices)
+        if kind not in shown:
+            print("\n".join(_matrix_lines(block)))
+        shown.add(kind)
+    if len(layout.blocks) > len(shown):
         print("  ... and the same in every other block")
     for name in layout.left_dense:
         print(f"  {name}  left dense")
+
+
+def _matrix_lines(block: "PlannedBlock") -> list[str]:
+    """Return a line for each matrix of a block, and for that of all its experts."""
+    lines: list[str] = []
+    for planned in block.matrices:
+        if planned.matrix.expert:
+            continue
+        rows, columns = planned.matrix.shape
+        times = ""
+        if planned.matrix.experts is not None:
+            times = f", experts x {len(block.experts[planned.matrix.experts])}"
+        name = planned.experts_name or planned.name
+        lines.append(f"  {name}{times}  {rows} x {columns}")
+    return lines
 
 
 def _print_targets(plan: "Plan") -> None:

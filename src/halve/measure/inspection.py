@@ -97,4 +97,5 @@ def _matrix(
         packed=info.format is not None,
         packed_bytes=stored if info.format else packed_size(weight, scheme),
         storage=info.label,
+        experts=planned.experts_name,
     )

@@ -35,6 +35,14 @@ from halve.untrusted import read_json, truncated
 # The sequence length of the papers, where a config gives no maximum (BLOOM).
 _PAPER_LENGTH = 2048
 _SUPPORTED = "Use a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ..."
+# Names under which configs give the number of experts of a token.
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+    "moe_num_active_primary_experts",
+)
 # Entries of config.json that describe quantized weights.
 _QUANTIZED = ("quantization_config", "compression_config")
 
@@ -67,6 +75,13 @@ class MetaModel:
     def vocabulary(self) -> int:
         """The number of tokens in the model's vocabulary."""
         return self.config.get_text_config().vocab_size
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """The number of experts of a token; None where the config gives none."""
+        text = self.config.get_text_config()
+        found = (getattr(text, name, None) for name in _EXPERTS_PER_TOKEN)
+        return next((k for k in found if isinstance(k, int) and k > 0), None)
 
     @property
     def scored_heads(self) -> int:

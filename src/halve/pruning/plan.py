@@ -38,6 +38,7 @@ class Plan:
         width: Size of the hidden states.
         vocabulary: Size of the model's vocabulary.
         scored_heads: See `MetaModel.scored_heads`.
+        experts_per_token: See `MetaModel.experts_per_token`.
     """
 
     model: Path
@@ -46,11 +47,20 @@ class Plan:
     width: int
     vocabulary: int
     scored_heads: int
+    experts_per_token: int | None = None
 
     @property
     def tokens(self) -> int:
         """Number of tokens in all calibration windows."""
         return self.options.samples * (self.options.seq_len or 0)
+
+    @property
+    def activation_parts(self) -> int:
+        """Number of equal parts into which the memory for activations is divided.
+
+        Beside those of the options, one for the kept inputs of a block's experts.
+        """
+        return self.options.activation_parts + self.layout.has_experts
 
     def identity(self) -> dict[str, Any]:
         """Return all that the bytes of the output depend on, except the machine."""
@@ -96,6 +106,7 @@ def make_plan(
         width=meta_model.config.get_text_config().hidden_size,
         vocabulary=meta_model.vocabulary,
         scored_heads=meta_model.scored_heads,
+        experts_per_token=meta_model.experts_per_token,
     )
 
 

@@ -18,6 +18,9 @@ class MatrixInspection:
         packed: Whether it is stored packed.
         packed_bytes: Size when packed; None for a dtype that cannot be packed.
         storage: `dense`, `bitmask`, or bits and group size of packed codes.
+        experts: For a matrix of an expert, what is common to those of all experts of
+            its block: the name of the tensor with `*` for the expert's number; None for
+            other matrices.
     """
 
     tensor: str
@@ -30,6 +33,7 @@ class MatrixInspection:
     packed: bool
     packed_bytes: int | None
     storage: str
+    experts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,20 @@ class Inspection:
     zeros: int
     bytes: int
 
+    def grouped(self) -> list[tuple[str, list[MatrixInspection]]]:
+        """Return titles and matrices; those of a block's experts together."""
+        found: dict[str, list[MatrixInspection]] = {}
+        for matrix in self.matrices:
+            found.setdefault(matrix.experts or matrix.tensor, []).append(matrix)
+        return [(_title(name, every), every) for name, every in found.items()]
+
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over all prunable matrices."""
         zeros = sum(m.sparsity * m.rows * m.columns for m in self.matrices)
         return zeros / sum(m.rows * m.columns for m in self.matrices)
+
+
+def _title(name: str, matrices: list[MatrixInspection]) -> str:
+    times = f", experts x {len(matrices)}"
+    return name + times * (matrices[0].experts is not None)

@@ -109,7 +109,9 @@ class AllocationSearch:
 
     @property
     def _budget(self) -> int:
-        return self.memory_plan.activations // _STREAMS
+        # And the kept inputs of a block's experts, where there are any.
+        parts = _STREAMS + self.plan.layout.has_experts
+        return self.memory_plan.activations // parts
 
     def _uniform_trial(self, dense: Stream) -> tuple[TrialRecord, list[float]]:
         """Prune all blocks to the same sparsity; return each block's error as well."""

@@ -22,9 +22,9 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from halve.calibration_stats import CrossGram, Statistic
+from halve.calibration_stats import CrossGram, GramMatrix, Statistic
 from halve.errors import NumericalError, UnsupportedModelError
-from halve.layout import PlannedMatrix
+from halve.layout import PlannedBlock, PlannedMatrix
 from halve.models import Experts
 from halve.numerics.finite import finite_flag
 from halve.pruning.block_options import BlockOptions
@@ -32,7 +32,7 @@ from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.block_state import BlockState, flat
 from halve.pruning.observe.collect import GroupInputs, Prior, not_finite
 from halve.pruning.observe.held_out import HeldOut
-from halve.pruning.observe.input_groups import Group, RoutedGroup
+from halve.pruning.observe.input_groups import Group, RoutedGroup, routed_groups
 
 # Pseudo-tokens of the block's mean, as a multiple of the columns.
 _PSEUDO_TOKENS = 1
@@ -44,6 +44,48 @@ _ROWS = 4096
 # Held-out tokens below which candidates for an expert are compared on those of the
 # whole block, and how many of these are taken.
 _FEW_HELD_OUT, _SHARED_HELD_OUT = 64, 1024
+
+
+def kept_columns(planned: PlannedBlock) -> int:
+    """Return the columns of the inputs that a block's modules of experts keep."""
+    return sum(group.columns for group in routed_groups(planned))
+
+
+def routed_nbytes(group: RoutedGroup, running: bool, corrects: bool) -> int:
+    """Return the bytes of all Gram matrices while one expert is observed or solved.
+
+    Those are of all tokens and of its own, for its inputs and for its last matrix's.
+
+    Args:
+        group: The experts.
+        running: Whether inputs are still added.
+        corrects: Whether targets are corrected.
+    """
+    *first, last = group.experts[0]
+    rows, outputs = sum(m.matrix.shape[0] for m in first), last.matrix.shape[0]
+    *first, last = group.experts[0]
+    rows, outputs = sum(m.matrix.shape[0] for m in first), last.matrix.shape[0]
+    return sum(
+        GramMatrix.nbytes(columns, running=False)
+        + GramMatrix.nbytes(columns, running)
+        + corrects * CrossGram.nbytes(height, columns, running)
+        for height, columns in ((rows, group.columns), (outputs, group.inner))
+    )
+
+
+def rows_nbytes(group: RoutedGroup, tokens: int, corrects: bool) -> int:
+    """Return the bytes of the rows of an expert that are gathered at once, at most.
+
+    Its inputs, what its first layers make of them, and what its last layer gets.
+
+    Args:
+        group: The experts.
+        tokens: Tokens of all windows.
+        corrects: Whether targets are corrected.
+    """
+    outputs = sum(m.matrix.shape[0] for m in group.experts[0][:-1])
+    each = group.columns + 2 * outputs + group.inner
+    return 4 * min(_ROWS, tokens) * each * (1 + corrects)
 
 
 @dataclass(frozen=True)
