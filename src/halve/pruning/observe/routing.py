@@ -235,7 +235,7 @@ def _sorted(
     stream = state.stream
     fitted = (len(stream.windows) - stream.held_out) * stream.windows.shape[1]
     counts = [
-        torch.bincount(part.flatten(), minlength=count)[:count].float()
+        torch.bincount(part.flatten(), minlength=count)[:count].double()
         for part in (index[:fitted], index[fitted:])
     ]
     both = torch.stack(counts).to(stream.model.device)
