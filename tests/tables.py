@@ -103,11 +103,143 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "starcoder2": ("starcoder2", _LLAMA),
     "olmo2": ("olmo2", _LLAMA),
 }
+# Small experts: matrices of 32 columns, so that every family costs a second.
+_MOE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "num_experts_per_tok": 2,
+}
+_LATENT = _MOE | {  # DeepSeek's attention; the first block is dense
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+}
+_MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+# Mixtures of experts, each in the way in which its checkpoints hold it.
 MIXTURES: dict[str, tuple[str, dict]] = {
-    "mixtral": ("mixtral", _LLAMA | {"num_local_experts": 4}),
-    "qwen3_moe": (
+    "mixtral": ("mixtral", _MOE | {"num_local_experts": 4}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        _MOE | {"num_experts": 4, "shared_expert_intermediate_size": 4},
+    ),
+    "qwen3_moe": (  # a dense block, and one of experts
         "qwen3_moe",
-        _LLAMA | {"num_experts": 4, "moe_intermediate_size": 32},
+        _MOE | {"num_experts": 4, "head_dim": 8, "mlp_only_layers": [0]},
+    ),
+    "qwen3_next": (  # linear attention in the first block
+        "qwen3_next",
+        _MOE
+        | {
+            "num_experts": 4,
+            "head_dim": 8,
+            "shared_expert_intermediate_size": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "olmoe": ("olmoe", _MOE | {"num_experts": 4}),
+    "deepseek_v3": ("deepseek_v3", _LATENT),
+    "glm4_moe": (
+        "glm4_moe",
+        _MOE
+        | {
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "phimoe": ("phimoe", _MOE | {"num_local_experts": 4}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        _MOE
+        | {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
+    ),
+    "nemotron_h": (  # Mamba, attention, experts without a gate
+        "nemotron_h",
+        _MOE
+        | {
+            "head_dim": 8,
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "num_hidden_layers": 3,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_shared_expert_intermediate_size": 32,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+        },
+    ),
+    "granitemoe": ("granitemoe", _MOE | {"num_local_experts": 4}),
+    "gpt_oss": (
+        "gpt_oss",
+        _MOE | {"num_local_experts": 4, "head_dim": 8, "sliding_window": 16},
+    ),
+    "gemma4": (
+        "gemma4_text",
+        _MOE
+        | {
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "num_global_key_value_heads": 2,
+            "enable_moe_block": True,
+            "sliding_window": 16,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+        },
+    ),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        _MOE | {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
+    ),
+    "jamba": (  # blocks of two classes
+        "jamba",
+        _MOE
+        | _MAMBA
+        | {
+            "num_experts": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        _MOE
+        | {
+            "num_experts": 4,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention"],
+        },
     ),
 }
 

@@ -77,6 +77,10 @@ class Statistic(ABC):
         """
 
     @abstractmethod
+    def add_scaled(self, other: "Statistic", scale: float) -> None:
+        """Add a multiple of another statistic of its kind; both must be finished."""
+
+    @abstractmethod
     def is_finite(self) -> bool:
         """Whether every input was finite and no sum overflowed."""
 
@@ -90,6 +94,9 @@ class NoStatistics(Statistic):
         """Ignore the inputs."""
 
     def finish(self, reduce: Reduce = no_reduce) -> None:
+        """Do nothing."""
+
+    def add_scaled(self, other: "Statistic", scale: float) -> None:
         """Do nothing."""
 
     def is_finite(self) -> bool:
@@ -116,6 +123,11 @@ class ColumnNorms(Statistic):
         """Complete the sums, with those of the other processes."""
         self._sum.high.copy_(self._sum.total(reduce))
         self._sum.low.zero_()
+
+    def add_scaled(self, other: "Statistic", scale: float) -> None:
+        """Add a multiple of the sums of other inputs."""
+        assert isinstance(other, ColumnNorms), "another kind of statistic"
+        self._sum.high.add_(other.squares, alpha=scale)
 
     def is_finite(self) -> bool:
         """Whether all sums are finite."""
@@ -205,6 +217,17 @@ class GramMatrix(Statistic):
         Looks at the diagonal alone: it bounds the others, by Cauchy-Schwarz.
         """
         return bool(self._matrix.diagonal().isfinite().all())
+
+    @property
+    def matrix(self) -> Tensor:
+        """X^T X, [columns, columns]; the sums must be finished."""
+        assert not self._starts, "the sums are not finished"
+        return self._matrix
+
+    def add_scaled(self, other: "Statistic", scale: float) -> None:
+        """Add a multiple of the Gram matrix of other inputs."""
+        assert isinstance(other, GramMatrix), "another kind of statistic"
+        self.matrix.add_(other.matrix, alpha=scale)
 
     def take(self) -> Tensor:
         """Return the full symmetric matrix, to be owned and written to by the caller.

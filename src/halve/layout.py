@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from halve.checkpoint import Checkpoint, TensorInfo
+from halve.errors import UnsupportedModelError
 from halve.models import (
     Matrix,
     MetaModel,
+    Place,
     StoredTensor,
+    TensorMap,
     match_names,
     prunable_matrices,
 )
@@ -26,12 +29,33 @@ class PlannedMatrix:
     """A matrix to prune.
 
     Attributes:
-        tensor: Name of the checkpoint's tensor that holds it.
+        place: The checkpoint's tensor that holds it, or the slice of one.
         matrix: Its module, shape and orientation in the block.
     """
 
-    tensor: str
+    place: Place
     matrix: Matrix
+
+    @property
+    def name(self) -> str:
+        """Name of its tensor, with the index of its slice: no other matrix has it."""
+        return str(self.place)
+
+    @property
+    def tensor(self) -> str:
+        """Name of the tensor, which may hold other matrices as well."""
+        return self.place.tensor
+
+    @property
+    def experts_name(self) -> str | None:
+        """`name` with `*` for the number of its expert; None where it has none."""
+        number = self.matrix.expert
+        if number is None:
+            return None
+        if self.place.index is not None:
+            return f"{self.tensor}[*]"
+        head, _, tail = self.tensor.rpartition(f".{number}.")
+        return f"{head}.*.{tail}"
 
     @property
     def elements(self) -> int:
@@ -55,6 +79,27 @@ class PlannedBlock:
     name: str
     matrices: tuple[PlannedMatrix, ...]
     shard: str
+
+    @property
+    def outside_experts(self) -> tuple[PlannedMatrix, ...]:
+        """Matrices that every token is multiplied by."""
+        return tuple(m for m in self.matrices if m.matrix.expert is None)
+
+    @property
+    def experts(self) -> dict[str, tuple[tuple[PlannedMatrix, ...], ...]]:
+        """Path of a module of experts -> the matrices of each expert.
+
+        Matrices are in the order of computation: the last one gets what is made of the
+        outputs of the others.
+        """
+        found: dict[str, list[list[PlannedMatrix]]] = {}
+        for planned in self.matrices:
+            if (path := planned.matrix.experts) is not None:
+                experts = found.setdefault(path, [])
+                if planned.matrix.expert == len(experts):
+                    experts.append([])
+                experts[-1].append(planned)
+        return {path: tuple(map(tuple, every)) for path, every in found.items()}
 
 
 @dataclass(frozen=True)
@@ -97,6 +142,11 @@ class Layout:
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether any block is a mixture of experts."""
+        return any(block.experts for block in self.blocks)
+
+    @property
     def has_weights(self) -> bool:
         """Whether the input has files of weights, rather than a config alone."""
         # The first source is config.json.
@@ -120,12 +170,14 @@ def make_layout(checkpoint: Checkpoint, meta_model: MetaModel) -> Layout:
         UnsupportedModelError: There is nothing to prune.
     """
     infos = checkpoint.tensors.values()
-    names = match_names(
+    tensors = match_names(
         meta_model, [StoredTensor(i.name, i.shape, i.dtype) for i in infos]
     )
+    names = {parameter: place.tensor for parameter, place in tensors.places.items()}
     owners = _owners(meta_model, names)
     shards = dict(_shards(checkpoint, owners, len(meta_model.blocks)))
-    blocks = tuple(_blocks(meta_model, names, list(shards)[-len(meta_model.blocks) :]))
+    files = list(shards)[-len(meta_model.blocks) :]
+    blocks = tuple(_blocks(meta_model, tensors, files))
     unread = _unread(meta_model, names)
     return Layout(
         blocks=blocks,
@@ -136,6 +188,18 @@ def make_layout(checkpoint: Checkpoint, meta_model: MetaModel) -> Layout:
         heads=_heads(meta_model, names, unread),
         unread=unread,
     )
+
+
+def refuse_packed_experts(layout: Layout) -> None:
+    """Raise UnsupportedModelError if matrices that are to be packed are of experts."""
+    experts = next((path for b in layout.blocks for path in b.experts), None)
+    if experts is not None:
+        raise UnsupportedModelError(
+            f"The model is a mixture of experts ({experts}), and transformers cannot "
+            "load packed experts yet: of the layers that can be packed it looks for "
+            "nn.Linear, Conv1D and nn.Embedding.",
+            "Store it dense: set packed to False (omit --pack).",
+        )
 
 
 def _unread(meta_model: MetaModel, names: dict[str, str]) -> frozenset[str]:
@@ -217,13 +281,13 @@ def _pieces(checkpoint: Checkpoint, names: list[str], limit: int) -> list[list[s
 
 
 def _blocks(
-    meta_model: MetaModel, names: dict[str, str], files: list[str]
+    meta_model: MetaModel, tensors: TensorMap, files: list[str]
 ) -> Iterator[PlannedBlock]:
     for index, block in enumerate(meta_model.blocks):
         name = f"{meta_model.path}.{index}"
         matrices = tuple(
-            PlannedMatrix(names[f"{name}.{matrix.path}.weight"], matrix)
-            for matrix in prunable_matrices(block, name)
+            PlannedMatrix(tensors.places[f"{name}.{matrix.path}.weight"], matrix)
+            for matrix in prunable_matrices(block, name, tensors.experts_of(name))
         )
         yield PlannedBlock(index, name, matrices, files[index])
 

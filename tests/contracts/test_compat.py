@@ -34,9 +34,13 @@ from halve._compat.torch import (
     tensor_version,
 )
 from halve._compat.transformers import (
+    ExpertsTraits,
     can_compile,
     causal_classes,
     computes_all_scores,
+    describe_merging,
+    experts_traits,
+    gate_experts,
     has_masked_model,
     ignored_tensors,
     is_rust_panic,
@@ -169,9 +173,9 @@ class TestTransformers:
         conversions, state = weight_conversions(model), model.state_dict()
         name = "decoder.layers.0.self_attn.q_proj.weight"  # as on the Hub
         renamed = rename_key(name, conversions, model.base_model_prefix, state)
-        assert renamed == (f"model.{name}", False)
+        assert renamed == (f"model.{name}", None)
         assert renamed[0] in state
-        unknown = ("no.such.tensor", False)
+        unknown = ("no.such.tensor", None)
         assert rename_key(unknown[0], conversions, "model", state) == unknown
 
     def test_merged_experts_are_seen(self):
@@ -181,11 +185,31 @@ class TestTransformers:
         targets = [p for c in conversions.converters for p in c.target_patterns]
         assert any(p in name for p in targets for name in model.state_dict())
         name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-        target, is_converted = rename_key(
+        target, source = rename_key(
             name, conversions, model.base_model_prefix, model.state_dict()
         )
-        assert is_converted
         assert target in model.state_dict()
+        merging = next(
+            merging
+            for merging in map(describe_merging, conversions.converters)
+            if source in merging.sources
+        )
+        assert [p.split(".")[-2] for p in merging.sources] == ["w1", "w3"]
+        assert any(pattern in target for pattern in merging.targets)
+        assert merging.operations == ("MergeModulelist", "Concatenate")
+
+    def test_modules_of_experts_are_known_by_their_traits(self):
+        sizes = {"num_local_experts": 2, "num_key_value_heads": 2}
+        model = tiny("mixtral", intermediate_size=32, **sizes)
+        experts = model.get_submodule("model.layers.0.mlp.experts")
+        assert experts_traits(experts) == ExpertsTraits(True, False, False, False)
+        assert experts_traits(model.get_submodule("model.layers.0.mlp")) is None
+        gate, up = torch.randn(2, 3, 32)
+        gated = gate_experts(experts, torch.cat([gate, up], dim=-1))
+        assert torch.equal(gated, experts.act_fn(gate) * up)
+        gpt_oss = tiny("gpt_oss", intermediate_size=32, **sizes)
+        experts = gpt_oss.get_submodule("model.layers.0.mlp.experts")
+        assert experts_traits(experts) == ExpertsTraits(True, True, True, False)
 
     def test_patterns_of_ignored_tensors_are_a_collection(self):
         patterns = ignored_tensors(tiny("llama", num_key_value_heads=2))

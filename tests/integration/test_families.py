@@ -13,7 +13,7 @@ from halve.options import PruneOptions
 from halve.pruning.plan import make_plan
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream
-from tests.tables import FAMILIES, MIXTURES, SOLVERS
+from tests.tables import FAMILIES, SOLVERS
 
 
 def _tensors(folder):
@@ -128,10 +128,3 @@ def test_every_matrix_of_a_block_is_planned(row, pico):
     }
     assert large == planned | set(plan.layout.left_dense)
     assert plan.layout.left_dense == ()
-
-
-@pytest.mark.parametrize("row", MIXTURES)
-def test_mixture_of_experts_is_refused(row, pico, tmp_path):
-    with pytest.raises(halve.HalveError, match="not supported yet"):
-        halve.prune(pico(row), tmp_path / "out", calibration="stdlib")
-    assert not any(tmp_path.iterdir())

@@ -23,7 +23,7 @@ from halve.pruning import prune as prune_module
 from halve.pruning import solve_stage as solve_module
 from halve.pruning.memory import forecast as forecast_module
 from halve.pruning.plan import make_plan
-from tests.tables import FAMILIES, MIXTURES, SOLVERS, save_pico
+from tests.tables import FAMILIES, SOLVERS, save_pico
 
 SIZES: dict[str, Any] = {"samples": 64, "seq_len": 128}
 
@@ -241,13 +241,6 @@ def test_a_config_alone_gives_the_forecast_of_its_checkpoint(row, pico, tmp_path
     forecasts = [forecast_run(plan, 2**40) for plan in (first, second)]
     assert forecasts[0].phases == forecasts[1].phases
     assert forecasts[0].operations == forecasts[1].operations
-
-
-@pytest.mark.parametrize("row", MIXTURES)
-def test_a_config_of_experts_is_refused_as_their_checkpoint_is(row, pico, tmp_path):
-    shutil.copy(pico(row) / "config.json", tmp_path)
-    with pytest.raises(HalveError, match="not supported yet"):
-        make_plan(tmp_path, PruneOptions(**SIZES), needs_weights=False)
 
 
 _MEASURED = """

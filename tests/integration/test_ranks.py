@@ -36,7 +36,11 @@ JOBS: dict[str, dict[str, Any]] = {
     "rounded": {"solver": "sparsegpt", "quantize": "int4", "group_size": 32},
     "refined": {"solver": "auto", "refine": True},
     "allocated": {"solver": "sparsegpt", "allocation": "error", "sparsity": "63%"},
+    "experts": {"solver": "auto"},
 }
+# Of a mixture of experts in place of OPT. The rows of an expert are gathered from all
+# of a process's batches, so their sums have other last bits.
+MIXTURE = "experts"
 
 
 def launch(
@@ -72,12 +76,14 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 def _folders(pico, text, root):
     """Return, for each job, the output of one process and that of two."""
     jobs, pairs = [], {}
-    model = pico("opt", dtype=torch.bfloat16)
+    models = {False: pico("opt", dtype=torch.bfloat16), True: pico("gpt_oss")}
     for name, changes in JOBS.items():
+        model = models[name == MIXTURE]
         options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | changes
         pairs[name] = root / f"{name}-alone", root / f"{name}-together"
         halve.prune(model, pairs[name][0], **options)
         jobs.append([str(model), str(pairs[name][1]), options])
+    model = models[False]
     # Started by one process, to be resumed by two.
     with pytest.raises(Stopped):
         halve.prune(model, root / "resumed", progress=stop_at(13), **jobs[4][2])
@@ -93,15 +99,15 @@ def test_two_ranks_do_what_one_process_does(pico, text, tmp_path):
     """One test of many laws, since starting processes takes most of the time."""
     folders = _folders(pico, text, tmp_path)
     for name, (alone, together) in folders.items():
-        _check_records(alone, together)
-        if name != "refined":
+        _check_records(alone, together, rel=0.02 if name == MIXTURE else 1e-5)
+        if name not in {"refined", MIXTURE}:
             assert digests(alone) == digests(together), name
     alone, together = folders["refined"]
     _check_refined(alone, together, text)
     _check_finished(folders["sparsegpt"][1], pico, text)
 
 
-def _check_records(alone, together):
+def _check_records(alone, together, rel):
     """The errors that two processes record are those of one."""
     expected, actual = (
         PruneRecord.from_json((folder / "halve.json").read_text())
@@ -113,8 +119,9 @@ def _check_records(alone, together):
     assert _near(first.refined, second.refined, rel=0.05)
     for one, two in zip(first.matrices, second.matrices, strict=True):
         assert one.sparsity == two.sparsity
-        assert _near(one.error, two.error), one.tensor
-        assert _near(one.held_out, two.held_out), one.tensor
+        assert _near(one.error, two.error, rel), one.tensor
+        assert _near(one.held_out, two.held_out, rel), one.tensor
+    assert first.expert_tokens == second.expert_tokens
 
 
 def _near(one, other, rel=1e-5):

@@ -73,7 +73,7 @@ def rename_key(
     conversions: Conversions,
     prefix: str,
     state: dict[str, Any],
-) -> tuple[str, bool]:
+) -> tuple[str, str | None]:
     """Return a parameter's name for that of a tensor in a checkpoint.
 
     Undocumented: `core_model_loading.rename_source_key`, since transformers 5.0. When
@@ -86,15 +86,101 @@ def rename_key(
         state: The model's state dict.
 
     Returns:
-        The parameter's name, and whether a converter makes it of this tensor. A name
-        that no conversion matches is returned as it is.
+        The parameter's name, and, where a converter makes it of this tensor, which of
+        the converter's `sources` matched; else None. A name that no conversion matches
+        is returned as it is.
     """
     from transformers.core_model_loading import rename_source_key
 
-    target, converter = rename_source_key(
+    return rename_source_key(
         name, conversions.renamings, conversions.converters, prefix, state
     )
-    return target, converter is not None
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What a converter makes of several tensors.
+
+    Attributes:
+        sources: Patterns of the tensors' names, in the order in which they are merged.
+        targets: Patterns of the parameters' names.
+        operations: Names of the classes of its operations, in order.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    operations: tuple[str, ...]
+
+
+def describe_merging(converter: Any) -> Merging:  # noqa: ANN401
+    """Return what a converter of `weight_conversions` does.
+
+    Undocumented: `source_patterns`, `target_patterns` and `operations` of
+    `core_model_loading.WeightConverter`, since transformers 5.0. When it breaks: as
+    `weight_conversions`.
+    """
+    return Merging(
+        tuple(converter.source_patterns),
+        # Some escape the dots of a name, which are dots in a target anyway.
+        tuple(p.replace("\\", "") for p in converter.target_patterns),
+        tuple(type(operation).__name__ for operation in converter.operations),
+    )
+
+
+@dataclass(frozen=True)
+class ExpertsTraits:
+    """How a module computes the experts whose weights it holds.
+
+    Attributes:
+        has_gate: Whether the first layers' output is gated; else an activation follows.
+        has_bias: Whether each layer has a bias.
+        is_transposed: Whether matrices are stored as [inputs, outputs].
+        has_norm: Whether a norm follows the last layer.
+    """
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    has_norm: bool
+
+
+def call_linear_layers(model: Any) -> None:  # noqa: ANN401
+    """Let a model call its linear layers where it would read their weights.
+
+    Private: `_is_quantized` of configs, by which models know that weights cannot be
+    read. Otherwise Jamba multiplies by `dt_proj.weight` itself, whose inputs no hook
+    sees. When it breaks: such models are refused, since the layer is not used.
+    """
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._is_quantized = True
+
+
+def experts_traits(module: Any) -> ExpertsTraits | None:  # noqa: ANN401
+    """Return how a module computes experts; None where it holds none.
+
+    Undocumented: the attributes that `integrations.moe.use_experts_implementation`, the
+    decorator of nearly all classes of experts, leaves on a module, since transformers
+    5.0. When it breaks: read that decorator; without them mixtures are refused.
+    """
+    names = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+    if not all(isinstance(getattr(module, name, None), bool) for name in names):
+        return None
+    return ExpertsTraits(*(getattr(module, name) for name in names))
+
+
+def gate_experts(module: Any, joined: Any) -> Any:  # noqa: ANN401
+    """Return what an expert's last layer gets, for the output of its first layers.
+
+    Private: `_apply_gate`, a method that the same decorator gives to classes without
+    their own. When it breaks: as `experts_traits`.
+
+    Args:
+        module: A module for which `experts_traits` are known, with a gate.
+        joined: Outputs of the gate and of the up projection, [tokens, 2 * inner], in
+            the order in which the module holds their rows.
+    """
+    return module._apply_gate(joined)
 
 
 def ignored_tensors(model: Any) -> Collection[str]:  # noqa: ANN401

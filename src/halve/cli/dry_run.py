@@ -83,7 +83,7 @@ def _choices(plan: "Plan") -> Iterator[str]:
     elif options.trial_held_out:
         yield "Distributed over the blocks by error, after two to four trials."
     rules = options.parsed_rules
-    names = [m.tensor for block in plan.layout.blocks for m in block.matrices]
+    names = [m.name for block in plan.layout.blocks for m in block.matrices]
     for regex, sparsity in rules.sparsities:
         count = sum(regex.search(name) is not None for name in names)
         yield f"Rule {regex.pattern}={sparsity}: matches {count} matrices"

@@ -63,7 +63,7 @@ def _print_blocks(matrices: Sequence["MatrixInspection"], every: bool) -> None:
     for block, group in groupby(matrices, key=lambda m: _split(m.tensor)[0]):
         members = list(group)
         if every:
-            rows += [(block,), *(_matrix_row(matrix) for matrix in members)]
+            rows += [(block,), *(_matrix_row(*of_name) for of_name in _named(members))]
         else:
             rows.append(_block_row(block, members))
     print_table(f"Stored in {_joined(m.dtype for m in matrices)}", columns, rows)
@@ -75,12 +75,21 @@ def _split(tensor: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", tensor)
 
 
-def _matrix_row(matrix: "MatrixInspection") -> tuple[str, ...]:
-    return (
-        f"  {_split(matrix.tensor)[1]}",
-        f"{matrix.rows} x {matrix.columns}",
-        *_counts([matrix]),
-    )
+def _named(
+    matrices: Sequence["MatrixInspection"],
+) -> Iterator[tuple[str, Sequence["MatrixInspection"]]]:
+    """Yield names and matrices; those of all experts of a block together."""
+    found: dict[str, list[MatrixInspection]] = {}
+    for matrix in matrices:
+        found.setdefault(matrix.experts or matrix.tensor, []).append(matrix)
+    for name, every in found.items():
+        own = _split(name)[1]
+        yield f"{own}, experts x {len(every)}" if every[0].experts else own, every
+
+
+def _matrix_row(name: str, matrices: Sequence["MatrixInspection"]) -> tuple[str, ...]:
+    first = matrices[0]
+    return f"  {name}", f"{first.rows} x {first.columns}", *_counts(matrices)
 
 
 def _block_row(block: str, matrices: Sequence["MatrixInspection"]) -> tuple[str, ...]:
@@ -89,15 +98,25 @@ def _block_row(block: str, matrices: Sequence["MatrixInspection"]) -> tuple[str,
 
 def _counts(matrices: Sequence["MatrixInspection"]) -> Iterator[str]:
     """Yield zeros, pattern, size, storage and packed size of some matrices."""
-    from halve.cli.console import percent, size
+    from halve.cli.console import size
 
-    weights = [matrix.rows * matrix.columns for matrix in matrices]
-    zeros = sum(m.sparsity * n for m, n in zip(matrices, weights, strict=True))
-    yield percent(zeros / sum(weights))
+    yield _zeros(matrices)
     yield _joined(matrix.pattern for matrix in matrices)
     yield size(sum(matrix.bytes for matrix in matrices))
     yield _joined(f"{matrix.storage} {matrix.grid}".rstrip() for matrix in matrices)
     yield _gain(matrices)
+
+
+def _zeros(matrices: Sequence["MatrixInspection"]) -> str:
+    """Return the fraction of zeros; of experts, its range as well."""
+    from halve.cli.console import percent
+
+    weights = [matrix.rows * matrix.columns for matrix in matrices]
+    zeros = sum(m.sparsity * n for m, n in zip(matrices, weights, strict=True))
+    mean = percent(zeros / sum(weights))
+    every = sorted(matrix.sparsity for matrix in matrices if matrix.experts)
+    spread = [percent(every[0]), percent(every[-1])] if every else [mean]
+    return mean if len(set(spread)) == 1 else f"{mean} ({' to '.join(spread)})"
 
 
 def _gain(matrices: Sequence["MatrixInspection"]) -> str:

@@ -1,5 +1,6 @@
 """What is in a checkpoint, counted in its tensors rather than read from its record."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from halve.checkpoint import Checkpoint, TensorInfo, resolve_model, source_recor
 from halve.errors import HalveError
 from halve.formats import packed_size
 from halve.grids import QuantScheme, grid_shortfall, recorded_scheme
+from halve.layout import PlannedMatrix
 from halve.models import StoredTensor, build_meta_model, match_names, prunable_matrices
-from halve.models.matrices import Matrix
 from halve.patterns import describe
 from halve.records import Inspection, MatrixInspection, recorded_grids
 
@@ -21,19 +22,19 @@ def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspect
     checkpoint = Checkpoint.open(folder)
     matrices = matrices_of(folder, checkpoint, trust_remote_code)
     grids = _recorded_grids(folder)
-    inspected: list[MatrixInspection] = []
+    by_tensor = group_by_tensor(matrices.values())
+    inspected: dict[str, MatrixInspection] = {}
     zeros = 0
     for name, info in checkpoint.tensors.items():
         tensor = checkpoint.read([name])[name]
         zeros += int((tensor == 0).sum())
-        if name in matrices:
-            scheme = recorded_scheme(grids.get(name))
-            inspected.append(_matrix(info, matrices[name], tensor, scheme))
-    order = list(matrices)
+        for planned in by_tensor.get(name, ()):
+            scheme = recorded_scheme(grids.get(planned.name))
+            inspected[planned.name] = _matrix(info, planned, tensor, scheme)
     infos = checkpoint.tensors.values()
     return Inspection(
         model=str(model),
-        matrices=tuple(sorted(inspected, key=lambda m: order.index(m.tensor))),
+        matrices=tuple(inspected[name] for name in matrices),
         parameters=sum(info.elements for info in infos),
         zeros=zeros,
         bytes=sum(info.stored_bytes for info in infos),
@@ -42,18 +43,33 @@ def inspect_model(model: str | Path, trust_remote_code: bool = False) -> Inspect
 
 def matrices_of(
     folder: Path, checkpoint: Checkpoint, trust_remote_code: bool
-) -> dict[str, Matrix]:
-    """Return name of the tensor -> prunable matrix, in the order of the model."""
+) -> dict[str, PlannedMatrix]:
+    """Return name -> prunable matrix, in the order of the model.
+
+    A tensor that blocks share is there once.
+    """
     meta_model = build_meta_model(folder, trust_remote_code)
     infos = checkpoint.tensors.values()
-    names = match_names(
+    tensors = match_names(
         meta_model, [StoredTensor(i.name, i.shape, i.dtype) for i in infos]
     )
-    return {
-        names[f"{meta_model.path}.{index}.{matrix.path}.weight"]: matrix
+    planned = (
+        PlannedMatrix(tensors.places[f"{name}.{matrix.path}.weight"], matrix)
         for index, block in enumerate(meta_model.blocks)
-        for matrix in prunable_matrices(block, f"{meta_model.path}.{index}")
-    }
+        for name in [f"{meta_model.path}.{index}"]
+        for matrix in prunable_matrices(block, name, tensors.experts_of(name))
+    )
+    return {matrix.name: matrix for matrix in planned}
+
+
+def group_by_tensor(
+    matrices: Iterable[PlannedMatrix],
+) -> dict[str, list[PlannedMatrix]]:
+    """Return tensor -> the matrices that it holds; several where it holds experts."""
+    found: dict[str, list[PlannedMatrix]] = {}
+    for planned in matrices:
+        found.setdefault(planned.tensor, []).append(planned)
+    return found
 
 
 def _recorded_grids(folder: Path) -> dict[str, Any]:
@@ -72,22 +88,22 @@ def _grid_label(scheme: QuantScheme | None, weight: Tensor) -> str:
 
 
 def _matrix(
-    info: TensorInfo, matrix: Matrix, tensor: Tensor, scheme: QuantScheme | None
+    info: TensorInfo, planned: PlannedMatrix, tensor: Tensor, scheme: QuantScheme | None
 ) -> MatrixInspection:
-    weight = matrix.as_rows(tensor)
+    weight = planned.matrix.as_rows(planned.place.view(tensor))
     rows, columns = weight.shape
+    stored = info.stored_bytes * weight.numel() // tensor.numel()
     return MatrixInspection(
-        tensor=info.name,
+        tensor=planned.name,
         rows=rows,
         columns=columns,
         dtype=str(info.dtype).removeprefix("torch."),
         sparsity=float((weight == 0).double().mean()),
         pattern=describe(weight),
-        bytes=info.stored_bytes,
+        bytes=stored,
         packed=info.is_packed,
-        packed_bytes=info.stored_bytes
-        if info.is_packed
-        else packed_size(weight, scheme),
+        packed_bytes=stored if info.is_packed else packed_size(weight, scheme),
         storage=info.label,
         grid="" if info.format else _grid_label(scheme, weight),
+        experts=planned.experts_name,
     )

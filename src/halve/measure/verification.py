@@ -22,7 +22,7 @@ from halve.checkpoint import (
 from halve.checkpoint.output import name_record
 from halve.errors import CheckpointError, PatternError, QuantizationError
 from halve.grids import QuantScheme, grid_shortfall
-from halve.measure.inspection import matrices_of
+from halve.measure.inspection import group_by_tensor, matrices_of
 from halve.measure.rule_check import rule_mismatches
 from halve.patterns import NM, parse_pattern
 from halve.records import (
@@ -205,10 +205,14 @@ def _mismatches(
     matrices = matrices_of(folder, checkpoint, trust_remote_code)
     for name in sorted(matrices.keys() ^ record.matrices.keys()):
         yield Finding(name, "it is in the model or in the record, but not in both")
-    for name in (name for name in matrices if name in record.matrices):
-        weight = matrices[name].as_rows(checkpoint.read([name])[name])
-        if (problem := record.matrices[name].mismatch(name, weight)) is not None:
-            yield Finding(name, problem)
+    recorded = [matrices[name] for name in matrices if name in record.matrices]
+    for tensor, every in group_by_tensor(recorded).items():
+        stored = checkpoint.read([tensor])[tensor]
+        for planned in every:
+            weight = planned.matrix.as_rows(planned.place.view(stored))
+            expected = record.matrices[planned.name]
+            if (problem := expected.mismatch(planned.name, weight)) is not None:
+                yield Finding(planned.name, problem)
     yield from _head_mismatches(checkpoint, record)
     yield from record.rule_findings
 

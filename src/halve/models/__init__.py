@@ -5,6 +5,7 @@ model itself.
 """
 
 from halve.models.capture import BlockCall, CapturedCalls, capture_calls, run_tail
+from halve.models.experts import ExpertLayers, Experts, unfused
 from halve.models.matrices import Matrix, is_plain, prunable_matrices
 from halve.models.meta_model import (
     MetaModel,
@@ -12,14 +13,25 @@ from halve.models.meta_model import (
     load_config,
     longest_sequence,
 )
-from halve.models.names import StoredTensor, expected_tensors, key_renamer, match_names
+from halve.models.names import (
+    Place,
+    StoredTensor,
+    TensorMap,
+    expected_tensors,
+    key_renamer,
+    match_names,
+)
 
 __all__ = [
     "BlockCall",
     "CapturedCalls",
+    "ExpertLayers",
+    "Experts",
     "Matrix",
     "MetaModel",
+    "Place",
     "StoredTensor",
+    "TensorMap",
     "build_meta_model",
     "capture_calls",
     "expected_tensors",
@@ -30,4 +42,5 @@ __all__ = [
     "match_names",
     "prunable_matrices",
     "run_tail",
+    "unfused",
 ]

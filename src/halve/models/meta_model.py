@@ -4,6 +4,7 @@ The model is built by transformers' own classes, with every parameter on the met
 device.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halve._compat.torch import buffer_slots
 from halve._compat.transformers import (
+    call_linear_layers,
     causal_classes,
     computes_all_scores,
     has_masked_model,
@@ -41,6 +44,14 @@ _PAPER_LENGTH = 2048
 # Model types whose perplexities the papers of the field give, of windows without BOS.
 _PAPER_FAMILIES = frozenset({"opt", "bloom", "gpt2"})
 _SUPPORTED = "Use a GPT-family model: OPT, BLOOM, GPT-2, Llama, Mistral, Qwen ..."
+# Names under which configs give the number of experts of a token.
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+    "moe_num_active_primary_experts",
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,13 @@ class MetaModel:
         """
         text = self.config.get_text_config()
         return text.hidden_size * getattr(text, "altup_num_inputs", 1)
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """The number of experts of a token; None where the config gives none."""
+        text = self.config.get_text_config()
+        found = (getattr(text, name, None) for name in _EXPERTS_PER_TOKEN)
+        return next((k for k in found if isinstance(k, int) and k > 0), None)
 
     @property
     def scored_heads(self) -> int:
@@ -172,10 +190,11 @@ def _build(folder: Path, config: Any, trust_remote_code: bool) -> MetaModel:  # 
     # Remote code may compute with its buffers, which the meta device does not allow.
     if not trust_remote_code:
         check_model_size(folder, build)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _UnfilledOnMeta():
         model = build()
     model.tie_weights()
     model.eval().requires_grad_(False)
+    call_linear_layers(model)
     path, blocks = find_blocks(model)
     _share_equal_buffers(blocks)
     meta_model = MetaModel(config, model, blocks, path, dtype)
@@ -184,6 +203,27 @@ def _build(folder: Path, config: Any, trust_remote_code: bool) -> MetaModel:  # 
     if not isinstance(meta_model.width, int):
         raise TypeError(f"its hidden_size is {config.get_text_config().hidden_size}")
     return meta_model
+
+
+class _UnfilledOnMeta(TorchFunctionMode):
+    """Put tensors that are created without values on the meta device.
+
+    accelerate moves a parameter there once it exists. That of all experts of a block of
+    DeepSeek-V3 takes 30 GB, which may be more than can be allocated at all.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401  (torch's signature)
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Create on the meta device what `torch.empty` would leave unfilled."""
+        options = dict(kwargs or {})
+        if func is torch.empty:
+            options["device"] = "meta"
+        return func(*args, **options)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:  # noqa: ANN401

@@ -2,27 +2,39 @@
 
 Names differ: checkpoints of OPT, GPT-2 and BLOOM on the Hub omit the prefix of the base
 model, and old checkpoints use old names. transformers knows all of them, so its own
-tables are used.
+tables are used. Experts are named as `models.experts.Experts` names them, one linear
+layer for each matrix, whether the checkpoint has a tensor for each or one for all.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halve._compat.transformers import (
+    Merging,
+    describe_merging,
     ignored_tensors,
     rename_key,
     weight_conversions,
 )
 from halve.errors import CheckpointError, UnsupportedModelError
+from halve.models.experts import (
+    ExpertLayers,
+    experts_in,
+    fused_leaf,
+    fused_parameters,
+)
 from halve.models.foreign_names import explain_names
 from halve.models.meta_model import MetaModel
 
 _WHAT_TO_USE = "Use the config.json that belongs to this checkpoint."
+# Operations by which transformers makes one parameter of the matrices of all experts:
+# stacked, and those of gate and up joined.
+_STACKED, _JOINED = ("MergeModulelist",), ("MergeModulelist", "Concatenate")
 
 
 @dataclass(frozen=True)
@@ -40,38 +52,199 @@ class StoredTensor:
     dtype: torch.dtype | None = None
 
 
-def match_names(
-    meta_model: MetaModel, stored: Iterable[StoredTensor]
-) -> dict[str, str]:
-    """Map each parameter or buffer of the model to its tensor in the checkpoint.
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint holds a parameter: in a tensor, or in a slice of one.
 
-    Tied parameters map to the one tensor that is stored. Tensors that the model does
-    not use (old masks, rotary frequencies) are left out.
+    Attributes:
+        tensor: Name of the tensor.
+        index: Index along its first dimension, which is that of experts; None where
+            the parameter is the whole tensor.
+    """
+
+    tensor: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return self.tensor if self.index is None else f"{self.tensor}[{self.index}]"
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return the parameter's part of the tensor, which is not copied."""
+        return tensor if self.index is None else tensor[self.index]
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """Where a checkpoint holds the parameters and buffers of a model.
+
+    Attributes:
+        places: Parameter or buffer -> its place. Those of experts are named as in
+            `Experts`: `model.layers.0.mlp.experts.3.gate_proj.weight`.
+        experts: Path of each module of experts in the model -> its layers.
+    """
+
+    places: dict[str, Place]
+    experts: dict[str, ExpertLayers]
+
+    def experts_of(self, block: str) -> dict[str, ExpertLayers]:
+        """Return path within a block -> layers, for the block's modules of experts."""
+        prefix = f"{block}."
+        return {
+            path.removeprefix(prefix): layers
+            for path, layers in self.experts.items()
+            if path.startswith(prefix)
+        }
+
+
+def match_names(meta_model: MetaModel, stored: Iterable[StoredTensor]) -> TensorMap:
+    """Find the place of each parameter and buffer of the model in the checkpoint.
+
+    Tied parameters have the place of the one that is stored. Tensors that the model
+    does not use (old masks, rotary frequencies) are left out.
 
     Raises:
         CheckpointError: A parameter has no tensor, one of another shape or one of
-            integers; or there are tensors of more blocks than the model has.
-        UnsupportedModelError: Tensors are merged on loading, as experts are.
+            integers; or there are tensors of more blocks or experts than the model has.
+        UnsupportedModelError: Tensors are merged on loading in a way that is not known.
     """
-    state = meta_model.model.state_dict()
-    rename = key_renamer(meta_model.model)
-    names: dict[str, str] = {}
-    stored = list(stored)
+    matching, stored = _Matching(meta_model), list(stored)
     for tensor in stored:
-        target = rename(tensor.name)
-        if target not in state:
-            _check_unused(meta_model, tensor.name, target)
-            continue
-        _check_fits(tensor, state[target])
-        names[target] = tensor.name
+        matching.add(tensor)
     try:
-        return names | _tied_names(meta_model.model, names)
+        experts = matching.expert_layers()
+        tied = _tied_places(meta_model.model, matching.places, experts)
     except CheckpointError as error:
-        found = explain_names((tensor.name for tensor in stored), state)
+        names = (tensor.name for tensor in stored)
+        found = explain_names(names, meta_model.model.state_dict())
         if found is None:
             raise
         problem = f"{error.problem} Its names are those of {found[0]}."
         raise CheckpointError(problem, found[1]) from error
+    return TensorMap(matching.places | tied, experts)
+
+
+@dataclass
+class _Matching:
+    """The places of a model's parameters, while tensor after tensor is looked at.
+
+    Attributes:
+        meta_model: The model.
+        places: Parameter or buffer -> its place.
+        parts: Path of a module of experts -> 3-D parameter -> names of the layers whose
+            matrices it joins, by their position.
+    """
+
+    meta_model: MetaModel
+    places: dict[str, Place] = field(default_factory=dict)
+    parts: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.meta_model.model
+        self._state = model.state_dict()
+        self._rename = _converting_renamer(model, self._state)
+        self._experts = experts_in(model)
+        self._fused = {p: fused_parameters(m) for p, m in self._experts.items()}
+
+    def add(self, tensor: StoredTensor) -> None:
+        """Find out what one tensor of the checkpoint fills."""
+        target, merging = self._rename(tensor.name)
+        if target not in self._state:
+            _check_unused(self.meta_model, tensor.name, target)
+            return
+        owner, _, leaf = target.rpartition(".")
+        name, kind = fused_leaf(leaf)
+        if name in self._fused.get(owner, {}):
+            self._add_experts(tensor, owner, (name, kind), merging)
+        elif merging is not None:
+            raise _merging_unsupported(self.meta_model.model, tensor.name, merging[1])
+        else:
+            _check_fits(tensor, self._state[target])
+            self.places[target] = Place(tensor.name)
+
+    def _add_experts(
+        self,
+        tensor: StoredTensor,
+        owner: str,
+        leaf: tuple[str, str],
+        merging: tuple[int, Merging] | None,
+    ) -> None:
+        """Find the places in a tensor of one expert, or of all experts.
+
+        Args:
+            tensor: The tensor.
+            owner: Path of the module of experts.
+            leaf: Its 3-D parameter, and `weight` or `bias`.
+            merging: What transformers makes the parameter of, and which of its parts
+                the tensor is; None where the checkpoint holds all experts in one.
+        """
+        name, kind = leaf
+        parts = self.parts.setdefault(owner, {}).setdefault(name, {})
+        if merging is None:
+            parts[0] = name
+            bias = "_bias" if kind == "bias" else ""
+            _check_fits(tensor, self._state[f"{owner}.{name}{bias}"])
+            for number in range(len(self._fused[owner][name])):
+                place = Place(tensor.name, number)
+                self.places[f"{owner}.{number}.{name}.{kind}"] = place
+            return
+        position, merged = merging
+        number, part = self._expert_of(tensor.name, merged)
+        parts[position] = part
+        self._check_expert(tensor, owner, name, number, len(merged.sources))
+        self.places[f"{owner}.{number}.{part}.{kind}"] = Place(tensor.name)
+
+    def _expert_of(self, name: str, merging: Merging) -> tuple[int, str]:
+        """Return the expert that a tensor belongs to, and the name of its layer."""
+        known = merging.operations in (_STACKED, _JOINED)
+        _, *found = name.rsplit(".", 3)
+        if not known or len(found) != 3 or not found[0].isdecimal():  # noqa: PLR2004
+            raise _merging_unsupported(self.meta_model.model, name, merging)
+        number, part, _ = found
+        return int(number), part
+
+    def _check_expert(
+        self, tensor: StoredTensor, owner: str, name: str, number: int, joined: int
+    ) -> None:
+        """Check the tensor of one expert against the 3-D parameter of all."""
+        parameter = self._fused[owner][name]
+        if number >= len(parameter):
+            raise CheckpointError(
+                f"Tensor {tensor.name} belongs to expert {number}, but the config asks "
+                f"for {len(parameter)} experts.",
+                _WHAT_TO_USE,
+            )
+        _check_fits(tensor, parameter[0, : parameter.shape[1] // joined])
+
+    def expert_layers(self) -> dict[str, ExpertLayers]:
+        """Return the layers of each module of experts, all of which have places.
+
+        Raises:
+            CheckpointError: One has none.
+        """
+        layers = {
+            path: ExpertLayers.of(module, self._part_names(path))
+            for path, module in self._experts.items()
+        }
+        for path, experts in layers.items():
+            for parameter in _expert_parameters(path, experts):
+                if parameter not in self.places:
+                    raise _missing(parameter)
+        return layers
+
+    def _part_names(self, path: str) -> dict[str, list[str]]:
+        """Return 3-D parameter -> names of the layers that it joins, in order."""
+        return {
+            name: [parts[position] for position in sorted(parts)]
+            for name, parts in self.parts.get(path, {}).items()
+        }
+
+
+def _expert_parameters(path: str, experts: ExpertLayers) -> Iterator[str]:
+    """Yield the names of the parameters of all experts of a module."""
+    for layer in experts.layers:
+        for inner in experts.paths(layer):
+            for name in layer.parameters:
+                yield f"{path}.{inner}.{name}"
 
 
 def expected_tensors(meta_model: MetaModel, dtype: torch.dtype) -> list[StoredTensor]:
@@ -83,22 +256,46 @@ def expected_tensors(meta_model: MetaModel, dtype: torch.dtype) -> list[StoredTe
 
     Returns:
         One entry per tensor, with the model's own names; checkpoints on the Hub may
-        omit a prefix.
+        omit a prefix. Experts have a tensor for each matrix where transformers would
+        merge those on loading.
 
     Raises:
-        UnsupportedModelError: Some are merged with others on loading, as experts are.
+        UnsupportedModelError: Tensors are merged in a way that is not known.
     """
+    model = meta_model.model
     unique: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, value in meta_model.model.state_dict(keep_vars=True).items():
+    for name, value in model.state_dict(keep_vars=True).items():
         unique.setdefault(id(value), (name, value))  # tied ones are stored once
-    for converter in weight_conversions(meta_model.model).converters:
-        for name, _ in unique.values():
-            if any(pattern in name for pattern in converter.target_patterns):
-                raise _merging_unsupported(meta_model.model, name)
-    return [
-        StoredTensor(name, tuple(v.shape), dtype if v.is_floating_point() else v.dtype)
-        for name, v in unique.values()
-    ]
+    merged = [describe_merging(c) for c in weight_conversions(model).converters]
+    stored: list[StoredTensor] = []
+    for name, value in unique.values():
+        merging = next((m for m in merged if _makes(m, name)), None)
+        tensors = [(name, tuple(value.shape))]
+        if merging is not None:
+            tensors = list(_unmerged(model, name, value, merging))
+        own = dtype if value.is_floating_point() else value.dtype
+        stored += [StoredTensor(inner, shape, own) for inner, shape in tensors]
+    return stored
+
+
+def _makes(merging: Merging, name: str) -> bool:
+    return any(name.endswith(target) for target in merging.targets)
+
+
+def _unmerged(
+    model: nn.Module, name: str, value: Tensor, merging: Merging
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of the tensors that are merged into a parameter."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    known = merging.operations in (_STACKED, _JOINED)
+    if not known or leaf not in fused_parameters(module):
+        raise _merging_unsupported(model, name, merging)
+    parts = [source.split(".")[-2] for source in merging.sources]
+    for layer in ExpertLayers.of(module, {leaf: parts}).layers:
+        if layer.fused == leaf:
+            for number in range(len(value)):
+                yield f"{owner}.{number}.{layer.name}.weight", layer.stored_shape
 
 
 def _check_fits(tensor: StoredTensor, parameter: torch.Tensor) -> None:
@@ -134,26 +331,34 @@ def _check_unused(meta_model: MetaModel, name: str, target: str) -> None:
             )
 
 
-def _tied_names(model: nn.Module, stored: dict[str, str]) -> dict[str, str]:
-    """Map the other names of parameters that are stored under one name.
+def _missing(parameter: str) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint has no tensor for {parameter}, which the config asks for.",
+        f"{_WHAT_TO_USE[:-1]}, or download the missing shard.",
+    )
+
+
+def _tied_places(
+    model: nn.Module, places: dict[str, Place], experts: dict[str, ExpertLayers]
+) -> dict[str, Place]:
+    """Return the places of parameters that are stored under another name.
 
     Args:
         model: The model, its tied parameters being one object each.
-        stored: Parameter -> tensor of the checkpoint, for names that are stored.
+        places: Parameter -> its place, for names that are stored.
+        experts: The modules of experts, whose parameters have places of their own.
     """
     aliases: dict[int, list[str]] = {}
+    fused = {f"{path}.{x.fused}" for path, y in experts.items() for x in y.layers}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    tied: dict[str, str] = {}
+        if name.removesuffix("_bias") not in fused:
+            aliases.setdefault(id(parameter), []).append(name)
+    tied: dict[str, Place] = {}
     for names in aliases.values():
-        source = next((stored[name] for name in names if name in stored), None)
+        source = next((places[name] for name in names if name in places), None)
         if source is None:
-            raise CheckpointError(
-                f"The checkpoint has no tensor for {names[0]}, which the config asks "
-                "for.",
-                f"{_WHAT_TO_USE[:-1]}, or download the missing shard.",
-            )
-        tied |= {name: source for name in names if name not in stored}
+            raise _missing(names[0])
+        tied |= {name: source for name in names if name not in places}
     return tied
 
 
@@ -167,23 +372,48 @@ def key_renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
         A function that raises UnsupportedModelError for a tensor that is merged with
         others on loading, and returns names that it does not know unchanged.
     """
-    conversions = weight_conversions(model)
-    state = model.state_dict()
+    convert = _converting_renamer(model, model.state_dict())
 
     def rename(name: str) -> str:
-        target, is_converted = rename_key(
-            name, conversions, model.base_model_prefix, state
-        )
-        if is_converted:
-            raise _merging_unsupported(model, name)
+        target, merging = convert(name)
+        if merging is not None:
+            raise _merging_unsupported(model, name, merging[1])
         return target
 
     return rename
 
 
-def _merging_unsupported(model: nn.Module, name: str) -> UnsupportedModelError:
+def _converting_renamer(
+    model: Any,  # noqa: ANN401
+    state: dict[str, Any],
+) -> Callable[[str], tuple[str, tuple[int, Merging] | None]]:
+    """Return a function from tensor names in a checkpoint to the model's names.
+
+    Returns:
+        A function that returns the parameter; and, where transformers makes it of
+        several tensors, of which, and the position of this one among them.
+    """
+    conversions = weight_conversions(model)
+    merged = [describe_merging(c) for c in conversions.converters]
+    by_source = {source: m for m in reversed(merged) for source in m.sources}
+
+    def rename(name: str) -> tuple[str, tuple[int, Merging] | None]:
+        target, source = rename_key(name, conversions, model.base_model_prefix, state)
+        if source is None:
+            return target, None
+        merging = by_source[source]
+        return target, (merging.sources.index(source), merging)
+
+    return rename
+
+
+def _merging_unsupported(
+    model: nn.Module, name: str, merging: Merging
+) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(model).__name__} joins the tensor {name} with others on loading, as "
-        "transformers does for some models, which is not supported yet.",
-        "Use another model; support is planned.",
+        f"{type(model).__name__} makes the tensor {name} into a parameter by "
+        f"{', '.join(merging.operations)} on loading, of "
+        f"{' and '.join(merging.sources)}; of merged tensors Halve knows the matrices "
+        "of experts only, stacked (MergeModulelist) and joined (Concatenate).",
+        "Open an issue that names the model.",
     )

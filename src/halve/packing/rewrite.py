@@ -26,7 +26,7 @@ from halve.checkpoint import (
 from halve.errors import HalveError, OutputError
 from halve.formats import VERSION, packed_size, quantization_config, store
 from halve.grids import grid_shortfall, recorded_scheme, recover_quant_params
-from halve.layout import Layout, make_layout
+from halve.layout import Layout, make_layout, refuse_packed_experts
 from halve.models import Matrix, build_meta_model
 from halve.options import PackOptions
 from halve.patterns import describe
@@ -84,6 +84,7 @@ def _rewrite(
     out = output_path(out, source)
     meta_model = build_meta_model(source, options.trust_remote_code)
     layout = make_layout(Checkpoint.open(source), meta_model)
+    refuse_packed_experts(layout)
     identity = {
         "verb": rewriting.kind,
         "format": VERSION,

@@ -26,7 +26,7 @@ class BlockOptions:
         folder: Where memory-mapped files are created past that; None for the system's
             temporary folder.
         report: Called with the name of each phase.
-        own: Ways to prune matrices, in place of `candidates`, by tensor.
+        own: Ways to prune matrices, in place of `candidates`, by name.
         deferred: Whether the widest inputs are spilled and summed later (`MemoryPlan`).
         skipped: Tensors of matrices that are left as they are.
     """

@@ -79,7 +79,7 @@ def _of_mix(run: Run, mix: MixRecord) -> Iterator[OwnCandidates]:
     ]
     indices = iter(mix.matrices)
     for block in layout.blocks:
-        yield {m.tensor: ways[next(indices)] for m in block.matrices}
+        yield {m.name: ways[next(indices)] for m in block.matrices}
 
 
 def _of_allocation(run: Run, allocation: AllocationRecord) -> Iterator[OwnCandidates]:

@@ -15,7 +15,12 @@ from halve.checkpoint import (
 )
 from halve.errors import HalveError, PatternError
 from halve.formats import would_shrink
-from halve.layout import Layout, PlannedBlock, make_layout
+from halve.layout import (
+    Layout,
+    PlannedBlock,
+    make_layout,
+    refuse_packed_experts,
+)
 from halve.models import (
     MetaModel,
     build_meta_model,
@@ -42,6 +47,7 @@ class Plan:
         adds_bos: Whether windows begin with the tokenizer's BOS token, if it puts that
             in front of a text by itself.
         model_type: As in the model's config.json.
+        experts_per_token: See `MetaModel.experts_per_token`.
     """
 
     model: Path
@@ -52,11 +58,20 @@ class Plan:
     scored_heads: int
     adds_bos: bool
     model_type: str
+    experts_per_token: int | None = None
 
     @property
     def tokens(self) -> int:
         """Number of tokens in all calibration windows."""
         return self.options.samples * (self.options.seq_len or 0)
+
+    @property
+    def activation_parts(self) -> int:
+        """Number of equal parts into which the memory for activations is divided.
+
+        Beside those of the options, one for the kept inputs of a block's experts.
+        """
+        return self.options.activation_parts + self.layout.has_experts
 
     def identity(self) -> dict[str, Any]:
         """Return all that the bytes of the output depend on, except the machine."""
@@ -110,6 +125,7 @@ def make_plan(
         scored_heads=meta_model.scored_heads,
         adds_bos=options.bos == "auto" and not meta_model.is_of_the_papers,
         model_type=meta_model.config.model_type,
+        experts_per_token=meta_model.experts_per_token,
     )
 
 
@@ -149,13 +165,13 @@ def _check_pattern(blocks: tuple[PlannedBlock, ...], options: PruneOptions) -> N
     matrices = [matrix for block in blocks for matrix in block.matrices]
     counts: dict[Pattern, int] = {}
     for planned in matrices:
-        for pattern, _ in options.for_matrix(planned.tensor).pairs:
-            pattern.check_fits(planned.tensor, planned.matrix.shape[1])
+        for pattern, _ in options.for_matrix(planned.name).pairs:
+            pattern.check_fits(planned.name, planned.matrix.shape[1])
             count = pattern.count(planned.elements)
             if count == planned.elements:
                 raise PatternError(
                     f"A sparsity of {pattern} prunes all of the {planned.elements} "
-                    f"weights of {planned.tensor}.",
+                    f"weights of {planned.name}.",
                     "Choose a lower sparsity.",
                 )
             counts[pattern] = max(count, counts.get(pattern, 0))
@@ -180,10 +196,11 @@ def _check_head(layout: Layout, options: PruneOptions) -> None:
 
 
 def _check_packing(layout: Layout, options: PruneOptions) -> None:
-    """Raise HalveError if packing would shrink no matrix."""
+    """Raise HalveError if packing would shrink no matrix, or experts are packed."""
+    refuse_packed_experts(layout)
     for block in layout.blocks:
         for planned in block.matrices:
-            pairs = options.for_matrix(planned.tensor).pairs
+            pairs = options.for_matrix(planned.name).pairs
             pattern, scheme = max(pairs, key=lambda pair: pair[0].sparsity)
             rows, columns = planned.matrix.shape
             dtype = layout.tensors[planned.tensor].dtype

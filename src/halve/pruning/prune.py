@@ -5,6 +5,7 @@ in `OUT.partial`, and publishes the folder with its record.
 """
 
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from halve.checkpoint import (
     resolve_model,
 )
 from halve.distributed import SINGLE_PROCESS, Ranks
-from halve.errors import DistributedError
+from halve.errors import DistributedError, HalveWarning
 from halve.formats import quantization_config
 from halve.options import PruneOptions, RunOptions
 from halve.pruning.decisions import Decisions
@@ -94,6 +95,7 @@ def prune_model(
         if output.is_complete:
             return ranks.broadcast_object(lambda: _publish(output.workspace, out))
         blocks, decisions, foreseen = _run(plan, run_options, output, windows.ids)
+        _warn_of_unseen_experts(blocks)
 
         def finish() -> PruneRecord:
             assert output.workspace is not None, "rank 0 has the workspace"
@@ -129,6 +131,30 @@ def _model_record(name: str | Path, plan: Plan) -> ModelRecord:
     revision = folder.name if folder.parent.name == "snapshots" else ""
     elements = sum(info.elements for info in plan.layout.tensors.values())
     return ModelRecord(str(name), revision, plan.model_type, elements)
+
+
+def _warn_of_unseen_experts(blocks: tuple[BlockRecord, ...]) -> None:
+    """Warn if no token of the calibration text was sent to some expert.
+
+    Warns:
+        HalveWarning: As said; such an expert is fitted to the tokens of all others.
+    """
+    unseen = [
+        (f"{block.name}.{path}", number)
+        for block in blocks
+        for path, tokens in block.expert_tokens.items()
+        for number, count in enumerate(tokens)
+        if not count
+    ]
+    if unseen:
+        path, number = unseen[0]
+        warnings.warn(
+            f"The calibration text sent no token to {len(unseen)} experts (expert "
+            f"{number} of {path}, for one), which are fitted to the tokens of all "
+            "others. Calibrate on more samples, or on text like that of later use.",
+            HalveWarning,
+            stacklevel=3,
+        )
 
 
 def _publish(workspace: Workspace | None, out: Path) -> PruneRecord:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halve.layout import PlannedBlock
+from halve.models import Place
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.observe.block_state import BlockState, Streams, weight_path
 from halve.pruning.observe.output_error import OutputDeviation
@@ -25,18 +26,20 @@ class PrunedBlock:
     Attributes:
         tensors: Checkpoint name -> tensor, for all that has changed, in the
             checkpoint's dtype.
-        selected_by_tensor: The solution that was selected for each matrix, without its
+        selected_by_name: The solution that was selected for each matrix, without its
             weights.
         error: Of the outputs of the first batch; None without calibration text.
         refined: Errors before and after tuning; None where the block was not tuned.
         seconds: Wall time.
+        expert_tokens: See `BlockRecord`.
     """
 
     tensors: dict[str, Tensor]
-    selected_by_tensor: dict[str, Selected]
+    selected_by_name: dict[str, Selected]
     error: OutputDeviation | None
     refined: TuneResult | None
     seconds: float
+    expert_tokens: dict[str, tuple[int, ...]]
 
 
 @torch.no_grad()
@@ -62,17 +65,18 @@ def prune_block(
     with model.block(planned.index) as block:
         state = BlockState(block, planned, streams)
         before = state.first_outputs()
-        selected_by_tensor: dict[str, Selected] = {}
+        selected_by_name: dict[str, Selected] = {}
         for stage in observe_block(state, options):
-            selected_by_tensor |= solve_stage(state, model, stage, options)
+            selected_by_name |= solve_stage(state, model, stage, options)
         refined = _refine(state, model, options)
         options.report("propagating")
         error = state.advance(before)
         tensors = dict(_stored(state, model))
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)  # until the copies have arrived
-        selected = {n: _without_weight(s) for n, s in selected_by_tensor.items()}
-    return PrunedBlock(tensors, selected, error, refined, time.perf_counter() - started)
+        selected = {n: _without_weight(s) for n, s in selected_by_name.items()}
+    seconds = time.perf_counter() - started
+    return PrunedBlock(tensors, selected, error, refined, seconds, state.expert_tokens)
 
 
 def _without_weight(selected: Selected) -> Selected:
@@ -92,7 +96,7 @@ def _refine(
     options.report("refining")
     dtypes = model.own_dtypes(state.planned.name)
     for planned in state.planned.matrices:
-        if planned.tensor in options.skipped:
+        if planned.name in options.skipped:
             dtypes.pop(weight_path(planned), None)
     return refine(state, dtypes, options.refining)
 
@@ -103,12 +107,29 @@ def _stored(state: BlockState, model: BlockwiseModel) -> Iterator[tuple[str, Ten
     Where the host has memory to spare, those of a GPU are still being copied to
     page-locked memory when they are yielded.
     """
-    spares = model.read_ahead is not None
-    for path in sorted(state.changed):
-        tensor = model.tensors[f"{state.planned.name}.{path}"]
-        dtype = model.checkpoint.tensors[tensor].dtype
-        value = state.block.get_parameter(path).data.to(dtype)
-        yield tensor, value.to("cpu", non_blocking=spares)
+    spares, name = model.read_ahead is not None, state.planned.name
+    places = {path: model.places[f"{name}.{path}"] for path in sorted(state.changed)}
+    fused: dict[str, None] = {}
+    for path, place in places.items():
+        if place.index is not None:
+            fused[place.tensor] = None
+            continue
+        value = _as_stored(state, model, path, place)
+        yield place.tensor, value.to("cpu", non_blocking=spares)
+    for tensor in fused:
+        slices = [
+            _as_stored(state, model, path, place)
+            for path, place in model.slices(name, tensor)
+        ]
+        yield tensor, torch.stack(slices).to("cpu", non_blocking=spares)
+
+
+def _as_stored(
+    state: BlockState, model: BlockwiseModel, path: str, place: Place
+) -> Tensor:
+    """Return a parameter of the block in the dtype of its tensor."""
+    dtype = model.checkpoint.tensors[place.tensor].dtype
+    return state.block.get_parameter(path).data.to(dtype)
 
 
 def install(
@@ -116,6 +137,7 @@ def install(
 ) -> None:
     """Install the tensors that an earlier run has stored in a dense block."""
     for path, parameter in state.block.named_parameters():
-        tensor = model.tensors[f"{state.planned.name}.{path}"]
-        if tensor in stored:  # tensors shared by blocks are in the first one's shard
-            state.exchange(path, stored[tensor].to(parameter.device))
+        place = model.places[f"{state.planned.name}.{path}"]
+        if place.tensor in stored:  # those shared by blocks are in the first's shard
+            value = place.view(stored[place.tensor])
+            state.exchange(path, value.to(parameter.device))

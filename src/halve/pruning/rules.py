@@ -13,7 +13,7 @@ _UNCHANGED = Candidate("skipped", Magnitude(), Unstructured(0.0))
 
 def matrix_names(layout: Layout) -> list[str]:
     """Return the names of all prunable matrices, in the order of the model."""
-    return [m.tensor for block in layout.blocks for m in block.matrices]
+    return [m.name for block in layout.blocks for m in block.matrices]
 
 
 def skipped_matrices(layout: Layout, options: PruneOptions) -> frozenset[str]:

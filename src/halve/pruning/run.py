@@ -52,7 +52,7 @@ class Run:
     @property
     def budget(self) -> int:
         """Bytes in memory allowed for each stream, and for all cached inputs."""
-        return self.memory_plan.activations // self.plan.options.activation_parts
+        return self.memory_plan.activations // self.plan.activation_parts
 
 
 def sized_for_gpu(run: Run) -> Run:

@@ -43,16 +43,16 @@ def solve_stage(
     while stage:  # popped, so that a group's Hessian is freed before the next one
         solved |= _solve_group(state, model, stage.pop(0), options, owners)
         malloc_trim()
-    selected_by_tensor: dict[str, Selected] = {}
+    selected_by_name: dict[str, Selected] = {}
     for planned in matrices:
-        dtype, owner = _dtype(model, planned), owners[planned.tensor]
+        dtype, owner = _dtype(model, planned), owners[planned.name]
         selected = broadcast_selected(
-            solved.get(planned.tensor), dtype, owner, state.ranks
+            solved.get(planned.name), dtype, owner, state.ranks
         )
         if owner != state.ranks.rank:
             selected = _install_solution(state, model, planned, selected)
-        selected_by_tensor[planned.tensor] = selected
-    return selected_by_tensor
+        selected_by_name[planned.name] = selected
+    return selected_by_name
 
 
 def _solve_group(
@@ -64,23 +64,23 @@ def _solve_group(
 ) -> dict[str, Selected]:
     """Prune this rank's matrices of a group, and install the solutions in the block."""
     hessian = Hessian.of(group_inputs.statistic, options.damping, options.needs)
-    selected_by_tensor: dict[str, Selected] = {}
+    selected_by_name: dict[str, Selected] = {}
     with _naming_group(state, group_inputs.group):
         hessian.prepare(options.needs)
     for index, planned in enumerate(group_inputs.group.matrices):
-        if owners[planned.tensor] != state.ranks.rank:
+        if owners[planned.name] != state.ranks.rank:
             continue
         with _naming_group(state, group_inputs.group):
-            own = options.candidates_of(planned.tensor)
+            own = options.candidates_of(planned.name)
             candidates = CandidateSet(own, hessian, group_inputs.held_out)
-            skipped = planned.tensor in options.skipped
+            skipped = planned.name in options.skipped
             drift = None if skipped else group_inputs.drift
             selected = _select(candidates, state.weight(planned), drift, index)
-        selected_by_tensor[planned.tensor] = _install_solution(
+        selected_by_name[planned.name] = _install_solution(
             state, model, planned, selected
         )
         del selected  # it holds a float32 matrix while the next one is solved
-    return selected_by_tensor
+    return selected_by_name
 
 
 @contextmanager
@@ -123,16 +123,21 @@ def _install_solution(
     dtype, path = _dtype(model, planned), weight_path(planned)
     as_rows, solution = planned.matrix.as_rows, selected.solution
     was_sparse = is_sparse(state.weight(planned))
-    state.release(path)  # first: old, new and float32 copies would raise the peak
+    is_slice = planned.place.index is not None
+    if not is_slice:
+        state.release(path)  # first: old, new and float32 copies would raise the peak
     # Converted and made contiguous in one step, since each copy is a whole matrix.
     stored = as_rows(solution.weight).to(dtype, memory_format=torch.contiguous_format)
     stored = stored.contiguous()  # `to` copies nothing where the dtype is the same
     if not is_finite(stored):
         raise NumericalError(
-            f"The solution for {planned.tensor} is not finite in {dtype}.",
+            f"The solution for {planned.name} is not finite in {dtype}.",
             "Raise --damping, or calibrate on other text.",
         )
-    state.exchange(path, stored)
+    if is_slice:  # a view: nothing is free before all slices of its tensor are
+        state.overwrite(path, stored)
+    else:
+        state.exchange(path, stored)
     # At a sparsity of 0, a weight that was rounded to 0 may become another value.
     state.solved[path] = selected.candidate.pattern.sparsity > 0 or was_sparse
     if (params := solution.quant_params) is not None:

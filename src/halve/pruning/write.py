@@ -73,8 +73,9 @@ def _stored_tensors(
     tensors = dict(pruned.tensors)
     if packed:
         for matrix in planned.matrices:
+            assert matrix.place.index is None, "experts cannot be packed yet"
             weight = tensors.pop(matrix.tensor)
-            params = _params_for(pruned.selected_by_tensor[matrix.tensor], weight)
+            params = _params_for(pruned.selected_by_name[matrix.name], weight)
             tensors |= store(matrix.tensor, weight, matrix.matrix.transposed, params)
     return tensors
 
@@ -94,14 +95,15 @@ def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str,
     Raises:
         TargetMissedError: See `write_block`.
     """
-    written = Checkpoint.of_files([path]).read(pruned.selected_by_tensor)
+    names = dict.fromkeys(matrix.tensor for matrix in planned.matrices)
+    written = Checkpoint.of_files([path]).read(names)
     matrices: list[MatrixRecord] = []
     for matrix in planned.matrices:
-        weight = matrix.matrix.as_rows(written[matrix.tensor])
-        selected = pruned.selected_by_tensor[matrix.tensor]
+        weight = matrix.matrix.as_rows(matrix.place.view(written[matrix.tensor]))
+        selected = pruned.selected_by_name[matrix.name]
         if (shortfall := _shortfall(selected, weight)) is not None:
             raise TargetMissedError(
-                f"{matrix.tensor} in {path} misses its target: {shortfall}.",
+                f"{matrix.name} in {path} misses its target: {shortfall}.",
                 "This is a bug in Halve; report it with the name of the model.",
             )
         matrices.append(_matrix_record(matrix, selected, weight))
@@ -113,6 +115,7 @@ def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str,
         token_error=pruned.error and pruned.error.by_token,
         seconds=pruned.seconds,
         refined=refined,
+        expert_tokens=pruned.expert_tokens,
     )
     return asdict(record)
 
@@ -125,7 +128,7 @@ def _matrix_record(
     sparsity = float((weight == 0).double().mean())
     grid = selected.candidate.grid
     return MatrixRecord(
-        tensor=matrix.tensor,
+        tensor=matrix.name,
         rows=rows,
         columns=columns,
         sparsity=sparsity,

@@ -21,6 +21,9 @@ class MatrixInspection:
             of a quantized or sparse release.
         grid: Bits and group size of the recorded quantization grid, such as
             `int4 g128`, if all values of a dense matrix lie on it; else empty.
+        experts: For a matrix of an expert, what is common to those of all experts of
+            its block: the name of the tensor with `*` for the expert's number; None for
+            other matrices.
     """
 
     tensor: str
@@ -34,6 +37,7 @@ class MatrixInspection:
     packed_bytes: int | None
     storage: str
     grid: str = ""
+    experts: str | None = None
 
 
 @dataclass(frozen=True)

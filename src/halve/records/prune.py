@@ -163,6 +163,9 @@ class BlockRecord:
         token_error: As `error`, but the root mean square over tokens of each token's
             error relative to its own size: a token that is far larger than the rest
             counts like any other.
+        expert_tokens: Path of each module of experts within the block -> number of
+            calibration tokens that were sent to each expert; empty where there are no
+            experts, or no text was run.
     """
 
     name: str
@@ -171,6 +174,7 @@ class BlockRecord:
     seconds: float
     refined: tuple[float, float] | None = None
     token_error: float | None = None
+    expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.weights:

@@ -6,7 +6,7 @@ whatever the dtype of the checkpoint.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,11 +22,14 @@ from halve.errors import (
     UnsupportedModelError,
 )
 from halve.models import (
+    ExpertLayers,
     MetaModel,
+    Place,
     StoredTensor,
     build_meta_model,
     is_plain,
     match_names,
+    unfused,
 )
 from halve.numerics.finite import is_finite
 from halve.numerics.matmul import HALF_DTYPES
@@ -136,7 +139,8 @@ class BlockwiseModel:
     Attributes:
         checkpoint: The checkpoint that holds the tensors.
         meta_model: The model without its weights.
-        tensors: Parameter or buffer -> name of the tensor in the checkpoint.
+        places: Parameter or buffer -> its place in the checkpoint.
+        experts: Path of each module of experts in the model -> its layers.
         device: The device that blocks run on.
         batch_tokens: The number of tokens in a batch, unless one window has more.
         matmul_precision: Of products in blocks on CUDA; see `matmul_precision`.
@@ -148,7 +152,8 @@ class BlockwiseModel:
 
     checkpoint: Checkpoint
     meta_model: MetaModel
-    tensors: dict[str, str]
+    places: dict[str, Place]
+    experts: dict[str, ExpertLayers]
     device: torch.device
     batch_tokens: int = BATCH_TOKENS
     matmul_precision: str = FULL_PRECISION
@@ -169,10 +174,11 @@ class BlockwiseModel:
         meta_model = build_meta_model(folder, trust_remote_code)
         checkpoint = Checkpoint.open(folder)
         infos = checkpoint.tensors.values()
-        tensors = match_names(
+        found = match_names(
             meta_model, [StoredTensor(i.name, i.shape, i.dtype) for i in infos]
         )
-        model = cls(checkpoint, meta_model, tensors, choose_device(device))
+        places, experts = found.places, found.experts
+        model = cls(checkpoint, meta_model, places, experts, choose_device(device))
         return model._sized_for_gpu() if model.device.type == "cuda" else model
 
     def _sized_for_gpu(self) -> "BlockwiseModel":
@@ -208,8 +214,27 @@ class BlockwiseModel:
     def block_tensors(self, index: int) -> list[str]:
         """Return the names in the checkpoint of a block's tensors, each once."""
         prefix = self.block_name(index) + "."
-        names = (self.tensors[n] for n in self.tensors if n.startswith(prefix))
+        names = (
+            place.tensor
+            for name, place in self.places.items()
+            if name.startswith(prefix)
+        )
         return list(dict.fromkeys(names))
+
+    def slices(self, block: str, tensor: str) -> list[tuple[str, Place]]:
+        """Return path in a block and place of all slices of a tensor, in their order.
+
+        Args:
+            block: The block's name.
+            tensor: A tensor that holds all experts of the block.
+        """
+        prefix = f"{block}."
+        found = [
+            (name.removeprefix(prefix), place)
+            for name, place in self.places.items()
+            if place.tensor == tensor and name.startswith(prefix)
+        ]
+        return sorted(found, key=lambda item: item[1].index or 0)
 
     def block_name(self, index: int) -> str:
         """Return the name of a block, such as `model.layers.3`."""
@@ -219,16 +244,17 @@ class BlockwiseModel:
         """Return the floating-point parameters that only one block uses, with dtypes.
 
         Args:
-            block: The block's name.
+            block: The name of a block that is lent.
 
         Returns:
             Name within the block -> stored dtype. Tied parameters are left out.
         """
-        uses = Counter(self.tensors.values())
+        uses = Counter(self.places.values())
         dtypes: dict[str, torch.dtype] = {}
         for path, _ in self.meta_model.model.get_submodule(block).named_parameters():
-            info = self.checkpoint.tensors[self.tensors[f"{block}.{path}"]]
-            if uses[info.name] == 1 and info.dtype.is_floating_point:
+            place = self.places[f"{block}.{path}"]
+            info = self.checkpoint.tensors[place.tensor]
+            if uses[place] == 1 and info.dtype.is_floating_point:
                 dtypes[path] = info.dtype
         return dtypes
 
@@ -237,16 +263,29 @@ class BlockwiseModel:
         """Load a block onto the device for the duration of the context.
 
         Weights are converted to float32, with the exception of 16-bit matrices of
-        plain linear layers: `matmul.linear` converts those for each product.
+        plain linear layers: `matmul.linear` converts those for each product. Experts
+        are linear layers meanwhile (`models.experts`).
         """
-        prefix, block = self.block_name(index) + ".", self.meta_model.blocks[index]
-        layers = [path for path, module in block.named_modules() if is_plain(module)]
-        narrow = self._sources(f"{prefix}{path}.weight" for path in layers)
-        names = [name for name in self.tensors if name.startswith(prefix)]
-        with self._filled(names, self._read_block(index), narrow):
-            if self.read_ahead is not None and index + 1 < self.depth:
-                self.read_ahead.start(self.block_tensors(index + 1))
-            yield block
+        prefix = self.block_name(index) + "."
+        names = [name for name in self.places if name.startswith(prefix)]
+        with self._unfused(index) as block:
+            modules = block.named_modules()
+            layers = [path for path, module in modules if is_plain(module)]
+            narrow = self._sources(f"{prefix}{path}.weight" for path in layers)
+            with self._filled(names, self._read_block(index), narrow):
+                if self.read_ahead is not None and index + 1 < self.depth:
+                    self.read_ahead.start(self.block_tensors(index + 1))
+                yield block
+
+    def _unfused(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Replace the experts of a block by linear layers, on the meta device."""
+        prefix = self.block_name(index) + "."
+        experts = {
+            path.removeprefix(prefix): layers
+            for path, layers in self.experts.items()
+            if path.startswith(prefix)
+        }
+        return unfused(self.meta_model.blocks[index], experts)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         """Return a block's tensors as they are stored, by their names there."""
@@ -271,12 +310,13 @@ class BlockwiseModel:
         skipped = set() if with_head else self._untied(head)
         embedding = self.meta_model.lookup_embedding
         looked_up = self._sources(self.meta_model.parameter_names(embedding))
-        outside = [n for n in self.tensors if not n.startswith(blocks)]
+        outside = [n for n in self.places if not n.startswith(blocks)]
         names = [name for name in outside if name not in skipped]
+        tensors = dict.fromkeys(self.places[name].tensor for name in names)
         with (
             self._filled(
                 names,
-                self.checkpoint.read(dict.fromkeys(self.tensors[n] for n in names)),
+                self.checkpoint.read(tensors),
                 # A tied head multiplies by the embedding, so it needs float32.
                 looked_up - self._sources(head) if with_head else looked_up,
             ),
@@ -285,12 +325,12 @@ class BlockwiseModel:
             yield
 
     def _sources(self, names: Iterable[str]) -> set[str]:
-        return {self.tensors[name] for name in names if name in self.tensors}
+        return {self.places[name].tensor for name in names if name in self.places}
 
     def _untied(self, head: set[str]) -> set[str]:
         """Return the parameters of the output head that are not tied to others."""
-        shared = self._sources(name for name in self.tensors if name not in head)
-        return {n for n in head if self.tensors.get(n) not in shared}
+        shared = self._sources(name for name in self.places if name not in head)
+        return {n for n in head if not self._sources([n]) & shared}
 
     @contextmanager
     def _filled(
@@ -309,11 +349,11 @@ class BlockwiseModel:
         empty: dict[str, Tensor | None] = {}
         try:
             for name in names:
-                source = self.tensors[name]
-                if source in stored:
+                place = self.places[name]
+                if (source := place.tensor) in stored:
                     widen = source not in as_stored
                     values[source] = self._usable(source, stored.pop(source), widen)
-                empty[name] = self._swap(name, values[source])
+                empty[name] = self._swap(name, place.view(values[source]))
             values.clear()  # a weight that is replaced within the context is then freed
             self._move_buffers()
             yield

@@ -1,6 +1,7 @@
 """The hidden states of a set of windows, advanced through a model block by block."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -216,10 +217,16 @@ class Stream:
         The output, samples first, is differentiable if gradients are enabled.
         """
         call = self._calls(part).calls[index]
-        precision = matmul_precision(self.model.matmul_precision, self.model.device)
-        with FastMatmul(), precision, self.model.running():
+        with self.computing():
             hidden = self._load(part).movedim(0, self.axis)
             return call.replay(block, hidden).movedim(self.axis, 0)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute what belongs to a block as `run` does."""
+        precision = matmul_precision(self.model.matmul_precision, self.model.device)
+        with FastMatmul(), precision, self.model.running():
+            yield
 
     def _load(self, part: slice) -> Tensor:
         """Return the hidden states of a batch, on the device."""

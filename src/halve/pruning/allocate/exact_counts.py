@@ -25,7 +25,7 @@ def exact_patterns(plan: Plan, sparsities: Sequence[float]) -> list[Patterns]:
     zeros = apportion_zeros(total_zeros(plan), sparsities, blocks)
     return [
         {
-            m.tensor: Exact(count, m.elements)
+            m.name: Exact(count, m.elements)
             for m, count in zip(block.matrices, counts, strict=True)
         }
         for block, counts in zip(plan.layout.blocks, zeros, strict=True)

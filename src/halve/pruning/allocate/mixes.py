@@ -94,7 +94,7 @@ class MixSearch:
         pairs = iter(mix.pairs)
         every = [
             {
-                m.tensor: (trial_candidate(options, next(pairs), dtype),)
+                m.name: (trial_candidate(options, next(pairs), dtype),)
                 for m in block.matrices
             }
             for block in plan.layout.blocks
@@ -103,7 +103,7 @@ class MixSearch:
         for planned, block_options in trials.blocks(f"trying {mix.name}", every):
             pruned = prune_block(trials.model, Streams(stream), planned, block_options)
             for matrix in planned.matrices:
-                outcome = pruned.selected_by_tensor[matrix.tensor].outcome
+                outcome = pruned.selected_by_name[matrix.name].outcome
                 errors.append(outcome.error or 0.0)
         return mean_divergence(dense, stream), errors
 

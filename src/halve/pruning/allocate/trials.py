@@ -54,7 +54,9 @@ class Trials:
     @property
     def budget(self) -> int:
         """Bytes in memory allowed for each set of hidden states."""
-        return self.memory_plan.activations // _STREAMS
+        # And the kept inputs of a block's experts, where there are any.
+        parts = _STREAMS + self.plan.layout.has_experts
+        return self.memory_plan.activations // parts
 
     def dense(self) -> Stream:
         """Return the held-out windows' hidden states behind the dense model."""

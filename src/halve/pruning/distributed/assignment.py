@@ -16,7 +16,7 @@ from halve.layout import PlannedMatrix
 from halve.pruning.observe.collect import GroupInputs
 from halve.pruning.select.selection import Selected
 
-# Tensor -> the rank that solves it.
+# `PlannedMatrix.name` -> the rank that solves it.
 Owners = dict[str, int]
 
 
@@ -24,7 +24,7 @@ def assign_matrices(stage: list[GroupInputs], ranks: Ranks) -> Owners:
     """Assign each matrix of a stage to one rank, the costliest first."""
     matrices = [m for group_inputs in stage for m in group_inputs.group.matrices]
     owners = ranks.assign([_cost(matrix) for matrix in matrices])
-    return {m.tensor: owner for m, owner in zip(matrices, owners, strict=True)}
+    return {m.name: owner for m, owner in zip(matrices, owners, strict=True)}
 
 
 def _cost(planned: PlannedMatrix) -> float:
@@ -41,14 +41,14 @@ def reduce_to_owners(
     Args:
         stage: The groups with this rank's statistics. Emptied, so that groups of which
             this rank solves no matrix are freed.
-        owners: Tensor -> the rank that solves it.
+        owners: Matrix -> the rank that solves it.
         ranks: All processes; each of them must call this.
     """
     to_solve: list[GroupInputs] = []
     while stage:
         group_inputs = stage.pop(0)
         is_owner = any(
-            owners[m.tensor] == ranks.rank for m in group_inputs.group.matrices
+            owners[m.name] == ranks.rank for m in group_inputs.group.matrices
         )
         group_inputs.finish(ranks, needs_held_out=is_owner)
         if is_owner:

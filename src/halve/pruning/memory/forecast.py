@@ -6,18 +6,24 @@ phase (`phases`).
 
 import os
 import resource
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halve.calibration import default_activation_memory
 from halve.calibration_stats import CrossGram, GramMatrix
-from halve.layout import PlannedBlock
+from halve.layout import PlannedBlock, PlannedMatrix
 from halve.pruning.memory.phases import Phase, Workload, all_phases, host_phases
 from halve.pruning.memory.solving import solving_operations
 from halve.pruning.memory.text import text_phase
 from halve.pruning.observe.activation_cache import ActivationCache
-from halve.pruning.observe.input_groups import expected_groups
+from halve.pruning.observe.input_groups import (
+    RoutedGroup,
+    expected_groups,
+    routed_groups,
+)
+from halve.pruning.observe.routing import kept_columns
 from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import candidates
 from halve.pruning.tune.block_reconstruction import tuning_passes
@@ -173,16 +179,24 @@ def _resident() -> int:
 def _activations(work: Workload) -> Iterator[tuple[int, int]]:
     """Yield bytes of activations, and the parts of the budget; see `Forecast`."""
     plan = work.plan
-    parts = plan.options.activation_parts
+    parts = plan.activation_parts
     if work.runs_text:
         for _ in range(1 + plan.options.has_dense):
             yield Stream.nbytes(plan.tokens, plan.width), parts
+    if work.runs_text and (kept := max(map(kept_columns, work.blocks))):
+        yield ActivationCache.nbytes(plan.tokens, kept), parts
     if work.corrects:
-        every = [expected_groups(block) for block in work.blocks]
+        every = [_stored_groups(block) for block in work.blocks]
         groups = max(every, key=lambda counter: sum(counter.elements()))
         for columns in groups.elements():
             nbytes = ActivationCache.nbytes(plan.tokens, columns)
             yield nbytes, parts * groups.total()
+
+
+def _stored_groups(block: PlannedBlock) -> Counter[int]:
+    """Return columns -> number of groups whose dense inputs are cached."""
+    routed = Counter(group.columns for group in routed_groups(block))
+    return expected_groups(block) + routed
 
 
 def _operations(work: Workload, block: PlannedBlock) -> int:
@@ -199,16 +213,29 @@ def _token_operations(work: Workload, block: PlannedBlock) -> int:
     options = work.plan.options
     passes = _PASSES + _PASSES_TO_CORRECT * work.corrects
     passes += options.refine * tuning_passes(options.epochs)
-    forward = 2 * sum(matrix.elements for matrix in block.matrices)
+    forward = 2 * sum(matrix.elements for matrix in block.outside_experts)
     groups = expected_groups(block).items()
-    sums = sum(n * _statistics_operations(work, block, c) for c, n in groups)
+    outside = block.outside_experts
+    sums = sum(n * _statistics_operations(work, outside, c) for c, n in groups)
+    for group in routed_groups(block):
+        experts = work.experts_per_token(group)  # each token's
+        forward += 2 * experts * sum(matrix.elements for matrix in group.experts[0])
+        sums += _routed_operations(work, group, experts)
     return int(work.plan.tokens * (passes * forward + sums))
 
 
-def _statistics_operations(work: Workload, block: PlannedBlock, columns: int) -> float:
+def _routed_operations(work: Workload, group: RoutedGroup, experts: int) -> float:
+    """Return the operations that add one token to the statistics of its experts."""
+    shared = GramMatrix.operations(group.columns) * work.needs_grams
+    *first, last = group.experts[0]
+    each = _statistics_operations(work, first, group.columns)
+    return shared + experts * (each + _statistics_operations(work, [last], group.inner))
+
+
+def _statistics_operations(
+    work: Workload, matrices: Sequence[PlannedMatrix], columns: int
+) -> float:
     """Return the operations that add one token to the statistics of a group."""
-    rows = sum(
-        m.matrix.shape[0] for m in block.matrices if m.matrix.shape[1] == columns
-    )
+    rows = sum(m.matrix.shape[0] for m in matrices if m.matrix.shape[1] == columns)
     gram = GramMatrix.operations(columns) * work.needs_grams
     return gram + CrossGram.operations(rows, columns) * work.corrects

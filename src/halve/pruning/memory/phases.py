@@ -18,7 +18,13 @@ from halve.numerics.matmul import HALF_DTYPES, widening_nbytes
 from halve.pruning.memory.solving import solving_cost
 from halve.pruning.observe.activation_cache import ActivationCache, is_wide
 from halve.pruning.observe.held_out import HeldOut
-from halve.pruning.observe.input_groups import MAX_GROUPS_PER_STAGE, expected_groups
+from halve.pruning.observe.input_groups import (
+    MAX_GROUPS_PER_STAGE,
+    RoutedGroup,
+    expected_groups,
+    routed_groups,
+)
+from halve.pruning.observe.routing import routed_nbytes, rows_nbytes
 from halve.pruning.plan import Plan
 from halve.pruning.tune.block_reconstruction import tuning_nbytes
 from halve.runtime.blockwise_model import (
@@ -81,6 +87,10 @@ class Workload:
         """Whether targets are corrected, so that groups are solved stage by stage."""
         return self.plan.options.corrects
 
+    def experts_per_token(self, group: RoutedGroup) -> int:
+        """Return to how many experts of a group each token is sent."""
+        return min(self.plan.experts_per_token or 1, len(group.experts))
+
     @property
     def needs(self) -> Needs:
         """What solvers and corrections together read of the inputs."""
@@ -133,8 +143,12 @@ def all_phases(work: Workload) -> Iterator[Phase]:
         yield _collecting(work, block)
         for columns in sorted(work.deferred_groups(block)):
             yield _summing(work, block, columns)
-        for matrix in {m.matrix.shape: m for m in block.matrices}.values():
+        for matrix in {m.matrix.shape: m for m in block.outside_experts}.values():
             yield _solving(work, block, matrix)
+        for group in routed_groups(block):
+            yield _observing_expert(work, block, group)
+            for matrix in {m.matrix.shape: m for m in group.experts[0]}.values():
+                yield _solving_expert(work, block, group, matrix)
         if work.plan.options.refine:
             yield _refining(work, block)
         yield _writing(work.plan, block)
@@ -155,7 +169,7 @@ def host_phases(plan: Plan) -> Iterator[Phase]:
 
 def _collecting(work: Workload, block: PlannedBlock) -> Phase:
     """Return the phase in which windows run through the block."""
-    narrow = max(_narrow_elements(work.plan, matrix) for matrix in block.matrices)
+    narrow = max(_narrow_elements(work.plan, m) for m in block.matrices)
     groups = expected_groups(block)
     together = groups - Counter(work.deferred_groups(block))
     grams = (_statistics_nbytes(work, block, c, running=True) for c in together)
@@ -195,6 +209,40 @@ def _solving(work: Workload, block: PlannedBlock, planned: PlannedMatrix) -> Pha
             "weights": _weights_nbytes(work.plan, block),
             "float32 copy": 4 * widens * _narrow_elements(work.plan, planned),
             "grams": _statistics_nbytes(work, block, columns, running=False),
+            "factors": cost.factors,
+            "matrices": cost.matrices,
+        },
+    )
+
+
+def _observing_expert(work: Workload, block: PlannedBlock, group: RoutedGroup) -> Phase:
+    """Return the phase in which the inputs of one expert are summed."""
+    narrow = max(_narrow_elements(work.plan, m) for m in group.experts[0])
+    grams = routed_nbytes(group, True, work.corrects) * work.needs_grams
+    return Phase(
+        "observing an expert",
+        {
+            "weights": _weights_nbytes(work.plan, block),
+            "float32 copy": widening_nbytes(narrow),
+            "grams": grams + work.adding_nbytes(max(group.columns, group.inner)),
+            "activations": work.runs_text
+            * rows_nbytes(group, work.plan.tokens, work.corrects),
+        },
+    )
+
+
+def _solving_expert(
+    work: Workload, block: PlannedBlock, group: RoutedGroup, planned: PlannedMatrix
+) -> Phase:
+    """Return the phase in which one matrix of an expert is solved."""
+    cost = solving_cost(work.solvers, work.needs, planned, work.corrects)
+    widens = not work.corrects and any(solver.widens for solver in work.solvers)
+    return Phase(
+        "solving an expert",
+        {
+            "weights": _weights_nbytes(work.plan, block),
+            "float32 copy": 4 * widens * _narrow_elements(work.plan, planned),
+            "grams": routed_nbytes(group, False, work.corrects) * work.needs_grams,
             "factors": cost.factors,
             "matrices": cost.matrices,
         },
@@ -256,7 +304,7 @@ def _stage_nbytes(
     """Return the bytes of the statistics of a stage of groups of this width."""
     options = work.plan.options
     held_out = options.held_out * (options.seq_len or 0)
-    shapes = [matrix.matrix.shape for matrix in block.matrices]
+    shapes = [matrix.matrix.shape for matrix in block.outside_experts]
     rows = sum(height for height, width in shapes if width == columns)
     group = (
         GramMatrix.nbytes(columns, running)

@@ -6,7 +6,7 @@ This is the only part of the forecast that asks solvers.
 from dataclasses import dataclass
 
 from halve.layout import PlannedBlock, PlannedMatrix
-from halve.pruning.observe.input_groups import expected_groups
+from halve.pruning.observe.input_groups import expected_groups, routed_groups
 from halve.solvers import Hessian, Needs, Solver
 
 _FLOAT = 4
@@ -53,6 +53,9 @@ def solving_operations(solvers: list[Solver], needs: Needs, block: PlannedBlock)
         groups * Hessian.operations(columns, needs)
         for columns, groups in expected_groups(block).items()
     )
+    for group in routed_groups(block):
+        each = sum(Hessian.operations(c, needs) for c in (group.columns, group.inner))
+        preparing += len(group.experts) * each
     return preparing + sum(
         solver.cost(*matrix.matrix.shape).operations
         for matrix in block.matrices

@@ -6,17 +6,37 @@ of the widest group are stored, so that its Gram matrix is computed last, when n
 one is in memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from halve.errors import UnsupportedModelError
 from halve.pruning.observe.block_state import BlockState, flat
-from halve.pruning.observe.input_groups import Group, hooks
+from halve.pruning.observe.input_groups import hooks
 from halve.runtime.hidden_states import place_hidden
 from halve.runtime.stream import Stream
+
+
+class InputSource(Protocol):
+    """What gets inputs that can be stored: a group, or a module of experts."""
+
+    @property
+    def leader(self) -> str:
+        """Path of the module within the block whose first argument is stored."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """How often it is called in one forward pass."""
+        ...
+
+    @property
+    def columns(self) -> int:
+        """Width of the inputs."""
+        ...
 
 
 def is_wide(columns: int, width: int) -> bool:
@@ -48,7 +68,7 @@ class ActivationCache:
         cls,
         stream: Stream,
         block: str,
-        groups: Iterable[Group],
+        groups: Iterable[InputSource],
         budget: int,
         folder: Path | None,
     ) -> "ActivationCache":
@@ -105,7 +125,7 @@ class ActivationCache:
 
 
 def cache_dense_inputs(
-    state: BlockState, groups: list[Group], budget: int, folder: Path | None
+    state: BlockState, groups: Sequence[InputSource], budget: int, folder: Path | None
 ) -> ActivationCache:
     """Carry the dense stream through the block, and store the groups' inputs.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class BlockState:
         solved: Path of each pruned matrix -> whether its zeros must stay zeros.
         quant_params: Path of each quantized matrix -> function that rounds values, in
             the parameter's layout, to its quantization grid.
+        expert_tokens: Path of each module of experts -> tokens that each expert was
+            fitted to.
     """
 
     block: nn.Module
@@ -51,6 +54,7 @@ class BlockState:
     changed: set[str] = field(default_factory=set)
     solved: dict[str, bool] = field(default_factory=dict)
     quant_params: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def stream(self) -> Stream:
@@ -105,6 +109,11 @@ class BlockState:
         parameter.data = value.to(parameter.dtype)
         self.changed.add(path)
 
+    def overwrite(self, path: str, value: Tensor) -> None:
+        """Write a new value of a parameter over the old one, as `exchange` does."""
+        self.block.get_parameter(path).data.copy_(value)
+        self.changed.add(path)
+
     @torch.no_grad()
     def each_input(
         self, part: slice, groups: list[Group], take: Callable[[str, Tensor], None]
@@ -132,6 +141,29 @@ class BlockState:
                 self.stream.run(self.block, self.planned.index, part)
             except _AllSeen:
                 return
+
+    @torch.no_grad()
+    def call_of(self, path: str, part: slice) -> tuple[Any, ...]:
+        """Run a batch up to the call of a module; return its positional arguments.
+
+        Args:
+            path: Path of the module within the block.
+            part: The batch.
+        """
+        calls: list[tuple[Any, ...]] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            calls.append(args)
+            raise _AllSeen
+
+        handle = self.block.get_submodule(path).register_forward_pre_hook(note)
+        try:
+            self.stream.run(self.block, self.planned.index, part)
+        except _AllSeen:
+            return calls[0]
+        finally:
+            handle.remove()
+        return ()
 
     def first_outputs(self) -> Tensor | None:
         """Return the block's current outputs for a few samples; None without text."""

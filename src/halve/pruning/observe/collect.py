@@ -23,6 +23,19 @@ from halve.pruning.observe.input_groups import Group
 from halve.runtime.stream import checks_later
 
 
+@dataclass(frozen=True)
+class Prior:
+    """Inputs of other tokens, which stand in for those that a group has too few of.
+
+    Attributes:
+        statistic: Their statistic, finished.
+        scale: What it is multiplied by.
+    """
+
+    statistic: Statistic
+    scale: float
+
+
 @dataclass
 class GroupInputs:
     """What is known of a group's inputs.
@@ -34,6 +47,7 @@ class GroupInputs:
         held_out: Inputs of held-out windows; empty where there are none.
         flags: Whether held-out inputs are finite, scalars on their device; only where
             they are not checked at once.
+        prior: What the statistic is shrunk towards; None where it is used as it is.
     """
 
     group: Group
@@ -41,6 +55,7 @@ class GroupInputs:
     drift: CrossGram | None
     held_out: HeldOut = field(default_factory=HeldOut)
     flags: list[Tensor] = field(default_factory=list)
+    prior: Prior | None = None
 
     def is_finite(self) -> bool:
         """Whether all inputs are finite; waits for the device.
@@ -73,6 +88,8 @@ class GroupInputs:
                 the held-out inputs of all ranks.
         """
         self.statistic.finish(ranks.all_reduce_)
+        if self.prior is not None:
+            self.statistic.add_scaled(self.prior.statistic, self.prior.scale)
         if self.drift is not None:
             self.drift.finish(ranks.all_reduce_)
         self.held_out.gather(ranks, needs_held_out)
@@ -227,10 +244,10 @@ class _Batch:
         )
         if not finite:
             name = f"{self.state.planned.name}.{path}"
-            raise _not_finite(name, inputs, self.state.stream.numbers[self.part])
+            raise not_finite(name, inputs, self.state.stream.numbers[self.part])
 
 
-def _not_finite(name: str, inputs: Tensor, numbers: Sequence[int]) -> NumericalError:
+def not_finite(name: str, inputs: Tensor, numbers: Sequence[int]) -> NumericalError:
     """Return the error for a batch of inputs.
 
     Args:

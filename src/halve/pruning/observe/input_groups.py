@@ -49,13 +49,44 @@ class Group:
         return self.matrices[0].matrix.shape[1]
 
 
+@dataclass(frozen=True)
+class RoutedGroup:
+    """All experts of a module; a router sends some of the tokens to each.
+
+    Attributes:
+        leader: Path of the module within its block.
+        experts: The matrices of each expert, in the order of computation.
+        calls: How often the module is called in one forward pass.
+    """
+
+    leader: str
+    experts: tuple[tuple[PlannedMatrix, ...], ...]
+    calls: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Width of the experts' inputs."""
+        return self.experts[0][0].matrix.shape[1]
+
+    @property
+    def inner(self) -> int:
+        """Width of the inputs of each expert's last matrix."""
+        return self.experts[0][-1].matrix.shape[1]
+
+
+def routed_groups(planned: PlannedBlock) -> list[RoutedGroup]:
+    """Return the modules of experts of a block."""
+    return [RoutedGroup(path, every) for path, every in planned.experts.items()]
+
+
 def expected_groups(planned: PlannedBlock) -> Counter[int]:
     """Return columns -> number of groups of that width, without running the block.
 
+    Those of experts are not counted (`routing`).
     The number is an upper bound: matrices of one width are taken for separate groups,
     up to three.
     """
-    matrices = Counter(m.matrix.shape[1] for m in planned.matrices)
+    matrices = Counter(m.matrix.shape[1] for m in planned.outside_experts)
     return Counter({c: min(count, _GROUPS) for c, count in matrices.items()})
 
 
@@ -89,6 +120,8 @@ def hooks(block: nn.Module, paths: Iterable[str], hook: Hook) -> Iterator[None]:
 def find_groups(stream: Stream, block: nn.Module, planned: PlannedBlock) -> list[Group]:
     """Run one window through a block and see which modules get the same tensor.
 
+    Experts are left out: one window need not reach all of them (`routing`).
+
     Returns:
         The groups, in the order in which they are computed.
 
@@ -103,13 +136,14 @@ def find_groups(stream: Stream, block: nn.Module, planned: PlannedBlock) -> list
         seen.setdefault(path, inputs)
         calls[path] += 1
 
-    with hooks(block, [m.matrix.path for m in planned.matrices], note):
+    matrices = planned.outside_experts
+    with hooks(block, [m.matrix.path for m in matrices], note):
         stream.run_first(block, planned.index)
     groups: dict[Any, list[PlannedMatrix]] = {_identity(seen[p]): [] for p in seen}
-    for matrix in planned.matrices:
+    for matrix in matrices:
         if matrix.matrix.path not in seen:
             raise UnsupportedModelError(
-                f"The layer of {matrix.tensor} is not called when its block runs, so "
+                f"The layer of {matrix.name} is not called when its block runs, so "
                 "there are no inputs to calibrate the matrix on.",
                 "Pass --solver magnitude, which needs none.",
             )
