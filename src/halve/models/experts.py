@@ -170,12 +170,11 @@ def refuse_unknown_experts(block: nn.Module, name: str) -> None:
             if fused_leaf(leaf)[0] not in fused_parameters(module):
                 raise _unknown(block, name, path, parameter)
             continue
-        # The kernel of a convolution has three dimensions as well.
-        fused = parameter.dim() == _FUSED_DIMENSIONS
-        fused &= not isinstance(module, nn.Conv1d)
+        # By name: convolutions, the gates of RecurrentGemma and the mixing weights of
+        # RWKV have three dimensions as well. They are left dense.
         inside = any(path.startswith(f"{inner}.") for inner in known)
         by_name = "Experts" in type(module).__name__ or "experts" in path.split(".")
-        if fused or (by_name and not inside):
+        if by_name and not inside:
             raise _unknown(block, name, path, parameter)
 
 
