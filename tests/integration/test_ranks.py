@@ -38,8 +38,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "allocated": {"solver": "sparsegpt", "allocation": "error", "sparsity": "63%"},
     "experts": {"solver": "auto"},
 }
-# Of a mixture of experts in place of OPT. The rows of an expert are gathered from all of
-# a process's batches, so their sums have other last bits.
+# Of a mixture of experts in place of OPT. The rows of an expert are gathered from all
+# batches of a process, so their sums have other last bits.
 MIXTURE = "experts"
 
 
