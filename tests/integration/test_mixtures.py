@@ -29,6 +29,14 @@ SIZES: dict[str, Any] = {"samples": 4, "seq_len": 32, "device": "cpu"}
 FUSED = {"granitemoe", "gpt_oss", "gemma4"}
 
 
+@pytest.fixture(scope="module")
+def text(text, tmp_path_factory):  # in place of the fixture of all tests
+    """Return the start of the text: encoding all of it takes longer than pruning."""
+    start = tmp_path_factory.mktemp("start") / "python.txt"
+    start.write_bytes(text.read_bytes()[:20_000])
+    return start
+
+
 def _tensors(folder):
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
