@@ -25,6 +25,10 @@ HEAD = """# Options
 Every option of every command. The keyword is the option's name in the Python functions
 ([python.md](python.md)); options without one exist on the command line only. Where the
 unit is bytes, the command line accepts sizes such as `8GiB`, and Python a number.
+
+Every command has `--config FILE`: a YAML file of options, a name and a value a line, such
+as `seq-len: 512` or `rule: ["down_proj=40%"]`. `halve prune` has `--preset NAME` as well.
+What is given on the command line counts first, then the file, then the preset.
 """
 TABLE = "| option | keyword | type | default | description |\n|---|---|---|---|---|"
 # Command -> the functions that take its options, where their name is not the command's.

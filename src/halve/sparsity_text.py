@@ -49,6 +49,6 @@ def _fraction(text: str | float) -> float:
 
 def _remedy(text: str | float) -> str:
     # Not accepted as a percentage: 1 would be one per cent, and 1.0 the whole model.
-    if 1 < (number := _fraction(text)) < 100 and "%" not in str(text):  # noqa: PLR2004
+    if 2 <= (number := _fraction(text)) < 100 and "%" not in str(text):  # noqa: PLR2004
         return f"Write {number:g}% if that many per cent were meant."
     return "Write it as 50%, 0.5 or 2:4 (n kept of every m)."

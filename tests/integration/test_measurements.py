@@ -13,9 +13,10 @@ from halve.cli.app import app
 from halve.errors import CheckpointError, HalveError
 from halve.evaluation.divergence import summarize
 from halve.measure import check_keepable, keep_measurement, read_measurements
+from halve.options import EvalOptions
 from halve.records import BenchRecord, ComparisonRecord, PerplexityRecord
 
-DATA = {"seq_len": 32, "segments": 3}
+DATA = EvalOptions(seq_len=32, segments=3)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def pruned(pico, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(pico, pruned, text):
-    return halve.compare(pruned, pico("gpt2"), data=str(text), **DATA)
+    return halve.compare(pruned, pico("gpt2"), options=DATA, data=str(text))
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_one_measurement_of_each_thing_is_kept(out, pico, compared):
         keep_measurement(out, result, reference)
     kinds = {type(m.result): m.result for m in read_measurements(out)}
     assert len(kinds) == len(read_measurements(out)) == 3
-    assert kinds[ComparisonRecord].kl_mean == 7.0
+    assert kinds[ComparisonRecord] == replace(compared, kl_mean=7.0)
     assert kinds[PerplexityRecord] == compared.model
     assert kinds[BenchRecord] == bench
 
