@@ -41,7 +41,10 @@ def observe_block(
     dense = _dense_inputs(state, [*groups, *routed], options)
     if dense is None:
         options.report("collecting")
-        kept = [keep_inputs(state, group, options) for group in routed]
+        kept = [
+            keep_inputs(state, group, options.budget, options.folder)
+            for group in routed
+        ]
         yield from _all_at_once(state, groups, options)
         for inputs in kept:
             yield from _expert_after_expert(state, inputs, options)
@@ -53,7 +56,7 @@ def observe_block(
         yield observed
     for group in routed:
         options.report("collecting")
-        inputs = keep_inputs(state, group, options, dense)
+        inputs = keep_inputs(state, group, options.budget, options.folder, dense)
         yield from _expert_after_expert(state, inputs, options)
 
 
@@ -63,7 +66,7 @@ def _expert_after_expert(
     """Yield the groups of each expert, and note how many tokens it has seen."""
     state.expert_tokens[inputs.group.leader] = inputs.tokens
     options.report("solving")
-    yield from observe_experts(inputs, options)
+    yield from observe_experts(inputs, options.statistic)
 
 
 def _all_at_once(

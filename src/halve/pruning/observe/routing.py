@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from math import gcd
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from halve.errors import NumericalError, UnsupportedModelError
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.models import Experts
 from halve.numerics.finite import finite_flag
-from halve.pruning.block_options import BlockOptions
 from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.block_state import BlockState, flat
 from halve.pruning.observe.collect import GroupInputs, Prior, not_finite
@@ -161,7 +161,8 @@ def _gather(hidden: Tensor, tokens: Tensor, device: torch.device) -> Tensor:
 def keep_inputs(
     state: BlockState,
     group: RoutedGroup,
-    options: BlockOptions,
+    budget: int,
+    folder: Path | None,
     dense: ActivationCache | None = None,
 ) -> RoutedInputs:
     """Run all windows through the block as it is now, up to a module of experts.
@@ -169,7 +170,8 @@ def keep_inputs(
     Args:
         state: The block.
         group: The experts.
-        options: How much of their inputs may stay in memory, and where else they go.
+        budget: Bytes of their inputs up to which they stay in memory.
+        folder: Where a memory-mapped file is created beyond that.
         dense: Holds their inputs in the dense model, if targets are corrected.
 
     Raises:
@@ -180,7 +182,7 @@ def keep_inputs(
     """
     stream, leader = state.stream, group.leader
     cache = ActivationCache.allocate(
-        stream, state.planned.name, [group], options.budget, options.folder
+        stream, state.planned.name, [group], budget, folder
     )
     numbers: list[Tensor] = []
     flags: list[tuple[slice, Tensor]] = []
@@ -254,18 +256,22 @@ def _sorted(
 
 
 def observe_experts(
-    routed: RoutedInputs, options: BlockOptions
+    routed: RoutedInputs, kind: type[Statistic]
 ) -> Iterator[list[GroupInputs]]:
     """Yield each expert's groups, with statistics of their inputs.
 
     With corrected targets the last matrix of an expert is observed once the others are
     pruned; else both groups together.
+
+    Args:
+        routed: The experts and what they get.
+        kind: The statistic that solvers need.
     """
     every = torch.arange(routed.first_held_out)
-    shared, tokens = _Sums(routed, options.statistic).of_hidden(every)
+    shared, tokens = _Sums(routed, kind).of_hidden(every)
     prior = Prior(shared, _PSEUDO_TOKENS * routed.group.columns / max(tokens, 1))
     for number in range(len(routed.group.experts)):
-        expert = _Expert(routed, options.statistic, number)
+        expert = _Expert(routed, kind, number)
         first = expert.first(prior)
         if routed.dense is None:
             yield [first, expert.last()]
