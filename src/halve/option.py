@@ -98,7 +98,9 @@ def _converted(field: Field, option: Option, value: Any) -> Any:  # noqa: ANN401
     for kind in (kind for kind in kinds if kind is not NoneType):
         with suppress(TypeError):
             return (
-                _as_tuple(value) if get_origin(kind) is tuple else _KINDS[kind](value)
+                _as_tuple(kind, value)
+                if get_origin(kind) is tuple
+                else _KINDS[kind](value)
             )
     expected = " or ".join(_NAMES.get(kind, "numbers") for kind in kinds)
     raise HalveError(
@@ -108,10 +110,12 @@ def _converted(field: Field, option: Option, value: Any) -> Any:  # noqa: ANN401
     )
 
 
-def _as_tuple(value: Any) -> tuple[int, ...]:  # noqa: ANN401
+def _as_tuple(kind: Any, value: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """Return the elements of a value as those of `tuple[element, ...]`."""
     if isinstance(value, str):
         raise TypeError(value)
-    return tuple(_as_integer(number) for number in value)
+    element = _KINDS[get_args(kind)[0]]
+    return tuple(element(each) for each in value)
 
 
 def _as_text(value: Any) -> str:  # noqa: ANN401

@@ -37,12 +37,12 @@ def fail_at(kind: str, rank: str, phase: str) -> None:
     """
     real, printable = ProgressReporter.report, app._printable
 
-    def report(self, block, now):
+    def report(self, block, now, *finished):
         if os.environ["RANK"] == rank and block == 1 and now == phase:
             if kind == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise NumericalError("The matrix is singular.", "Increase the damping.")
-        real(self, block, now)
+        real(self, block, now, *finished)
 
     def print_late(message):
         if os.environ["RANK"] == rank:

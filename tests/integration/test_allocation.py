@@ -140,7 +140,7 @@ def test_the_disk_or_the_memory_makes_no_difference(pico, options, tmp_path):
 def test_a_missed_budget_is_refused(pico, options, tmp_path, monkeypatch):
     """Zeros that are rounded down in each matrix are too few in the whole model."""
     monkeypatch.setattr(
-        "halve.pruning.run.exact_patterns",
+        "halve.pruning.decisions.exact_patterns",
         lambda plan, _: [{} for _ in plan.layout.blocks],
     )
     with pytest.raises(TargetMissedError, match="in the whole model"):

@@ -7,7 +7,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import halve
-from halve.errors import UnsupportedModelError
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream
 from tests.tables import BUNDLED, VOCABULARY
@@ -75,10 +74,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "num_heads": 4,
         "chunk_size": 16,
     },
-}
-# Types in which a matrix is used without its layer being called.
-UNCALIBRATED = {
-    "falcon_mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+    "falcon_mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
 }
 
 
@@ -91,7 +87,7 @@ def saved(tmp_path_factory):
     def save(kind):
         if not (folder / kind).exists():
             torch.manual_seed(0)
-            options = _TOKENS | (TYPES | UNCALIBRATED)[kind]
+            options = _TOKENS | TYPES[kind]
             config = AutoConfig.for_model(kind, **options)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder / kind)
             tokenizer.save_pretrained(folder / kind)
@@ -100,7 +96,7 @@ def saved(tmp_path_factory):
     return save
 
 
-@pytest.mark.parametrize("kind", TYPES | UNCALIBRATED)
+@pytest.mark.parametrize("kind", TYPES)
 def test_logits_block_by_block_are_those_of_transformers(kind, saved):
     folder = saved(kind)
     ids = torch.randint(3, 4000, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -132,17 +128,6 @@ def test_they_are_pruned_and_load(kind, saved, text, tmp_path):
     assert not any(info.values()), info
 
 
-@pytest.mark.parametrize("kind", UNCALIBRATED)
-def test_a_layer_that_is_not_called_needs_a_solver_without_inputs(
-    kind, saved, text, tmp_path
-):
-    options = {"samples": 4, "seq_len": 32, "device": "cpu", "calibration": text}
-    with pytest.raises(UnsupportedModelError, match="--solver magnitude"):
-        halve.prune(saved(kind), tmp_path / "out", **options)
-    record = halve.prune(saved(kind), tmp_path / "pruned", solver="magnitude")
-    assert record.sparsity >= 0.5
-
-
 @pytest.mark.parametrize("kind", ["recurrent_gemma", "rwkv", "xlstm", "olmo_hybrid"])
 def test_no_dense_model_is_called_a_mixture(kind, tmp_path):
     """Their default configs, which have no files of weights."""
@@ -152,7 +137,7 @@ def test_no_dense_model_is_called_a_mixture(kind, tmp_path):
     try:
         halve.plan(tmp_path, calibration="stdlib", seq_len=64)
     except halve.HalveError as error:
-        assert "experts" not in str(error)
+        assert "mixture" not in str(error)
 
 
 def test_several_lists_of_blocks_are_refused(tmp_path):

@@ -265,7 +265,7 @@ def test_transformers_loads_the_same_experts(gpt_oss):
 def test_its_tensors_are_those_of_the_model(gpt_oss):
     infos = Checkpoint.open(gpt_oss).tensors.values()
     stored = [StoredTensor(i.name, i.shape, i.dtype) for i in infos]
-    assert len(match_names(build_meta_model(gpt_oss), stored)) == len(stored)
+    assert len(match_names(build_meta_model(gpt_oss), stored).places) >= len(stored)
 
 
 REFUSED = {

@@ -181,7 +181,10 @@ def test_a_committed_shard_that_cannot_be_read_is_written_again(
 
 
 def test_tensors_are_read_as_stored(tmp_path):
-    """For every dtype and shape, the same bytes as by the safetensors library."""
+    """For every dtype and shape, the same bytes as by the safetensors library.
+
+    Of FP8 only what has scales is read (test_quantized_inputs.py).
+    """
     generator = torch.Generator().manual_seed(0)
     octets = torch.randint(0, 2, (4 * 3 * 8,), generator=generator).to(torch.uint8)
     tensors = {
@@ -190,6 +193,7 @@ def test_tensors_are_read_as_stored(tmp_path):
         .reshape(shape)
         .clone()
         for dtype in reader.DTYPES.values()
+        if "float8" not in str(dtype)
         for shape in ((4, 3), (5,), (), (0,), (2, 0))
     }
     save_file(tensors, tmp_path / "model.safetensors")

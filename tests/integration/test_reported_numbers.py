@@ -227,7 +227,7 @@ def test_trials_report_the_error_of_blocks_and_the_divergence(family, searched):
     """Of held-out windows only; the errors are those of the uniform trial."""
     dense, held_out, allocation, models = searched(family)
     pairs = outputs_before_and_after(dense, models[0], family, held_out)
-    expected = [relative_by_token(before, after) for before, after in pairs]
+    expected = [relative(before, after) for before, after in pairs]
     assert allocation.errors == near(expected)
     found = [trial.divergence for trial in allocation.trials]
     forward = [divergence(dense, model, held_out) for model in models]

@@ -83,9 +83,9 @@ class AllocationRecord:
     Attributes:
         strength: `strength` of the trial with the lowest divergence; 0 is uniform.
         sparsities: Sparsity of each block in that trial.
-        errors: For each block, the root mean square over tokens of ||y - y'|| / ||y||,
-            where y and y' are its outputs before and after pruning it to the model's
-            sparsity, on the same held-out inputs.
+        errors: For each block, ||Y - Y'|| / ||Y||, where Y and Y' are its outputs
+            before and after pruning it to the model's sparsity, on the same held-out
+            inputs.
         trials: All trials.
     """
 

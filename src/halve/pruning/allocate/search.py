@@ -18,7 +18,6 @@ from halve.pruning.allocate.spread import spread_sparsity
 from halve.pruning.allocate.trials import Trials, mean_divergence
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.observe.block_state import Streams
-from halve.pruning.observe.output_error import relative_squares
 from halve.pruning.prune_block import prune_block
 from halve.pruning.select.candidates import trial_candidate
 from halve.records import AllocationRecord, TrialRecord
@@ -137,17 +136,16 @@ def _held_out_batches(stream: Stream) -> Iterator[tuple[slice, slice]]:
 
 
 def _relative_error(dense: Tensor, stream: Stream) -> float:
-    """Return the root mean square over tokens of ||y - y'|| / ||y||, on all ranks.
+    """Return ||Y - Y'|| / ||Y|| over the held-out windows of all ranks.
 
     Args:
         dense: Y, outputs of the dense block, [held-out samples, length, width].
         stream: Hidden states behind the pruned block; Y' is their held-out part.
     """
-    total, tokens = 0.0, 0
+    error = energy = 0.0  # ||Y - Y'||^2 and ||Y||^2
     for part, held_out in _held_out_batches(stream):
         before = dense[held_out].to(stream.hidden.device)
-        squares = relative_squares(stream.hidden[part], before)
-        total += float(squares.sum())
-        tokens += squares.numel()
-    total, tokens = stream.ranks.all_sum(total, tokens)
-    return (total / tokens) ** 0.5
+        error += float((stream.hidden[part] - before).square().sum())
+        energy += float(before.square().sum())
+    error, energy = stream.ranks.all_sum(error, energy)
+    return (error / energy) ** 0.5 if energy else float(error > 0)
