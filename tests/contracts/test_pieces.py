@@ -248,12 +248,14 @@ def test_a_unigram_model_that_sees_the_whole_text_is_not_cut(trained):
 
 def test_a_text_without_a_place_to_cut_is_one_piece():
     cutter = cutter_for(AutoTokenizer.from_pretrained(BUNDLED))
+    assert cutter is not None
     assert list(cutter.pieces(["x" * 5000])) == ["x" * 5000]
     assert list(cutter.pieces([])) == [""]
 
 
 def test_no_piece_is_much_longer_than_asked_for(text):
     cutter = cutter_for(AutoTokenizer.from_pretrained(BUNDLED))
+    assert cutter is not None
     source = text.read_text()[:100_000]
     found = list(cutter.pieces([source]))
     assert "".join(found) == source

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def with_bos(pico, tmp_path_factory):
     return folders.__getitem__
 
 
-def windows(folder, text, **options):
+def windows(folder, text, **options) -> Any:
     given = {"calibration": str(text), "samples": 6, "seq_len": LENGTH} | options
     plan = make_plan(folder, PruneOptions(**given))
     return calibration_windows(plan, RunOptions().trust_remote_code)

@@ -1,6 +1,7 @@
 """Memory of reading the calibration text, as the dry run predicts it."""
 
 import shutil
+from typing import Any
 
 import pytest
 from tokenizers import Regex, pre_tokenizers
@@ -10,10 +11,10 @@ import halve
 from halve.pruning.memory.text import text_phase
 from tests.tables import BUNDLED
 
-SIZES = {"samples": 4, "seq_len": 32}
+SIZES: dict[str, Any] = {"samples": 4, "seq_len": 32}
 
 
-def phase(folder, text, **options):
+def phase(folder, text, **options) -> Any:
     found = halve.plan(folder, calibration=str(text), **SIZES, **options)
     return found.forecast.by_name().get("reading text")
 
