@@ -85,12 +85,19 @@ NOTES: dict[str, dict[str, Any]] = {
         "quantization_config": METHOD | {"sparsity_config": NOTE},
         "compression_config": {"sparsity_config": NOTE},
     },
+    # What is read goes by the tensors: these are plain, whatever may be said of them.
+    "no note": {"quantization_config": METHOD | {"format": "dense"}},
+    "a mask": {
+        "quantization_config": METHOD
+        | {"sparsity_config": NOTE | {"format": "sparse-24-bitmask"}}
+    },
+    "groups": {
+        "quantization_config": METHOD
+        | {"sparsity_config": NOTE, "config_groups": {"group_0": {"bits": 4}}}
+    },
 }
 COMPRESSED: dict[str, dict[str, Any]] = {
-    "a mask": {"sparsity_config": NOTE | {"format": "sparse-24-bitmask"}},
-    "groups": {"sparsity_config": NOTE, "config_groups": {"group_0": {"bits": 4}}},
     "another format": {"sparsity_config": NOTE, "format": "pack-quantized"},
-    "no note": {"format": "dense", "config_groups": {}},
     "a list": {"sparsity_config": NOTE | {"format": ["dense"]}},
 }
 
@@ -115,7 +122,7 @@ def test_a_note_of_sparsity_is_no_quantization(row, sparse, tmp_path):
 
 
 @pytest.mark.parametrize("row", COMPRESSED)
-def test_compressed_weights_are_still_refused(row, sparse, tmp_path):
+def test_formats_that_are_not_read_are_refused(row, sparse, tmp_path):
     entries = {"quantization_config": METHOD | COMPRESSED[row]}
     model = described(tmp_path / "model", sparse, entries)
     with pytest.raises(halve.HalveError, match="quantized"):

@@ -71,24 +71,13 @@ class MixSearch:
             and two for blends of grids.
         """
         plan, dense = self.trials.plan, self.trials.dense()
-        tried: list[tuple[Mix, float]] = []
-        errors: list[float] = []
+        tried = [self._try(mix, dense) for mix in uniform_mixes(plan)]
+        errors = _best(tried).errors
+        tried += [self._try(mix, dense) for mix in blends(plan, errors)]
+        return _record(tried, elements(plan))
 
-        def attempt(mix: Mix) -> None:
-            divergence, found = self._trial(mix, dense)
-            if all(divergence < other for _, other in tried):
-                errors[:] = found
-            tried.append((mix, divergence))
-
-        for mix in uniform_mixes(plan):
-            attempt(mix)
-        for mix in blends(plan, tuple(errors)):
-            attempt(mix)
-        best, _ = min(tried, key=lambda trial: trial[1])
-        return _record(best, tried, elements(plan))
-
-    def _trial(self, mix: Mix, dense: Stream) -> tuple[float, list[float]]:
-        """Prune the model to a mix; return the divergence, and each matrix's error."""
+    def _try(self, mix: Mix, dense: Stream) -> "_Tried":
+        """Prune the model to a mix, and judge it."""
         trials, plan = self.trials, self.trials.plan
         options, dtype = plan.options, plan.layout.dtype
         pairs = iter(mix.pairs)
@@ -105,7 +94,20 @@ class MixSearch:
             for matrix in planned.matrices:
                 outcome = pruned.selected_by_name[matrix.name].outcome
                 errors.append(outcome.error or 0.0)
-        return mean_divergence(dense, stream), errors
+        return _Tried(mix, mean_divergence(dense, stream), errors)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A mix, its divergence, and the relative squared error of each matrix."""
+
+    mix: Mix
+    divergence: float
+    errors: Sequence[float]
+
+
+def _best(tried: Sequence[_Tried]) -> _Tried:
+    return min(tried, key=lambda trial: trial.divergence)
 
 
 def elements(plan: Plan) -> list[int]:
@@ -171,19 +173,16 @@ def _pair_name(pattern: Pattern, grid: QuantScheme) -> str:
     return f"{pattern} zeros, {grid}" if pattern.sparsity else str(grid)
 
 
-def _record(
-    best: Mix, tried: list[tuple[Mix, float]], sizes: Sequence[int]
-) -> MixRecord:
-    distinct = list(dict.fromkeys(best.pairs))
+def _record(tried: Sequence[_Tried], sizes: Sequence[int]) -> MixRecord:
+    mix = _best(tried).mix
+    distinct = list(dict.fromkeys(mix.pairs))
     return MixRecord(
-        name=best.name,
-        bits=best.bits(sizes),
-        pairs=tuple(
-            PairRecord(pattern.sparsity, asdict(grid)) for pattern, grid in distinct
-        ),
-        matrices=tuple(distinct.index(pair) for pair in best.pairs),
+        name=mix.name,
+        bits=mix.bits(sizes),
+        pairs=tuple(PairRecord(p.sparsity, asdict(grid)) for p, grid in distinct),
+        matrices=tuple(distinct.index(pair) for pair in mix.pairs),
         trials=tuple(
-            MixTrialRecord(mix.name, mix.bits(sizes), divergence)
-            for mix, divergence in tried
+            MixTrialRecord(trial.mix.name, trial.mix.bits(sizes), trial.divergence)
+            for trial in tried
         ),
     )

@@ -63,8 +63,6 @@ def routed_nbytes(group: RoutedGroup, running: bool, corrects: bool) -> int:
     """
     *first, last = group.experts[0]
     rows, outputs = sum(m.matrix.shape[0] for m in first), last.matrix.shape[0]
-    *first, last = group.experts[0]
-    rows, outputs = sum(m.matrix.shape[0] for m in first), last.matrix.shape[0]
     return sum(
         GramMatrix.nbytes(columns, running=False)
         + GramMatrix.nbytes(columns, running)
