@@ -150,6 +150,11 @@ def test_the_flags_of_a_command_differ(command):
             {"skip": ("a",), "allocation": "error"},
             ("allocation", "--skip"),
         ),
+        (
+            PruneOptions,
+            {"skip": ("a",), "target_bits": 3.0},
+            ("target_bits", "--skip"),
+        ),
         (GenerateOptions, {"top_k": 5}, ("top_k", "--temperature")),
         (GenerateOptions, {"temperature": -1.0}, ("temperature", "--temperature")),
         (GenerateOptions, {"top_p": 0.0, "temperature": 1.0}, ("top_p", "--top-p")),

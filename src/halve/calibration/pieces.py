@@ -32,8 +32,8 @@ _TRIALS = 32
 _PLACE = re.compile(r"(?<=\S)(?=\s\S)|(?<=\n)(?=\S)")
 _PROBE = "A line of words, of which there are many.\nIt is 1 of 2 lines\nto cut. " * 20
 
-# Normalizers and pre-tokenizers that look at nothing beyond the characters, or the run
-# of characters of a kind, at hand.
+# Normalizers and pre-tokenizers whose result at a position depends on nothing but its
+# character, or the run of characters of one class that contains it.
 _LOCAL = frozenset(
     {
         *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Lowercase", "Prepend"),

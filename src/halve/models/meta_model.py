@@ -309,19 +309,6 @@ def _describe_dense(config: Any) -> None:  # noqa: ANN401
                 delattr(part, name)
 
 
-def _only_notes_sparsity(entry: object) -> bool:
-    """Whether an entry describes plain weights, and notes how many of them are zero.
-
-    compressed-tensors writes one for a pruned model that is saved dense.
-    """
-    if not isinstance(entry, dict) or entry.get("config_groups"):
-        return False
-    noted = entry.get("sparsity_config")
-    if not isinstance(noted, dict):
-        return False
-    return all(part.get("format") in (None, "dense") for part in (entry, noted))
-
-
 def _unsupported(folder: Path, error: Exception) -> UnsupportedModelError:
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:

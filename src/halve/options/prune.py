@@ -420,11 +420,9 @@ class PruneOptions(Options):
         )
 
     def _check_rules(self) -> None:
-        rules = self.parsed_rules
+        rules = self.parsed_rules  # checked whatever else is set
         uniform = self.allocation == "uniform"
         if (uniform and self.target_bits is None) or not rules:
-            return
-        if uniform and not rules.sparsities:
             return
         other = "allocation" if not uniform else "target_bits"
         raise HalveError(

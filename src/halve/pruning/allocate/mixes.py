@@ -3,7 +3,7 @@
 Either all matrices get the same pair of sparsity and grid, or none gets zeros and some
 get a finer grid than the rest. Those are either the ones with the largest errors in a
 trial, since a finer grid divides the error of any matrix by about the same factor; or
-those of the outer blocks, which models of all sizes were found to be most sensitive to
+those of the first and last blocks, to which SmolLM2-135M was found to be most sensitive
 (docs/log.md). The divergence of the whole model decides.
 """
 

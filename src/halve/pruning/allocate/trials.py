@@ -6,7 +6,7 @@ KL divergence of its predictions from the dense model's on held-out windows.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -17,7 +17,6 @@ from halve.layout import PlannedBlock
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.memory.limit import MemoryPlan
 from halve.pruning.plan import Plan
-from halve.pruning.rules import ruled_candidates, skipped_matrices
 from halve.pruning.select.candidates import trial_candidate
 from halve.pruning.select.selection import OwnCandidates
 from halve.runtime.blockwise_model import BlockwiseModel
@@ -80,9 +79,10 @@ class Trials:
             phase: What is reported.
             every: Ways to prune the matrices of each block.
         """
+        options = self._options()
         for planned, own in zip(self.plan.layout.blocks, every, strict=True):
             self.report(planned.index, phase)
-            yield planned, self._options(own)
+            yield planned, replace(options, own=own)
 
     def _start(self, windows: Tensor) -> Stream:
         held_out = self.plan.options.trial_held_out
@@ -90,7 +90,8 @@ class Trials:
             self.model, windows, self.budget, self.folder, held_out, self.ranks
         )
 
-    def _options(self, own: OwnCandidates) -> BlockOptions:
+    def _options(self) -> BlockOptions:
+        """Return what a trial does alike to every block."""
         options = self.plan.options
         candidate = trial_candidate(options, options.pairs[0], self.plan.layout.dtype)
         return BlockOptions(
@@ -101,8 +102,6 @@ class Trials:
             budget=self.budget,
             folder=self.folder,
             report=lambda _: None,
-            own={**own, **ruled_candidates(self.plan.layout, options)},
-            skipped=skipped_matrices(self.plan.layout, options),
             deferred=self.memory_plan.deferred,
         )
 
