@@ -69,12 +69,13 @@ def plan_memory(
 def _too_little(forecast: Forecast, memory: int) -> HalveError:
     """Return the error for a limit below the peak, with the largest use of memory."""
     phase = forecast.largest
-    parts = {"the process itself": forecast.process} | phase.parts
-    part = max(parts, key=lambda name: parts[name])
+    uses = f"{forecast.process / 2**30:.2f} GiB go to the process itself"
+    if phase.parts:
+        part = max(phase.parts, key=lambda name: phase.parts[name])
+        uses += f" and {phase.parts[part] / 2**30:.2f} GiB to {part}"
     return HalveError(
         f"The run needs at least {forecast.peak / 2**30:.2f} GiB of memory, but the "
-        f"limit is {memory / 2**30:.2f} GiB; while {phase.name}, "
-        f"{parts[part] / 2**30:.2f} GiB go to {part}.",
+        f"limit is {memory / 2**30:.2f} GiB; while {phase.name}, {uses}.",
         "Raise --memory, or choose a --solver that needs less: sparsegpt does, and "
         "wanda needs hardly any.",
     )
