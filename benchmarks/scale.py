@@ -1,11 +1,11 @@
-"""Claim: one block of OPT-175B's size is pruned within 22 GiB.
+"""Claim: one block of OPT-175B's size is pruned within 22 GiB, as the dry run predicts.
 
-Saves a model with few blocks of a published shape (random weights in float16, a small
+Saves a model with few blocks of a published shape (random weights in 16 bits, a small
 vocabulary), prunes it in a separate process, and prints the seconds and the peak memory
 of each phase. Extrapolates them to the whole model on the paper's 128 windows of 2048
 tokens: forward passes grow with the tokens, solving and writing do not, and all blocks
 take the same. Exits with 1 if the peak exceeds `--limit`, which is passed to the run as
-its `--memory`.
+its `--memory`, or is not within 15 % of what the dry run predicts.
 
     python benchmarks/scale.py --config opt-175b --blocks 1 [--samples 4] [--limit 22]
 """
@@ -19,11 +19,17 @@ import time
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import describe_machine
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 import halve
 from halve.models import build_meta_model
@@ -31,6 +37,8 @@ from halve.records import Progress
 
 BUNDLED = Path(str(files("halve") / "data" / "pycode-opt"))
 PAPER_TOKENS = 128 * 2048
+# How far the peak may be from its prediction.
+MARGIN = 0.15
 # Phases whose time is proportional to the tokens.
 BY_TOKENS = ("collecting", "summing", "propagating", "refining")
 # Name -> family, width, inner width, heads, blocks.
@@ -43,7 +51,12 @@ CONFIGS = {
     "bloom-176b": ("bloom", 14336, 57344, 112, 70),
     "llama-8b": ("llama", 4096, 14336, 32, 32),
     "llama-70b": ("llama", 8192, 28672, 64, 80),
+    "qwen3-30b-a3b": ("qwen3_moe", 2048, 768, 32, 48),
+    "gpt-oss-120b": ("gpt_oss", 2880, 2880, 64, 36),
 }
+# Mixtures: 128 experts each, so many of them for a token.
+MIXTURES = {"qwen3_moe": 8, "gpt_oss": 4}
+HEAD_DIMENSIONS = {"qwen3_moe": 128, "gpt_oss": 64}
 
 
 def config_of(name: str, blocks: int) -> PretrainedConfig:
@@ -53,7 +66,12 @@ def config_of(name: str, blocks: int) -> PretrainedConfig:
         "opt": {"ffn_dim": inner, "word_embed_proj_dim": width},
         "llama": {"intermediate_size": inner, "num_key_value_heads": 8},
         "bloom": {},
+        "qwen3_moe": {"moe_intermediate_size": inner, "num_key_value_heads": 4},
+        "gpt_oss": {"intermediate_size": inner, "num_key_value_heads": 8},
     }
+    if family in MIXTURES:
+        mixture = {"head_dim": HEAD_DIMENSIONS[family], "num_local_experts": 128}
+        options[family] |= mixture | {"num_experts_per_tok": MIXTURES[family]}
     return AutoConfig.for_model(
         family,
         vocab_size=4096,
@@ -63,6 +81,13 @@ def config_of(name: str, blocks: int) -> PretrainedConfig:
         max_position_embeddings=2048,
         **options[family],
     )
+
+
+def save_mixture(folder: Path, config: PretrainedConfig) -> None:
+    """Save a mixture with random weights, in the tensors of its checkpoints."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
 
 
 def save_model(folder: Path, config: PretrainedConfig, device: str = "cpu") -> None:
@@ -98,7 +123,20 @@ def peak() -> float:
 
 
 def prune(folder: Path, options: argparse.Namespace) -> None:
-    """Prune in this process; print the name, seconds and peak of each phase as JSON."""
+    """Prune in this process; print the name, seconds and peak of each phase as JSON.
+
+    What the dry run predicts, in GiB, comes first.
+    """
+    task = {
+        "solver": options.solver,
+        "calibration": "stdlib",
+        "samples": options.samples,
+        "seq_len": options.seq_len,
+        "device": options.device,
+        "memory": int(options.limit * 2**30),
+    }
+    forecast = halve.plan(folder / "model", **task).forecast
+    print(json.dumps(forecast.peak / 2**30), flush=True)
     started, last = time.perf_counter(), "starting"
 
     def report_phase(progress: Progress) -> None:
@@ -107,32 +145,22 @@ def prune(folder: Path, options: argparse.Namespace) -> None:
         print(json.dumps([last, now - started, peak()]), flush=True)
         started, last = now, progress.phase
 
-    halve.prune(
-        folder / "model",
-        folder / "out",
-        solver=options.solver,
-        calibration="stdlib",
-        samples=options.samples,
-        seq_len=options.seq_len,
-        device=options.device,
-        memory=int(options.limit * 2**30),
-        progress=report_phase,
-    )
+    halve.prune(folder / "model", folder / "out", **task, progress=report_phase)
     report_phase(Progress(0, 1, "finished"))
 
 
-def measured(folder: str, options: argparse.Namespace) -> Iterator[tuple]:
-    """Prune in a separate process and yield its phases as they end."""
+def measured(folder: str, options: argparse.Namespace) -> Iterator[Any]:
+    """Prune in a separate process; yield the prediction, then phases as they end."""
     command = [sys.executable, __file__, *sys.argv[1:], "--child", folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         for line in child.stdout:
-            yield tuple(json.loads(line))
+            yield json.loads(line)
     if child.returncode:
         sys.exit(f"pruning {options.config} failed")
 
 
-def report(phases: list[tuple], options: argparse.Namespace) -> None:
+def report(phases: list[list], options: argparse.Namespace) -> None:
     """Print the total of each phase, and the extrapolation to the whole model."""
     token_ratio = PAPER_TOKENS / (options.samples * options.seq_len)
     total = 0.0
@@ -160,6 +188,7 @@ def main() -> int:
     parser.add_argument("--solver", default="sparsegpt")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--limit", type=float, default=22, help="in GiB")
+    parser.add_argument("--work", help="folder for the model and the output")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -167,13 +196,16 @@ def main() -> int:
         return 0
     print(describe_machine())
     print(f"{options.config}, {options.blocks} blocks, {options.solver}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder) / "model", config_of(options.config, options.blocks))
-        phases = list(measured(folder, options))
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        config = config_of(options.config, options.blocks)
+        save = save_mixture if config.model_type in MIXTURES else save_model
+        save(Path(folder) / "model", config)
+        predicted, *phases = measured(folder, options)
     report(phases, options)
     highest = max(memory for *_, memory in phases)
-    print(f"peak {highest:.2f} GiB of {options.limit:g} GiB")
-    return int(highest > options.limit)
+    print(f"peak {highest:.2f} GiB of {options.limit:g}, predicted {predicted:.2f}")
+    is_near = abs(predicted / highest - 1) <= MARGIN
+    return int(highest > options.limit or not is_near)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,12 @@ from halve.cli import main
 from halve.distributed import SINGLE_PROCESS
 from halve.models import Experts, build_meta_model
 from halve.options import PruneOptions
-from halve.pruning import prune_block
+from halve.pruning import MemoryPlan, forecast_run, plan_memory, prune_block
+from halve.pruning import prune as prune_module
+from halve.pruning.memory import forecast as forecast_module
 from halve.pruning.plan import make_plan
 from halve.pruning.windows import calibration_windows
+from halve.runtime import experts_in_turn as turn_module
 from halve.runtime.blockwise_model import BlockwiseModel
 from tests.integration.test_resume import Stopped, digests, stop_at
 from tests.tables import MIXTURES
@@ -352,6 +355,49 @@ def test_every_way_prunes_experts_and_resumes(row, way, pico, text, tmp_path):
         assert all(b.refined and b.refined[1] <= b.refined[0] for b in record.blocks)
     evaluated = halve.perplexity(whole, data=str(text), seq_len=32, segments=4)
     assert evaluated.perplexity > 1
+
+
+@pytest.mark.parametrize("row", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4"])
+@pytest.mark.parametrize("way", ["in order", "corrected"])
+def test_spilled_experts_change_no_byte(way, row, pico, text, tmp_path, monkeypatch):
+    folder = pico(row, dtype=torch.bfloat16)
+    options: dict[str, Any] = {"calibration": str(text)} | SIZES
+    options |= {"solver": "auto"} if way == "corrected" else WAYS[way]
+    phases = []
+    halve.prune(folder, tmp_path / "held", progress=phases.append, **options)
+
+    in_turn, outputs = [], turn_module._outputs
+    monkeypatch.setattr(
+        turn_module, "_outputs", lambda *a: in_turn.append(a) or outputs(*a)
+    )
+    spilled = MemoryPlan(2**30, spilled=True)
+    monkeypatch.setattr(prune_module, "plan_memory", lambda *_: spilled)
+    with pytest.raises(Stopped):
+        halve.prune(
+            folder, tmp_path / "out", progress=stop_at(len(phases) - 1), **options
+        )
+    halve.prune(folder, tmp_path / "out", **options)
+    assert len(in_turn) >= 3  # two blocks, one of them again on resuming
+    assert digests(tmp_path / "held") == digests(tmp_path / "out")
+
+
+def test_experts_are_spilled_where_a_block_does_not_fit(pico, monkeypatch):
+    monkeypatch.setattr(forecast_module, "_resident", lambda: 0)
+    wide = {"intermediate_size": 256, "num_local_experts": 24}
+    plan = make_plan(pico("mixtral", **wide), PruneOptions(**SIZES, solver="sparsegpt"))
+    held, spilled = (forecast_run(plan, 0, spilled=s) for s in (False, True))
+    experts = 24 * 3 * 256 * 32 * 4  # float32
+    tensor = 256 * 32 * 4
+    phases = zip(held.phases, spilled.phases, strict=True)
+    saved = {mine.name: mine.bytes - other.bytes for mine, other in phases}
+    assert saved.pop("embedding") == 0
+    assert set(saved.values()) == {experts - tensor}
+    kept = 4 * 32 * 32 * 4  # samples, tokens, columns, bytes
+    assert spilled.mapped - held.mapped == experts + 2 * kept
+    assert plan_memory(plan, spilled.peak, None).spilled
+    assert not plan_memory(plan, 2 * held.peak, None).spilled
+    with pytest.raises(halve.HalveError, match="needs at least"):
+        plan_memory(plan, spilled.peak - 1, None)
 
 
 def test_inspection_shows_the_experts_of_a_block_on_one_line(pico, capsys, monkeypatch):

@@ -2,7 +2,11 @@
 
 from halve.calibration.chat_template import ChatTemplate
 from halve.calibration.corpora import Corpus, corpus_nbytes, load_corpus
-from halve.calibration.spill import allocate_hidden, default_activation_memory
+from halve.calibration.spill import (
+    allocate_hidden,
+    default_activation_memory,
+    spill_weight,
+)
 from halve.calibration.tokens import (
     TextEncoder,
     automatic_bos,
@@ -33,4 +37,5 @@ __all__ = [
     "load_corpus",
     "load_encoder",
     "load_tokenizer",
+    "spill_weight",
 ]

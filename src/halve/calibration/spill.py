@@ -1,4 +1,7 @@
-"""Storage for hidden states: in memory, or past a limit in a memory-mapped file."""
+"""Storage for hidden states: in memory, or past a limit in a memory-mapped file.
+
+Weights of experts that memory has no room for are spilled in the same way.
+"""
 
 import os
 import tempfile
@@ -35,11 +38,7 @@ def allocate_hidden(
     if size <= budget:
         return torch.empty(shape)
     try:
-        with tempfile.TemporaryFile(dir=folder, prefix="hidden-") as file:
-            # Reserved now: writing to a mapped file on a full disk kills the process.
-            os.posix_fallocate(file.fileno(), 0, size)
-            name = f"/proc/self/fd/{file.fileno()}"
-            return torch.from_file(name, shared=True, size=prod(shape)).view(shape)
+        return _mapped(shape, torch.float32, folder)
     except OSError as error:
         raise OutputError(
             f"The hidden states need {size / 2**30:.1f} GiB in "
@@ -47,3 +46,33 @@ def allocate_hidden(
             f"({error.strerror}).",
             "Free some space, use fewer samples, or raise --activation-memory.",
         ) from error
+
+
+def spill_weight(weight: Tensor, folder: Path | None = None) -> Tensor:
+    """Return a copy of a weight in a memory-mapped file.
+
+    Args:
+        weight: Of any shape and dtype, on the CPU.
+        folder: As for `allocate_hidden`.
+
+    Raises:
+        OutputError: The disk has no space for the file.
+    """
+    try:
+        return _mapped(tuple(weight.shape), weight.dtype, folder).copy_(weight)
+    except OSError as error:
+        raise OutputError(
+            f"A weight of {weight.nbytes / 2**20:.0f} MiB could not be spilled to "
+            f"{folder or tempfile.gettempdir()} ({error.strerror}).",
+            "Free space for all experts of a block there, or raise --memory.",
+        ) from error
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """Return an uninitialised tensor in a memory-mapped file without a name."""
+    with tempfile.TemporaryFile(dir=folder, prefix="hidden-") as file:
+        # Reserved now: writing to a mapped file on a full disk kills the process.
+        os.posix_fallocate(file.fileno(), 0, max(prod(shape) * dtype.itemsize, 1))
+        name = f"/proc/self/fd/{file.fileno()}"
+        mapped = torch.from_file(name, shared=True, size=prod(shape), dtype=dtype)
+        return mapped.view(shape)

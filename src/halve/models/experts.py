@@ -264,14 +264,34 @@ class Experts(nn.Module):
         """
         output = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
-            if number >= self.layers.count:
-                continue
-            # In the order of the model's own loop, so that sums have the same bits.
-            place, token = torch.where(number == top_k_index.T)
-            result = self._through(number, hidden_states[token])
-            weighted = result * top_k_weights[token, place, None]
-            output.index_add_(0, token, weighted.to(output.dtype))
+            if number < self.layers.count:
+                self.add(number, output, hidden_states, top_k_index, top_k_weights)
         return output
+
+    def add(
+        self,
+        number: int,
+        output: Tensor,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> None:
+        """Add an expert's outputs to those of the experts before it; see `forward`.
+
+        Args:
+            number: The expert.
+            output: [tokens, width].
+            hidden_states: [tokens, width].
+            top_k_index: [tokens, k].
+            top_k_weights: [tokens, k].
+        """
+        # In the order of the model's own loop, so that sums have the same bits.
+        place, token = torch.where(top_k_index.T.eq(number))
+        if not len(token):
+            return
+        result = self._through(number, hidden_states[token])
+        weighted = result * top_k_weights[token, place, None]
+        output.index_add_(0, token, weighted.to(output.dtype))
 
     def first_layers(self, number: int) -> nn.ModuleList:
         """Return all layers of an expert but the last."""

@@ -80,7 +80,8 @@ def dry_run(
     trusted = run_options.trust_remote_code
     plan = make_plan(folder, options, trusted, needs_weights=False)
     memory = plan_memory(plan, run_options.memory, run_options.activation_memory)
-    forecast = forecast_host(plan, memory.activations, memory.deferred)
+    places = memory.activations, memory.deferred, memory.spilled
+    forecast = forecast_host(plan, *places)
     gpu = forecast_gpu(plan)
     seconds = estimate_seconds(forecast, choose_device(options.device))
     return DryRun(plan, forecast, seconds, gpu)

@@ -107,12 +107,14 @@ def _replay(run: Run, streams: Streams | None, planned: PlannedBlock) -> None:
     if streams is None:
         return
     names = run.plan.layout.shards[planned.shard]
-    stored = run.output.read(planned.shard, names)
+    spilled = run.model.spilled_tensors(planned.index)
+    together = tuple(name for name in names if name not in spilled)
     with run.model.block(planned.index) as block:
         state = BlockState(block, planned, streams)
         if state.has_dense:  # while the block still has its dense weights
             state.dense_stream.advance(block, planned.index)
-        install(state, run.model, stored)
+        for part in (together, *((name,) for name in spilled)):
+            install(state, run.model, run.output.read(planned.shard, part))
         state.stream.advance(block, planned.index)
 
 

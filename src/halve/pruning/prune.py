@@ -216,7 +216,9 @@ def _run(
             output.workspace.decide(_BATCH, {"tokens": model.batch_tokens})
         limits = (run_options.memory, run_options.activation_memory)
         memory_plan = plan_memory(plan, *limits, ranks.local_size)
-        places = memory_plan.activations, memory_plan.deferred
+        places = memory_plan.activations, memory_plan.deferred, memory_plan.spilled
+        if memory_plan.spilled:
+            model = replace(model, spill=output.folder)
         foreseen = forecast_host(plan, *places).peak
         depth = len(plan.layout.blocks)
         progress = ProgressReporter(run_options.progress, depth)

@@ -121,7 +121,26 @@ def _stored(state: BlockState, model: BlockwiseModel) -> Iterator[tuple[str, Ten
             _as_stored(state, model, path, place)
             for path, place in model.slices(name, tensor)
         ]
-        yield tensor, torch.stack(slices).to("cpu", non_blocking=spares)
+        yield tensor, _joined(slices).to("cpu", non_blocking=spares)
+
+
+def _joined(slices: list[Tensor]) -> Tensor:
+    """Return slices of one shape as one tensor; a view where they lie side by side.
+
+    Those of a checkpoint's tensor do, unless their dtype was converted: a second copy
+    of all experts of a block would raise the peak.
+    """
+    first = slices[0]
+    starts = (first.data_ptr() + i * first.nbytes for i in range(len(slices)))
+    together = all(
+        one.data_ptr() == start and one.stride() == first.stride()
+        for one, start in zip(slices, starts, strict=True)
+    )
+    storage = first.untyped_storage().nbytes() - first.storage_offset() * first.itemsize
+    if not together or storage < len(slices) * first.nbytes:
+        return torch.stack(slices)
+    shape, strides = (len(slices), *first.shape), (first.numel(), *first.stride())
+    return first.as_strided(shape, strides, first.storage_offset())
 
 
 def _as_stored(
@@ -136,8 +155,12 @@ def install(
     state: BlockState, model: BlockwiseModel, stored: dict[str, Tensor]
 ) -> None:
     """Install the tensors that an earlier run has stored in a dense block."""
+    spilled = model.spilled_tensors(state.planned.index)
     for path, parameter in state.block.named_parameters():
         place = model.places[f"{state.planned.name}.{path}"]
         if place.tensor in stored:  # those shared by blocks are in the first's shard
             value = place.view(stored[place.tensor])
-            state.exchange(path, value.to(parameter.device))
+            if place.tensor in spilled:
+                state.overwrite(path, value)
+            else:
+                state.exchange(path, value.to(parameter.device))

@@ -123,8 +123,11 @@ def _install_solution(
     dtype, path = _dtype(model, planned), weight_path(planned)
     as_rows, solution = planned.matrix.as_rows, selected.solution
     was_sparse = is_sparse(state.weight(planned))
-    is_slice = planned.place.index is not None
-    if not is_slice:
+    # Of what is a view, nothing is free before all slices of its tensor are; what is
+    # spilled stays where it is.
+    spilled = model.spilled_tensors(state.planned.index)
+    in_place = planned.place.index is not None or planned.tensor in spilled
+    if not in_place:
         state.release(path)  # first: old, new and float32 copies would raise the peak
     # Converted and made contiguous in one step, since each copy is a whole matrix.
     stored = as_rows(solution.weight).to(dtype, memory_format=torch.contiguous_format)
@@ -134,7 +137,7 @@ def _install_solution(
             f"The solution for {planned.name} is not finite in {dtype}.",
             "Raise --damping, or calibrate on other text.",
         )
-    if is_slice:  # a view: nothing is free before all slices of its tensor are
+    if in_place:
         state.overwrite(path, stored)
     else:
         state.exchange(path, stored)

@@ -95,22 +95,18 @@ def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str,
     Raises:
         TargetMissedError: See `write_block`.
     """
-    names = dict.fromkeys(matrix.tensor for matrix in planned.matrices)
-    written = Checkpoint.of_files([path]).read(names)
-    matrices: list[MatrixRecord] = []
-    for matrix in planned.matrices:
-        weight = matrix.matrix.as_rows(matrix.place.view(written[matrix.tensor]))
-        selected = pruned.selected_by_name[matrix.name]
-        if (shortfall := _shortfall(selected, weight)) is not None:
-            raise TargetMissedError(
-                f"{matrix.name} in {path} misses its target: {shortfall}.",
-                "This is a bug in Halve; report it with the name of the model.",
-            )
-        matrices.append(_matrix_record(matrix, selected, weight))
+    written = Checkpoint.of_files([path])
+    records: dict[str, MatrixRecord] = {}
+    for tensor in dict.fromkeys(matrix.tensor for matrix in planned.matrices):
+        value = written.read([tensor])[tensor]  # one in memory at a time
+        for matrix in (m for m in planned.matrices if m.tensor == tensor):
+            weight = matrix.matrix.as_rows(matrix.place.view(value))
+            selected = pruned.selected_by_name[matrix.name]
+            records[matrix.name] = _checked_record(path, matrix, selected, weight)
     refined = pruned.refined and (pruned.refined.before, pruned.refined.after)
     record = BlockRecord(
         name=planned.name,
-        matrices=tuple(matrices),
+        matrices=tuple(records[matrix.name] for matrix in planned.matrices),
         error=pruned.error and pruned.error.overall,
         token_error=pruned.error and pruned.error.by_token,
         seconds=pruned.seconds,
@@ -120,10 +116,15 @@ def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str,
     return asdict(record)
 
 
-def _matrix_record(
-    matrix: PlannedMatrix, selected: Selected, weight: Tensor
+def _checked_record(
+    path: Path, matrix: PlannedMatrix, selected: Selected, weight: Tensor
 ) -> MatrixRecord:
-    """Return the record of a matrix, given as read back, [rows, columns]."""
+    """Check a matrix, given as read back, [rows, columns]; return its record."""
+    if (shortfall := _shortfall(selected, weight)) is not None:
+        raise TargetMissedError(
+            f"{matrix.name} in {path} misses its target: {shortfall}.",
+            "This is a bug in Halve; report it with the name of the model.",
+        )
     rows, columns = matrix.matrix.shape
     sparsity = float((weight == 0).double().mean())
     grid = selected.candidate.grid

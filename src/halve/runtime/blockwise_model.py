@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halve._compat.torch import buffer_slots, parameter_slots
+from halve.calibration import spill_weight
 from halve.checkpoint import Checkpoint
 from halve.devices import auto_device
 from halve.errors import (
@@ -148,6 +149,8 @@ class BlockwiseModel:
             hidden states stay in the memory of the host.
         read_ahead: Reads the tensors of the next block meanwhile; None to read them
             when they are needed.
+        spill: Folder of memory-mapped files that hold the weights of a block's experts,
+            on the CPU, so that those need not fit in memory; None to hold them there.
     """
 
     checkpoint: Checkpoint
@@ -159,6 +162,7 @@ class BlockwiseModel:
     matmul_precision: str = FULL_PRECISION
     reserve: int | None = None
     read_ahead: ReadAhead | None = None
+    spill: Path | None = None
 
     @classmethod
     def open(
@@ -290,9 +294,23 @@ class BlockwiseModel:
     def _read_block(self, index: int) -> dict[str, Tensor]:
         """Return a block's tensors as they are stored, by their names there."""
         names = self.block_tensors(index)
-        if self.read_ahead is None:
-            return self.checkpoint.read(names)
-        return self.read_ahead.take(names)
+        if self.read_ahead is not None:
+            return self.read_ahead.take(names)
+        spilled = self.spilled_tensors(index)
+        tensors = self.checkpoint.read(name for name in names if name not in spilled)
+        for name in spilled:  # one in memory at a time
+            weight = self.checkpoint.read([name])[name]
+            tensors[name] = spill_weight(weight, self.spill)
+        return tensors
+
+    def spilled_tensors(self, index: int) -> list[str]:
+        """Return the tensors of a block's experts if they are spilled, each once."""
+        if self.spill is None:
+            return []
+        prefix = self.block_name(index) + "."
+        paths = tuple(f"{p}." for p in self.experts if p.startswith(prefix))
+        held = (p.tensor for name, p in self.places.items() if name.startswith(paths))
+        return list(dict.fromkeys(held))
 
     @contextmanager
     def surroundings(self, with_head: bool) -> Iterator[None]:

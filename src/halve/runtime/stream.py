@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,13 @@ from halve.runtime.blockwise_model import (
     max_batch_tokens,
     windows_per_batch,
 )
+from halve.runtime.experts_in_turn import experts_in_turn
 from halve.runtime.hidden_states import SideCopies, copies_beside, place_hidden
+
+
+class _Called(Exception):  # noqa: N818  (control flow, no error)
+    """Stops a forward pass at the call of a module."""
+
 
 # The sample that is run to see which modules of a block are called, and with what.
 _FIRST = slice(0, 1)
@@ -241,6 +248,33 @@ class Stream:
             self._copies.put(part, states)
 
     @torch.no_grad()
+    def call_of(
+        self, block: nn.Module, index: int, path: str, part: slice
+    ) -> tuple[Any, ...]:
+        """Run a batch up to the call of a module; return its positional arguments.
+
+        Args:
+            block: The block, with its weights.
+            index: Its index in the model.
+            path: Path of the module within the block.
+            part: The batch.
+        """
+        calls: list[tuple[Any, ...]] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            calls.append(args)
+            raise _Called
+
+        handle = block.get_submodule(path).register_forward_pre_hook(note)
+        try:
+            self.run(block, index, part)
+        except _Called:
+            return calls[0]
+        finally:
+            handle.remove()
+        return ()
+
+    @torch.no_grad()
     def advance(
         self,
         block: nn.Module,
@@ -248,6 +282,8 @@ class Stream:
         watch: Callable[[slice, Tensor], None] | None = None,
     ) -> None:
         """Replace the hidden states by the output of a block.
+
+        Where experts are spilled, they run one after the other (`experts_in_turn`).
 
         Args:
             block: The block, with its weights.
@@ -258,15 +294,16 @@ class Stream:
             NumericalError: An output is not finite; the message names block and sample.
         """
         flags: list[Tensor] = []
-        for part in self.one_pass():
-            states = self.run(block, index, part)
-            if checks_later(self.model.device):
-                flags.append(finite_flag(states))
-            elif not is_finite(states):
-                raise self._not_finite(states, index, part)
-            if watch:
-                watch(part, states)
-            self._store(part, states)
+        with experts_in_turn(self, block, index):
+            for part in self.one_pass():
+                states = self.run(block, index, part)
+                if checks_later(self.model.device):
+                    flags.append(finite_flag(states))
+                elif not is_finite(states):
+                    raise self._not_finite(states, index, part)
+                if watch:
+                    watch(part, states)
+                self._store(part, states)
         self._check_flags(flags, index)
 
     def _check_flags(self, flags: list[Tensor], index: int) -> None:

@@ -54,6 +54,8 @@ class Forecast:
             is not larger than one part.
         budget: Bytes of activations that may stay in memory.
         deferred: Bytes of deferred inputs, in memory-mapped files.
+        spilled: Bytes of spilled experts, and of their inputs and outputs, in such
+            files.
         phases: What else is in memory, in turn.
         output: Bytes of the output, before packing.
         operations: Multiplications and additions of the whole run.
@@ -65,6 +67,7 @@ class Forecast:
     activations: tuple[tuple[int, int], ...]
     budget: int
     deferred: int
+    spilled: int
     phases: tuple[Phase, ...]
     output: int
     operations: int
@@ -78,8 +81,9 @@ class Forecast:
 
     @property
     def mapped(self) -> int:
-        """Bytes of activations in memory-mapped files."""
-        return sum(n for n, _ in self.activations) - self.resident + self.deferred
+        """Bytes of activations and weights in memory-mapped files."""
+        activations = sum(n for n, _ in self.activations) - self.resident
+        return activations + self.deferred + self.spilled
 
     @property
     def largest(self) -> Phase:
@@ -116,7 +120,10 @@ class Forecast:
 
 
 def forecast_run(
-    plan: Plan, budget: int | None = None, deferred: bool = False
+    plan: Plan,
+    budget: int | None = None,
+    deferred: bool = False,
+    spilled: bool = False,
 ) -> Forecast:
     """Predict the memory, disk and operations of a run.
 
@@ -125,13 +132,15 @@ def forecast_run(
         budget: Bytes of activations that may stay in memory; None for a quarter of the
             machine's memory.
         deferred: See `MemoryPlan`.
+        spilled: See `MemoryPlan`.
     """
-    work = _workload(plan, deferred)
+    work = _workload(plan, deferred, spilled)
     return Forecast(
         process=_resident() + _LIBRARIES,
         activations=tuple(_activations(work)),
         budget=default_activation_memory() if budget is None else budget,
         deferred=work.deferred_nbytes(),
+        spilled=max(work.spilled_nbytes(block) for block in work.blocks),
         phases=tuple(all_phases(work)),
         output=plan.layout.output_bytes,
         operations=sum(_operations(work, block) for block in work.blocks),
@@ -141,7 +150,10 @@ def forecast_run(
 
 
 def forecast_host(
-    plan: Plan, budget: int | None = None, deferred: bool = False
+    plan: Plan,
+    budget: int | None = None,
+    deferred: bool = False,
+    spilled: bool = False,
 ) -> Forecast:
     """Predict what a run takes of the host, text included, wherever it computes.
 
@@ -149,22 +161,23 @@ def forecast_host(
         plan: The run.
         budget: As for `forecast_run`.
         deferred: As for `forecast_run`.
+        spilled: As for `forecast_run`.
     """
-    forecast = forecast_run(plan, budget, deferred)
+    forecast = forecast_run(plan, budget, deferred, spilled)
     if choose_device(plan.options.device).type == "cuda":
         forecast = replace(
             forecast,
             process=forecast.process + _CUDA_LIBRARIES,
             phases=tuple(host_phases(plan)),
         )
-    if not _workload(plan, deferred).runs_text:
+    if not _workload(plan, deferred, spilled).runs_text:
         return forecast
     return replace(forecast, phases=(text_phase(plan), *forecast.phases))
 
 
-def _workload(plan: Plan, deferred: bool) -> Workload:
+def _workload(plan: Plan, deferred: bool, spilled: bool) -> Workload:
     solvers = [c.solver for c in candidates(plan.options, plan.layout.dtype)]
-    return Workload(plan, solvers, deferred)
+    return Workload(plan, solvers, deferred, spilled)
 
 
 def _resident() -> int:

@@ -24,10 +24,13 @@ class MemoryPlan:
             file, and are summed once the other groups of their block are solved. The
             largest Gram matrix of a block is then in memory without any other, and
             without the activations of a forward pass.
+        spilled: Whether weights of experts lie in memory-mapped files, and experts run
+            one after the other, so that a block may be larger than memory.
     """
 
     activations: int
     deferred: bool = False
+    spilled: bool = False
 
 
 def plan_memory(
@@ -56,14 +59,25 @@ def plan_memory(
         default = default_activation_memory() // processes
         return MemoryPlan(default if activations is None else activations)
     target = memory - memory // _MARGIN
-    together, deferred = (forecast_host(plan, 0, defer) for defer in (False, True))
-    # Deferring takes disk space and time, so only where it is needed and helps.
-    defers = together.peak > target and deferred.peak < together.peak
-    forecast = deferred if defers else together
+    way, forecast = _cheapest(plan, target)
     if forecast.peak > memory:
         raise _too_little(forecast, memory)
     left = max(target - forecast.peak_beside_activations, 0)
-    return MemoryPlan(left if activations is None else min(left, activations), defers)
+    return MemoryPlan(left if activations is None else min(left, activations), *way)
+
+
+def _cheapest(plan: Plan, target: int) -> tuple[tuple[bool, bool], Forecast]:
+    """Return what is deferred and spilled, and the forecast, with no activations.
+
+    Both take disk space and time, so only where it is needed and helps.
+    """
+    has_experts = any(block.experts for block in plan.layout.blocks)
+    spills = (False, True) if has_experts else (False,)
+    ways = [(deferred, spilled) for spilled in spills for deferred in (False, True)]
+    forecasts = {way: forecast_host(plan, 0, *way) for way in ways}
+    fitting = (way for way in ways if forecasts[way].peak <= target)
+    chosen = next(fitting, min(ways, key=lambda way: forecasts[way].peak))
+    return chosen, forecasts[chosen]
 
 
 def _too_little(forecast: Forecast, memory: int) -> HalveError:

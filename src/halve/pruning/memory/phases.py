@@ -24,7 +24,7 @@ from halve.pruning.observe.input_groups import (
     expected_groups,
     routed_groups,
 )
-from halve.pruning.observe.routing import routed_nbytes, rows_nbytes
+from halve.pruning.observe.routing import kept_columns, routed_nbytes, rows_nbytes
 from halve.pruning.plan import Plan
 from halve.pruning.tune.block_reconstruction import tuning_nbytes
 from halve.runtime.blockwise_model import (
@@ -67,6 +67,7 @@ class Workload:
         plan: The run.
         solvers: Solvers of the candidates.
         deferred: See `MemoryPlan`.
+        spilled: See `MemoryPlan`.
         batch_limit: Tokens in a batch, unless one window has more.
         tile: Rows of the largest tile or strip that is added to a sum at once.
     """
@@ -74,6 +75,7 @@ class Workload:
     plan: Plan
     solvers: list[Solver]
     deferred: bool
+    spilled: bool = False
     batch_limit: int = BATCH_TOKENS
     tile: int = MAX_TILE
 
@@ -135,6 +137,22 @@ class Workload:
         columns = max(sum(self.deferred_groups(block)) for block in self.blocks)
         return ActivationCache.nbytes(self.plan.tokens, columns)
 
+    def spilled_tensors(self, block: PlannedBlock) -> set[str]:
+        """Return the tensors of a block's experts if they are spilled."""
+        if not self.spilled:
+            return set()
+        return {m.tensor for m in block.matrices if m.matrix.expert is not None}
+
+    def spilled_nbytes(self, block: PlannedBlock) -> int:
+        """Return the bytes of a block's spilled experts, and of what runs them in turn.
+
+        That is their inputs and outputs for all windows.
+        """
+        tensors = self.plan.layout.tensors
+        weights = sum(tensors[name].nbytes for name in self.spilled_tensors(block))
+        kept = kept_columns(block) * bool(weights) * self.runs_text
+        return weights + 2 * ActivationCache.nbytes(self.plan.tokens, kept)
+
 
 def all_phases(work: Workload) -> Iterator[Phase]:
     """Yield the phases of a run in turn, block after block."""
@@ -151,7 +169,7 @@ def all_phases(work: Workload) -> Iterator[Phase]:
                 yield _solving_expert(work, block, group, matrix)
         if work.plan.options.refine:
             yield _refining(work, block)
-        yield _writing(work.plan, block)
+        yield _writing(work, block)
 
 
 def host_phases(plan: Plan) -> Iterator[Phase]:
@@ -176,7 +194,7 @@ def _collecting(work: Workload, block: PlannedBlock) -> Phase:
     return Phase(
         "collecting",
         {
-            "weights": _weights_nbytes(work.plan, block),
+            "weights": _weights_nbytes(work, block),
             "float32 copy": widening_nbytes(narrow),
             "grams": max(grams, default=0),
             "activations": _batch_nbytes(work, block),
@@ -189,7 +207,7 @@ def _summing(work: Workload, block: PlannedBlock, columns: int) -> Phase:
     return Phase(
         "summing",
         {
-            "weights": _weights_nbytes(work.plan, block),
+            "weights": _weights_nbytes(work, block),
             "grams": _statistics_nbytes(work, block, columns, running=True),
             "activations": ActivationCache.nbytes(work.batch_tokens, columns),
         },
@@ -206,7 +224,7 @@ def _solving(work: Workload, block: PlannedBlock, planned: PlannedMatrix) -> Pha
     return Phase(
         "solving",
         {
-            "weights": _weights_nbytes(work.plan, block),
+            "weights": _weights_nbytes(work, block),
             "float32 copy": 4 * widens * _narrow_elements(work.plan, planned),
             "grams": _statistics_nbytes(work, block, columns, running=False),
             "factors": cost.factors,
@@ -222,7 +240,7 @@ def _observing_expert(work: Workload, block: PlannedBlock, group: RoutedGroup) -
     return Phase(
         "observing an expert",
         {
-            "weights": _weights_nbytes(work.plan, block),
+            "weights": _weights_nbytes(work, block),
             "float32 copy": widening_nbytes(narrow),
             "grams": grams + work.adding_nbytes(max(group.columns, group.inner)),
             "activations": work.runs_text
@@ -240,7 +258,7 @@ def _solving_expert(
     return Phase(
         "solving an expert",
         {
-            "weights": _weights_nbytes(work.plan, block),
+            "weights": _weights_nbytes(work, block),
             "float32 copy": 4 * widens * _narrow_elements(work.plan, planned),
             "grams": routed_nbytes(group, False, work.corrects) * work.needs_grams,
             "factors": cost.factors,
@@ -256,14 +274,26 @@ def _refining(work: Workload, block: PlannedBlock) -> Phase:
         weights=sum(matrix.elements for matrix in block.matrices),
         batch=_batch_nbytes(work, block),
     )
-    return Phase("refining", {"weights": _weights_nbytes(work.plan, block), **parts})
+    return Phase("refining", {"weights": _weights_nbytes(work, block), **parts})
 
 
-def _writing(plan: Plan, block: PlannedBlock) -> Phase:
-    """Return the phase in which a shard is written, and read back to verify it."""
-    weights = _weights_nbytes(plan, block)
-    files = 2 * _stored_nbytes(plan, block)
-    return Phase("writing", {"weights": weights, FILES: files})
+def _writing(work: Workload, block: PlannedBlock) -> Phase:
+    """Return the phase in which a shard is written, and read back to verify it.
+
+    Tensors are in memory once more where they are converted or packed. They are read
+    back one at a time.
+    """
+    layout = work.plan.layout
+    plain = {m.tensor for m in block.matrices if m.matrix.plain}
+    stored = {name: layout.tensors[name] for name in layout.shards[block.shard]}
+    copied = sum(
+        info.nbytes
+        for name, info in stored.items()
+        if work.plan.options.packed
+        or loaded_dtype(info.dtype, widen=name not in plain) != info.dtype
+    )
+    files = copied + max(info.nbytes for info in stored.values())
+    return Phase("writing", {"weights": _weights_nbytes(work, block), FILES: files})
 
 
 def _stored_nbytes(plan: Plan, block: PlannedBlock) -> int:
@@ -340,14 +370,22 @@ def _outside_nbytes(plan: Plan) -> int:
     )
 
 
-def _weights_nbytes(plan: Plan, block: PlannedBlock) -> int:
-    """Return the bytes of a block's weights as `BlockwiseModel.block` loads them."""
+def _weights_nbytes(work: Workload, block: PlannedBlock) -> int:
+    """Return the bytes of a block's weights as `BlockwiseModel.block` loads them.
+
+    Of those that are spilled, one tensor is in memory at a time.
+    """
+    layout = work.plan.layout
     plain = {m.tensor for m in block.matrices if m.matrix.plain}
-    tensors = ((n, plan.layout.tensors[n]) for n in plan.layout.shards[block.shard])
-    return sum(
-        prod(info.shape) * loaded_dtype(info.dtype, widen=name not in plain).itemsize
-        for name, info in tensors
-    )
+    spilled = work.spilled_tensors(block)
+
+    def nbytes(name: str) -> int:
+        info = layout.tensors[name]
+        dtype = loaded_dtype(info.dtype, widen=name not in plain)
+        return prod(info.shape) * dtype.itemsize
+
+    held = sum(nbytes(n) for n in layout.shards[block.shard] if n not in spilled)
+    return held + max(map(nbytes, spilled), default=0)
 
 
 def _narrow_elements(plan: Plan, planned: PlannedMatrix) -> int:

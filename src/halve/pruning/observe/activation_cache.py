@@ -16,6 +16,7 @@ from torch import Tensor
 from halve.errors import UnsupportedModelError
 from halve.pruning.observe.block_state import BlockState, flat
 from halve.pruning.observe.input_groups import hooks
+from halve.runtime.experts_in_turn import experts_in_turn
 from halve.runtime.hidden_states import place_hidden
 from halve.runtime.stream import Stream
 
@@ -153,6 +154,8 @@ def cache_dense_inputs(
                 cache.put(path, call, part, inputs)
             calls.clear()
 
-    with hooks(state.block, seen, note):
-        stream.advance(state.block, state.planned.index, put)
+    block, index = state.block, state.planned.index
+    # Outside the hooks, which are for the pass that ends at the block's output.
+    with experts_in_turn(stream, block, index), hooks(block, seen, note):
+        stream.advance(block, index, put)
     return cache

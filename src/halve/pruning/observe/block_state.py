@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,29 +140,6 @@ class BlockState:
                 self.stream.run(self.block, self.planned.index, part)
             except _AllSeen:
                 return
-
-    @torch.no_grad()
-    def call_of(self, path: str, part: slice) -> tuple[Any, ...]:
-        """Run a batch up to the call of a module; return its positional arguments.
-
-        Args:
-            path: Path of the module within the block.
-            part: The batch.
-        """
-        calls: list[tuple[Any, ...]] = []
-
-        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-            calls.append(args)
-            raise _AllSeen
-
-        handle = self.block.get_submodule(path).register_forward_pre_hook(note)
-        try:
-            self.stream.run(self.block, self.planned.index, part)
-        except _AllSeen:
-            return calls[0]
-        finally:
-            handle.remove()
-        return ()
 
     def first_outputs(self) -> Tensor | None:
         """Return the block's current outputs for a few samples; None without text."""

@@ -206,8 +206,9 @@ def _called_with(
     Returns:
         [tokens, width], and [tokens, k], int64.
     """
-    args = state.call_of(group.leader, part)
-    tokens = state.stream.windows[part].numel()
+    stream, index = state.stream, state.planned.index
+    args = stream.call_of(state.block, index, group.leader, part)
+    tokens = stream.windows[part].numel()
     tensors = [x for x in args[:2] if isinstance(x, Tensor) and len(flat(x)) == tokens]
     if len(tensors) < 2:  # noqa: PLR2004
         shapes = [list(x.shape) for x in args if isinstance(x, Tensor)]
