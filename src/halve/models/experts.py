@@ -268,7 +268,7 @@ class Experts(nn.Module):
                 continue
             # In the order of the model's own loop, so that sums have the same bits.
             place, token = torch.where(number == top_k_index.T)
-            result = self._through(number, hidden_states[token])
+            result = self.run_expert(number, hidden_states[token])
             weighted = result * top_k_weights[token, place, None]
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
@@ -293,7 +293,7 @@ class Experts(nn.Module):
             return gate_experts(self._family, joined)
         return self._family.act_fn(joined)
 
-    def _through(self, number: int, inputs: Tensor) -> Tensor:
+    def run_expert(self, number: int, inputs: Tensor) -> Tensor:
         """Return an expert's output, [tokens, width], before it is weighted."""
         *first, last = self.get_submodule(str(number)).children()
         output = last(self.between(first, inputs))

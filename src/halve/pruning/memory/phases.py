@@ -7,7 +7,7 @@ states between blocks.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
 from operator import or_
@@ -139,6 +139,7 @@ class Workload:
 def all_phases(work: Workload) -> Iterator[Phase]:
     """Yield the phases of a run in turn, block after block."""
     yield Phase("embedding", {"embeddings": _outside_nbytes(work.plan)})
+    yield from _choosing_experts(work)
     for block in work.blocks:
         yield _collecting(work, block)
         for columns in sorted(work.deferred_groups(block)):
@@ -161,10 +162,42 @@ def host_phases(plan: Plan) -> Iterator[Phase]:
     to the GPU; and its shard on the way back, serialised, and read back to verify it.
     """
     yield Phase("embedding", {"embeddings": _outside_nbytes(plan)})
+    for block in plan.input_layout.blocks if plan.dropping else ():
+        yield Phase("reading", {"weights": _stored_nbytes(plan.before_dropping, block)})
     for block in plan.layout.blocks:
         stored = _stored_nbytes(plan, block)
         yield Phase("reading", {"weights": stored})
         yield Phase("writing", {FILES: 3 * stored})
+
+
+def _choosing_experts(work: Workload) -> Iterator[Phase]:
+    """Yield the phases in which the experts that a block keeps are chosen."""
+    if work.plan.dropping is None:
+        return
+    whole = replace(work, plan=work.plan.before_dropping)
+    for block, fewer in zip(whole.blocks, work.blocks, strict=True):
+        rows = (rows_nbytes(g, work.plan.tokens, False) for g in routed_groups(block))
+        options = work.plan.options
+        held_out = options.held_out * (options.seq_len or 0)
+        yield Phase(
+            "choosing experts",
+            {
+                "weights": _weights_nbytes(whole.plan, block),
+                "kept experts": _cut_nbytes(work.plan, fewer),
+                "activations": _batch_nbytes(whole, block) + max(rows, default=0),
+                "held-out outputs": Stream.nbytes(held_out, work.plan.width),
+            },
+        )
+
+
+def _cut_nbytes(plan: Plan, block: PlannedBlock) -> int:
+    """Return the bytes of a block's tensors that are cut out of larger ones.
+
+    Those are in memory as well while they are read.
+    """
+    before, after = plan.input_layout.tensors, plan.layout.tensors
+    names = plan.layout.shards[block.shard]
+    return sum(after[n].nbytes for n in names if after[n].shape != before[n].shape)
 
 
 def _collecting(work: Workload, block: PlannedBlock) -> Phase:
