@@ -10,12 +10,15 @@ range of the divergence. The parts:
   whole block (all tokens), or both as in every run (shrunk); and these with rows that
   are weighed by the router's weight g, of the last matrix of an expert or of all. With
   few windows too, where few tokens reach an expert.
+- `dropped`: half of the experts dropped whole, and nothing else: the better of all
+  scores in each block, as in every run; REAP; mean norm; and at random, each draw of
+  the windows with other experts. With the rest pruned by sparsegpt at 50 % as well.
 
 There is no claim to fail: prints the results.
 
-    python benchmarks/experts.py MODEL [--parts solvers statistics] [--seeds 3]
-        [--patterns 50% 2:4] [--segments 128] [--samples 128] [--few-samples 8]
-        [--calibration TEXT --data TEXT] [--work FOLDER]
+    python benchmarks/experts.py MODEL [--parts solvers statistics dropped]
+        [--seeds 3] [--patterns 50% 2:4] [--segments 128] [--samples 128]
+        [--few-samples 8] [--calibration TEXT --data TEXT] [--work FOLDER]
 
 Each run is added to WORK/experts.json, and runs that are there are not repeated.
 """
@@ -36,13 +39,16 @@ from unittest import mock
 import torch
 from divergence import Divergence, Judge
 from machine import describe_machine
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import halve
 from halve.calibration import cut_segments, load_corpus, load_encoder
 from halve.pruning.observe import routing
+from halve.pruning.observe.expert_outputs import ExpertSums
 from halve.pruning.observe.routing import Weighting
+from halve.pruning.select.experts import SALIENCIES, Saliency
 
 # Name -> options of halve.prune.
 SOLVERS: dict[str, dict[str, Any]] = {
@@ -63,6 +69,26 @@ STATISTICS = {
     "shrunk, all by g": Weighting(first=True, last=True),
     "routed only, all by g": Weighting(pseudo_tokens=0, first=True, last=True),
 }
+
+
+def at_random(sums: ExpertSums) -> Tensor:
+    """Return scores that say nothing; others for other calibration windows."""
+    generator = torch.Generator().manual_seed(int(sums.norms.sum() * 1e6))
+    return torch.rand(len(sums.tokens), generator=generator, dtype=torch.float64)
+
+
+# Name -> scores of experts, of which each block takes the best; the first is that of
+# every run.
+SCORES: dict[str, dict[str, Saliency]] = {
+    "best of both": dict(SALIENCIES),
+    **{name: {name: score} for name, score in SALIENCIES.items()},
+    "random": {"random": at_random},
+}
+# What follows dropping -> options of halve.prune.
+AFTERWARDS = {
+    "": {"sparsity": 0},
+    ", then sparsegpt 50%": {"sparsity": "50%", "solver": "sparsegpt"},
+}
 # Solvers with which statistics are compared.
 _COMPARED = ("sparsegpt", "auto")
 
@@ -76,17 +102,23 @@ class Run:
         title: What its row is called.
         options: Options of halve.prune.
         statistic: Name in `STATISTICS`.
+        scores: Name in `SCORES`.
     """
 
     part: str
     title: str
     options: dict[str, Any]
     statistic: str = "shrunk"
+    scores: str = "best of both"
 
     @contextmanager
     def patched(self) -> Iterator[None]:
         """Set what is no option of Halve, for a while."""
-        with mock.patch.object(routing, "WEIGHTING", STATISTICS[self.statistic]):
+        weighting = STATISTICS[self.statistic]
+        with (
+            mock.patch.object(routing, "WEIGHTING", weighting),
+            mock.patch.dict(SALIENCIES, SCORES[self.scores], clear=True),
+        ):
             yield
 
 
@@ -133,7 +165,7 @@ class Bench:
         """Return the divergence of a run, which is known or is done now."""
         task, options = self.task, {"samples": self.task.samples} | run.options
         sizes = (str(task.model), task.calibration, task.data, task.segments)
-        key = json.dumps([*sizes, options, run.statistic, seed])
+        key = json.dumps([*sizes, options, run.statistic, run.scores, seed])
         if key not in self.known:
             with tempfile.TemporaryDirectory(dir=task.work) as folder, run.patched():
                 out = Path(folder) / "out"
@@ -178,7 +210,19 @@ def statistic_runs(task: argparse.Namespace) -> Iterator[Run]:
                     yield Run("statistics", title, options | SOLVERS[solver], name)
 
 
-PARTS = {"solvers": solver_runs, "statistics": statistic_runs}
+def dropping_runs(task: argparse.Namespace) -> Iterator[Run]:
+    """Yield every score by which half of the experts are dropped."""
+    for afterwards, options in AFTERWARDS.items():
+        for name in SCORES:
+            every = {"experts": "50%", "samples": task.samples} | options
+            yield Run("dropped", f"{name}{afterwards}", every, scores=name)
+
+
+PARTS = {
+    "solvers": solver_runs,
+    "statistics": statistic_runs,
+    "dropped": dropping_runs,
+}
 
 
 def _arguments() -> argparse.Namespace:
@@ -205,7 +249,7 @@ def main() -> int:
     for part in task.parts:
         print(f"\n{part}: KL (range; its error), perplexity, agreement")
         dense = bench.judge.dense
-        print(f"  {'dense':50}  {0:.4f}{'':38}{dense.perplexity:8.3f}")
+        print(f"  {'dense':50}  {0:.4f}{'':33}{dense.perplexity:8.3f}")
         for run in PARTS[part](task):
             bench.row(run)
     return 0

@@ -80,6 +80,23 @@ def test_a_pruned_mixture_loads_in_transformers(row, sparsity, pico, text, tmp_p
     assert not halve.verify(out).findings
 
 
+def test_a_router_that_looks_experts_up_stays(pico, text, tmp_path):
+    folder = shutil.copytree(pico("deepseek_v4"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    table = "model.layers.0.ffn.gate.tid2eid"
+    tensors[table] = torch.arange(tensors[table].numel()).view(-1, 2) % 4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    options = SIZES | {"solver": "sparsegpt", "calibration": str(text)}
+    assert halve.prune(folder, out, **options).sparsity == 0.5
+    after = _tensors(out)
+    assert torch.equal(after[table], tensors[table])
+    last = "model.norm.weight"  # which a renaming of other norms would take away
+    assert torch.equal(after[last], tensors[last])
+    info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]  # pyright: ignore[reportIndexIssue]
+    assert not any(info.values()), info
+
+
 @pytest.mark.parametrize("row", MIXTURES)
 def test_routers_and_gates_are_never_pruned(row, pico):
     plan = make_plan(pico(row), PruneOptions())
@@ -173,6 +190,7 @@ class TestCheckpointsThatContradictTheirConfigs:
 
 
 HUB_SIZED = {
+    "deepseek_v4": ({"num_hidden_layers": 4}, 4, 256 * 3 * 4),
     "deepseek_v3": ({}, 61, 256 * 3 * 58),
     "qwen3_next": ({"num_hidden_layers": 16}, 16, 512 * 3 * 16),
     "gpt_oss": ({"num_hidden_layers": 36, "num_local_experts": 128}, 36, 128 * 2 * 36),

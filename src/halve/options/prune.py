@@ -311,6 +311,11 @@ class PruneOptions(Options):
         return parse_sparsity(self.sparsity, allow_dense=True) == 0
 
     @property
+    def only_drops_experts(self) -> bool:
+        """Whether the weights of the experts that are kept, and all others, stay."""
+        return self.leaves_weights and not self.refine and not self.rules
+
+    @property
     def parsed_rules(self) -> Rules:
         """Rules and skipped matrices, parsed."""
         return parse_rules(self.rules, self.skip, self.quantize is not None)

@@ -51,6 +51,8 @@ def prune_blocks(
     # Passes may compute with less; nothing else does, whatever the caller has set.
     with matmul_precision(FULL_PRECISION, device):
         run, experts = drop_experts(run, windows)
+        if run.plan.options.only_drops_experts:
+            windows = None  # nothing else depends on text
         records, decisions = _prune_what_is_left(run, windows)
     return records, replace(decisions, experts=experts)
 

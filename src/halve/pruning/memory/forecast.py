@@ -230,9 +230,9 @@ def _forward_operations(work: Workload, block: PlannedBlock) -> int:
 
 def _token_operations(work: Workload, block: PlannedBlock) -> int:
     """Return the operations that are done for every token, for all tokens."""
-    if not work.runs_text:
-        return 0
     options = work.plan.options
+    if not work.runs_text or options.only_drops_experts:
+        return 0
     passes = _PASSES + _PASSES_TO_CORRECT * work.corrects
     passes += options.refine * tuning_passes(options.epochs)
     forward = _forward_operations(work, block)
