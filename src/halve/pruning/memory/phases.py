@@ -141,6 +141,7 @@ def all_phases(work: Workload) -> Iterator[Phase]:
     yield Phase("embedding", {"embeddings": _outside_nbytes(work.plan)})
     yield from _choosing_experts(work)
     for block in work.blocks:
+        yield from _reading(work.plan, block)
         yield _collecting(work, block)
         for columns in sorted(work.deferred_groups(block)):
             yield _summing(work, block, columns)
@@ -166,7 +167,8 @@ def host_phases(plan: Plan) -> Iterator[Phase]:
         yield Phase("reading", {"weights": _stored_nbytes(plan.before_dropping, block)})
     for block in plan.layout.blocks:
         stored = _stored_nbytes(plan, block)
-        yield Phase("reading", {"weights": stored})
+        codes = _codes_nbytes(plan, block)
+        yield Phase("reading", {"weights": stored, FILES: codes})
         yield Phase("writing", {FILES: 3 * stored})
 
 
@@ -183,6 +185,7 @@ def _choosing_experts(work: Workload) -> Iterator[Phase]:
             "choosing experts",
             {
                 "weights": _weights_nbytes(whole.plan, block),
+                FILES: _codes_nbytes(whole.plan, block),
                 "kept experts": _cut_nbytes(work.plan, fewer),
                 "activations": _batch_nbytes(whole, block) + max(rows, default=0),
                 "held-out outputs": Stream.nbytes(held_out, work.plan.width),
@@ -198,6 +201,21 @@ def _cut_nbytes(plan: Plan, block: PlannedBlock) -> int:
     before, after = plan.input_layout.tensors, plan.layout.tensors
     names = plan.layout.shards[block.shard]
     return sum(after[n].nbytes for n in names if after[n].shape != before[n].shape)
+
+
+def _reading(plan: Plan, block: PlannedBlock) -> Iterator[Phase]:
+    """Yield the phase in which a block is read, if its matrices are quantized.
+
+    Codes and scales of a matrix are in memory as well until it is dense.
+    """
+    if codes := _codes_nbytes(plan, block):
+        yield Phase("reading", {"weights": _weights_nbytes(plan, block), FILES: codes})
+
+
+def _codes_nbytes(plan: Plan, block: PlannedBlock) -> int:
+    """Return the bytes, as stored, of the largest quantized tensor of a block."""
+    infos = (plan.input_layout.tensors[n] for n in plan.layout.shards[block.shard])
+    return max((info.stored_bytes for info in infos if info.found), default=0)
 
 
 def _collecting(work: Workload, block: PlannedBlock) -> Phase:
