@@ -297,10 +297,10 @@ def test_every_way_follows_and_resumes(way, mixture, text, tmp_path):
 def test_a_dry_run_knows_of_it_from_the_config_alone(mixture, text, tmp_path):
     folder = mixture("deepseek_v3")
     shutil.copy(folder / "config.json", tmp_path)
-    options: dict[str, Any] = {"calibration": str(text), "sparsity": 0} | SIZES
-    whole = halve.plan(folder, experts="50%", **options)
-    bare = halve.plan(tmp_path, experts="50%", **options)
-    full = halve.plan(folder, **(options | {"sparsity": "50%"}))
+    options: dict[str, Any] = {"calibration": str(text)} | SIZES
+    whole = halve.plan(folder, experts="50%", sparsity=0, **options)
+    bare = halve.plan(tmp_path, experts="50%", sparsity=0, **options)
+    full = halve.plan(folder, **options)
     assert bare.forecast.output == whole.forecast.output < full.forecast.output
     phase = whole.forecast.by_name()["choosing experts"]
     assert phase["weights"] == full.forecast.by_name()["collecting"]["weights"]
@@ -333,15 +333,19 @@ def test_blocks_for_further_tokens_are_left_out(mixture, text, tmp_path):
     folder = shutil.copytree(mixture("deepseek_v3"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     extra = "model.layers.61.mlp.experts.0.up_proj.weight"
-    tensors[extra] = torch.zeros(32, 32)
+    beside = "model.layers.61.input_layernorm.weight"
+    vision = "vision_tower.layers.0.weight"  # not read by a model of text
+    tensors |= {name: torch.zeros(32, 32) for name in (extra, beside, vision)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config |= {"num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     _drop(folder, tmp_path / "out", text, "50%")
-    assert extra not in _tensors(tmp_path / "out")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["num_nextn_predict_layers"] == 0
+    written = _tensors(tmp_path / "out")
+    assert not {extra, beside} & written.keys()
+    assert vision in written
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
 
 
 class TestRefusals:

@@ -1,6 +1,7 @@
 """A checkpoint and a model of which each block keeps some of its experts."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -60,10 +61,11 @@ class ExpertSelection:
     def _unchanged(self) -> dict[str, Selection]:
         """Name -> the same tensor, for all that remain, in the checkpoint's order.
 
-        Tensors that no parameter is read from are left out: blocks for multi-token
-        prediction are among them, which hold experts that nobody has scored.
+        Blocks for multi-token prediction are left out: they hold experts that nobody
+        has scored. What else the model does not read, such as a vision tower, remains.
         """
-        places = self.tensors.places.items()
+        used = {place.tensor for place in self.tensors.places.values()}
+        unread = [name for name in self.checkpoint.tensors if name not in used]
         dropped = {
             place.tensor
             for path in self.fewer.modules
@@ -71,8 +73,8 @@ class ExpertSelection:
             for place in self._places[path][number].values()
             if place.index is None
         }
-        used = {place.tensor for _, place in places} - dropped
-        return {n: Selection(n) for n in self.checkpoint.tensors if n in used}
+        dropped |= _with_experts(unread, self.fewer.meta_model.model.base_model_prefix)
+        return {n: Selection(n) for n in self.checkpoint.tensors if n not in dropped}
 
     @cached_property
     def _places(self) -> dict[str, list[dict[str, Place]]]:
@@ -117,6 +119,27 @@ class ExpertSelection:
                 tensor = self.tensors.places[name].tensor
                 found[self.fewer.module_of(name)][tensor] = dimension
         return found
+
+
+def _with_experts(names: Iterable[str], prefix: str) -> set[str]:
+    """Return the tensors of those parts of a checkpoint that hold experts.
+
+    A part is a block (`model.layers.61`), or what lies beside the base model (`mtp`).
+
+    Args:
+        names: Tensors that the model does not read.
+        prefix: Name of the base model within the model.
+    """
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        block = re.match(rf"{prefix}\..*?\.\d+(?=\.)", name)
+        parts.setdefault(block[0] if block else name.partition(".")[0], []).append(name)
+    return {
+        name
+        for part in parts.values()
+        if any(".experts." in name for name in part)
+        for name in part
+    }
 
 
 def select_experts(
