@@ -58,10 +58,11 @@ def mixture(tmp_path_factory):
         key = json.dumps([row, changes], sort_keys=True)
         if key not in made:
             _, options = MIXTURES[row]
-            every = {name: TOTAL for name in COUNTS if name in options}
+            every: dict[str, Any] = {n: TOTAL for n in COUNTS if n in options}
             groups = {"n_group": 2, "topk_group": 1} if row == "deepseek_v3" else {}
             folder = tmp_path_factory.mktemp(row)
-            made[key] = save_pico(folder, row, **(every | groups | changes))
+            every |= groups | changes
+            made[key] = save_pico(folder, row, **every)
             _fill_corrections(folder)
         return made[key]
 
