@@ -54,7 +54,7 @@ class CalibrationError(HalveError):
 
 
 class PatternError(HalveError):
-    """A sparsity pattern that is invalid, or does not fit a matrix."""
+    """A sparsity pattern, or a fraction of experts, that is invalid or does not fit."""
 
 
 class QuantizationError(HalveError):

@@ -37,6 +37,21 @@ def parse_sparsity(
     )
 
 
+def parse_expert_fraction(text: str | float) -> float:
+    """Parse a fraction of experts to keep, in (0, 1).
+
+    Raises:
+        PatternError: The text is none.
+    """
+    if 0 < (fraction := _fraction(text)) < 1:
+        return fraction
+    raise PatternError(
+        f"{text!r} is not a fraction of experts to keep: a number between 0 and 1 or a "
+        "percentage was expected.",
+        "Write it as 75% or 0.75, or omit experts to keep all (--experts).",
+    )
+
+
 def _fraction(text: str | float) -> float:
     """Parse a number or a percentage; NaN where the text is neither."""
     try:

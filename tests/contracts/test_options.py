@@ -214,7 +214,7 @@ def test_the_package_is_marked_as_typed():
 def test_annotated_types_are_plain():
     """Typer parses these; a new type needs a parser in halve.cli.options."""
     plain = {str, int, float, bool, tuple[int, ...], tuple[str, ...], str | float}
-    optional = {kind | None for kind in (str, int, float, bool)}
+    optional = {kind | None for kind in (str, int, float, bool, str | float)}
     for options_class in CLASSES:
         for field in fields(options_class):
             if option_of(field.type) is not None:

@@ -20,6 +20,7 @@ from halve.options import PruneOptions
 from halve.pruning import MemoryPlan, forecast_run, plan_memory, prune_block
 from halve.pruning import prune as prune_module
 from halve.pruning.memory import forecast as forecast_module
+from halve.pruning.observe import routing
 from halve.pruning.plan import make_plan
 from halve.pruning.windows import calibration_windows
 from halve.runtime import experts_in_turn as turn_module
@@ -81,6 +82,24 @@ def test_a_pruned_mixture_loads_in_transformers(row, sparsity, pico, text, tmp_p
     )
     assert halve.inspect(out).sparsity == 0.5
     assert not halve.verify(out).findings
+
+
+def test_a_router_that_looks_experts_up_stays(pico, text, tmp_path):
+    folder = shutil.copytree(pico("deepseek_v4"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    table = "model.layers.0.ffn.gate.tid2eid"
+    tensors[table] = torch.arange(tensors[table].numel()).view(-1, 2) % 4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"calibration": str(text)} | SIZES
+    record = halve.prune(folder, out, solver="sparsegpt", **options)
+    assert record.sparsity == 0.5
+    after = _tensors(out)
+    assert torch.equal(after[table], tensors[table])
+    last = "model.norm.weight"  # which a renaming of other norms would take away
+    assert torch.equal(after[last], tensors[last])
+    info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]  # pyright: ignore[reportIndexIssue]
+    assert not any(info.values()), info
 
 
 @pytest.mark.parametrize("row", MIXTURES)
@@ -176,6 +195,7 @@ class TestCheckpointsThatContradictTheirConfigs:
 
 
 HUB_SIZED = {
+    "deepseek_v4": ({"num_hidden_layers": 4}, 4, 256 * 3 * 4),
     "deepseek_v3": ({}, 61, 256 * 3 * 58),
     "qwen3_next": ({"num_hidden_layers": 16}, 16, 512 * 3 * 16),
     "gpt_oss": ({"num_hidden_layers": 36, "num_local_experts": 128}, 36, 128 * 2 * 36),
@@ -309,6 +329,27 @@ class TestStatistics:
                     expected = x.T @ x + x.shape[1] * mean
                     difference = (actual - expected).norm() / expected.norm()
                     assert difference < 1e-5, prefix
+
+    def test_rows_may_be_weighed_by_the_router(self, pico, text, tmp_path, monkeypatch):
+        """By weights whose mean square is 1, for an expert's own tokens."""
+        weighting = routing.Weighting(pseudo_tokens=0, first=True, last=True)
+        monkeypatch.setattr(routing, "WEIGHTING", weighting)
+        folder, options = pico("mixtral"), {"solver": "sparsegpt"}
+        found, _ = self.observed(monkeypatch, folder, tmp_path / "o", text, **options)
+        windows = self.windows(folder, text, **options)
+        dense: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+        path = "model.layers.0.mlp.experts"
+        module, call = self.calls(dense, dense, path, "model.layers", windows)
+        hidden, (_, index, weights) = call[0].flatten(0, -2), call
+        for number in range(4):
+            sent = index == number
+            own = weights[sent].double() / weights[sent].double().square().mean().sqrt()
+            prefix = f"{path}.{number}."
+            grams = [g for name, g in found.items() if name.startswith(prefix)]
+            rows = self.products(module, number, hidden[sent.any(dim=1)])
+            for actual, inputs in zip(grams, rows, strict=True):
+                x = inputs.double() * own[:, None]
+                assert (actual - x.T @ x).norm() < 1e-5 * (x.T @ x).norm(), prefix
 
     def test_experts_without_tokens_are_fitted_to_those_of_all(
         self, pico, text, tmp_path

@@ -262,6 +262,15 @@ def test_transformers_loads_the_same_experts(gpt_oss):
         assert torch.equal(checkpoint.read([name])[name], state[name]), name
 
 
+def test_a_dry_run_counts_codes_and_scales_while_a_block_is_read(gpt_oss):
+    """Of the largest quantized tensor; the dense ones are in memory anyway."""
+    plan = halve.plan(gpt_oss, samples=2, seq_len=8, device="cpu")
+    infos = Checkpoint.open(gpt_oss).tensors.values()
+    phase = plan.forecast.by_name()["reading"]
+    assert phase["files"] == max(i.stored_bytes for i in infos if i.format) > 0
+    assert phase["weights"] == plan.forecast.by_name()["collecting"]["weights"]
+
+
 def test_its_tensors_are_those_of_the_model(gpt_oss):
     infos = Checkpoint.open(gpt_oss).tensors.values()
     stored = [StoredTensor(i.name, i.shape, i.dtype) for i in infos]

@@ -13,6 +13,7 @@ from halve.checkpoint.output import (
     read_record,
     source_record,
 )
+from halve.checkpoint.selected_view import SelectedCheckpoint, Selection
 from halve.checkpoint.side_files import find_side_files
 from halve.checkpoint.source import resolve_model
 from halve.checkpoint.tensor_info import TensorInfo
@@ -22,6 +23,8 @@ __all__ = [
     "MEASUREMENTS",
     "RECORD",
     "Checkpoint",
+    "SelectedCheckpoint",
+    "Selection",
     "TensorInfo",
     "Workspace",
     "check_space",

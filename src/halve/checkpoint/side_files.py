@@ -7,7 +7,7 @@ anew from the headers of the shards.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -111,6 +111,7 @@ def write_side_files(
     shards: Iterable[str],
     source: Path,
     quantization: dict[str, Any] | None,
+    changes: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """Write the index, and copy the side files of the source model.
 
@@ -120,6 +121,7 @@ def write_side_files(
         source: Folder of the source model.
         quantization: The `quantization_config` for config.json; None for a model
             without packed matrices, whose config.json has no such entry.
+        changes: Entries of the language model's part of config.json -> new values.
 
     Returns:
         File name -> SHA-256.
@@ -136,6 +138,7 @@ def write_side_files(
         make_folders((folder / name).parent)
         copy_file(source / name, folder / name)
     _set_quantization(folder / CONFIG, quantization)
+    _change_entries(folder / CONFIG, changes or {})
     with read_errors(folder):
         return {name: sha256(folder / name) for name in (_INDEX, *names)}
 
@@ -163,4 +166,17 @@ def _set_quantization(config: Path, entry: dict[str, Any] | None) -> None:
         for name in ENTRIES if isinstance(part, dict) else ():
             part.pop(name, None)
     entries |= {ENTRIES[0]: entry} if entry else {}
+    write_text(config, json.dumps(entries, indent=2, sort_keys=True) + "\n")
+
+
+def _change_entries(config: Path, changes: Mapping[str, int]) -> None:
+    """Change entries of a config.json: where they stand, or else where they belong."""
+    if not changes:
+        return
+    with read_errors(config):
+        entries = parse_json(config.read_text("utf-8"))
+    text = entries.get(TEXT_CONFIG)
+    for name, value in changes.items():
+        inner = isinstance(text, dict) and (name in text or name not in entries)
+        (text if inner else entries)[name] = value
     write_text(config, json.dumps(entries, indent=2, sort_keys=True) + "\n")

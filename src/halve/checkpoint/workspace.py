@@ -7,7 +7,7 @@ at any point is resumed from its ledger, to the same bytes. Where no rename can 
 `OUT` (see `work_folder`), its files are moved up one by one, `halve.json` last.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,10 @@ class Workspace:
         self.decisions[name] = decision
 
     def add_side_files(
-        self, source: Path, quantization: dict[str, Any] | None = None
+        self,
+        source: Path,
+        quantization: dict[str, Any] | None = None,
+        changes: Mapping[str, int] | None = None,
     ) -> dict[str, str]:
         """Write the index, and copy the side files of the source model.
 
@@ -111,11 +114,14 @@ class Workspace:
             source: Folder of the source model.
             quantization: The `quantization_config` for config.json; None for a model
                 without packed matrices.
+            changes: Entries of config.json -> new values.
 
         Returns:
             File name -> SHA-256.
         """
-        return write_side_files(self.folder, self.committed, source, quantization)
+        return write_side_files(
+            self.folder, self.committed, source, quantization, changes
+        )
 
     def finish(self, record: str) -> None:
         """Write `halve.json`, the last file, and rename the folder to `OUT`.

@@ -64,6 +64,8 @@ def _print_plan(plan: "Plan") -> None:
 
 
 def _targets(plan: "Plan") -> str:
+    if plan.options.leaves_weights:
+        return "none of them to prune"
     return ", or ".join(
         f"{pattern} to prune" + (f" and {grid} for the rest" if grid else "")
         for pattern, grid in plan.options.pairs
@@ -75,6 +77,9 @@ def _choices(plan: "Plan") -> Iterator[str]:
     from halve.pruning.select.candidates import candidates
 
     options = plan.options
+    if plan.dropping is not None:
+        kept, total = plan.dropping.kept, plan.dropping.total
+        yield f"Each block keeps {kept} of its {total} experts, chosen before that."
     count = len(candidates(options, plan.layout.dtype))
     if count > 1 and options.target_bits is None:
         yield f"Each matrix is pruned in {count} ways, of which the best is taken."

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from functools import update_wrapper
 from inspect import Parameter, Signature, signature
+from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -151,8 +152,9 @@ def _set_parameters(
 def _typer_parameter(declared: CommandOption, panels: bool) -> Parameter:
     """Return an option as a parameter that typer turns into a flag."""
     option, type_, default = declared.option, declared.type, declared.default
-    if type_ == str | float:
-        type_ = str
+    if float in get_args(type_) and str in get_args(type_):
+        # Text as well as a number: parsed where it is used.
+        type_ = str | None if NoneType in get_args(type_) else str
     if get_origin(type_) is tuple:
         type_, default = list[get_args(type_)[0]], list(default)
     info = typer.Option(

@@ -26,6 +26,8 @@ EXAMPLES = """
 
 `halve prune ./llama -o ./llama-mixed --rule 'down_proj=40%' --skip 'layers\\.0\\.'`
 
+`halve prune ./mixtral -o ./mixtral-6 --experts 75% --sparsity 0`
+
 `halve prune ./llama -o ./llama-best --preset best --config run.yaml`
 
 `torchrun --nproc-per-node 2 -m halve prune ./llama -o ./llama-half`
@@ -123,6 +125,7 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     columns = ["block", "sparsity", "output error", "mean by token", "time"]
     print_table("", columns, rows)
     print(f"{percent(record.sparsity)} of the prunable weights are zero in {out}.")
+    _print_experts(record)
     _print_windows(record)
     if record.bits is not None:
         print(f"As packed codes they take {record.bits:.2f} bits each.")
@@ -144,6 +147,20 @@ def _print_record(record: "PruneRecord", out: str) -> None:
         print(f"Peak memory: {peak} ({foreseen} predicted).")
     print(
         f"Finished at {local_time(record.finished)}, after {duration(record.seconds)}."
+    )
+
+
+def _print_experts(record: "PruneRecord") -> None:
+    """Print how many experts were kept, and by which score."""
+    from collections import Counter
+
+    if (experts := record.experts) is None:
+        return
+    counts = Counter(module.saliency for module in experts.modules)
+    scores = ", ".join(f"{name} in {count}" for name, count in counts.items())
+    print(
+        f"Each block kept {experts.kept} of {experts.total} experts; blocks by score: "
+        f"{scores}."
     )
 
 

@@ -6,7 +6,8 @@ wrong. Neither authenticates the output: whoever can change a file can write a n
 record for it.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +23,7 @@ from halve.checkpoint import (
 from halve.checkpoint.output import name_record
 from halve.errors import CheckpointError, PatternError, QuantizationError
 from halve.grids import QuantScheme, grid_shortfall
+from halve.layout import PlannedMatrix
 from halve.measure.inspection import group_by_tensor, matrices_of
 from halve.measure.rule_check import rule_mismatches
 from halve.patterns import NM, parse_pattern
@@ -96,6 +98,8 @@ class _Record:
         files: The same for all other files.
         matrices: Tensor name -> recorded properties.
         heads: The same of embedding and head, where they were quantized.
+        experts: Number of experts that each module of experts has kept; None where all
+            were.
         rule_findings: Matrices whose recorded pattern is not that of the recorded rule.
     """
 
@@ -103,12 +107,14 @@ class _Record:
     files: dict[str, str]
     matrices: dict[str, _Expected]
     heads: dict[str, _Expected]
+    experts: int | None
     rule_findings: tuple[Finding, ...]
 
     @classmethod
     def of(cls, record: PruneRecord | PackRecord) -> "_Record":
         if any(Path(name).name != name for name in record.shards):
             raise ValueError("a path in the place of a file name")
+        is_pruned = isinstance(record, PruneRecord)
         paths = [PurePosixPath(name) for name in record.files]
         if any(path.is_absolute() or ".." in path.parts for path in paths):
             raise ValueError("a path out of the folder")
@@ -117,7 +123,8 @@ class _Record:
             dict(record.files),
             {matrix.tensor: _Expected.of(matrix) for matrix in record.all_matrices},
             {matrix.tensor: _Expected.of(matrix) for matrix in record.heads},
-            tuple(rule_mismatches(record)) if isinstance(record, PruneRecord) else (),
+            record.experts.kept if is_pruned and record.experts else None,
+            tuple(rule_mismatches(record)) if is_pruned else (),
         )
 
 
@@ -215,6 +222,20 @@ def _mismatches(
                 yield Finding(planned.name, problem)
     yield from _head_mismatches(checkpoint, record)
     yield from record.rule_findings
+    if record.experts is not None:
+        yield from _expert_mismatches(matrices.values(), record.experts)
+
+
+def _expert_mismatches(
+    matrices: Iterable[PlannedMatrix], kept: int
+) -> Iterator[Finding]:
+    """Yield matrices of which there is another number of experts than recorded."""
+    counts = Counter(m.experts_name for m in matrices if m.experts_name is not None)
+    for name, count in counts.items():
+        if count != kept:
+            yield Finding(name, f"there are {count} experts, not {kept}")
+    if not counts:
+        yield Finding(RECORD, f"it lists {kept} experts, but the model has none")
 
 
 def _head_mismatches(checkpoint: Checkpoint, record: _Record) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ model itself.
 
 from halve.models.capture import BlockCall, CapturedCalls, capture_calls, run_tail
 from halve.models.experts import ExpertLayers, Experts, unfused
+from halve.models.fewer_experts import FewerExperts, plan_fewer_experts
 from halve.models.matrices import Matrix, is_plain, prunable_matrices
 from halve.models.meta_model import (
     MetaModel,
@@ -27,6 +28,7 @@ __all__ = [
     "CapturedCalls",
     "ExpertLayers",
     "Experts",
+    "FewerExperts",
     "Matrix",
     "MetaModel",
     "Place",
@@ -40,6 +42,7 @@ __all__ = [
     "load_config",
     "longest_sequence",
     "match_names",
+    "plan_fewer_experts",
     "prunable_matrices",
     "run_tail",
     "unfused",

@@ -289,7 +289,7 @@ class Experts(nn.Module):
         place, token = torch.where(top_k_index.T.eq(number))
         if not len(token):
             return
-        result = self._through(number, hidden_states[token])
+        result = self.run_expert(number, hidden_states[token])
         weighted = result * top_k_weights[token, place, None]
         output.index_add_(0, token, weighted.to(output.dtype))
 
@@ -313,7 +313,7 @@ class Experts(nn.Module):
             return gate_experts(self._family, joined)
         return self._family.act_fn(joined)
 
-    def _through(self, number: int, inputs: Tensor) -> Tensor:
+    def run_expert(self, number: int, inputs: Tensor) -> Tensor:
         """Return an expert's output, [tokens, width], before it is weighted."""
         *first, last = self.get_submodule(str(number)).children()
         output = last(self.between(first, inputs))

@@ -158,8 +158,17 @@ def longest_sequence(config: Any) -> int | None:  # noqa: ANN401
     return None
 
 
-def build_meta_model(folder: Path, trust_remote_code: bool = False) -> MetaModel:
+def build_meta_model(
+    folder: Path,
+    trust_remote_code: bool = False,
+    changes: Mapping[str, int] | None = None,
+) -> MetaModel:
     """Build the model of a folder from its config alone.
+
+    Args:
+        folder: Where config.json is.
+        trust_remote_code: Allow Python code that comes with the model to run.
+        changes: Entries of the language model's config -> other values.
 
     Raises:
         CheckpointError: The config is damaged.
@@ -169,6 +178,8 @@ def build_meta_model(folder: Path, trust_remote_code: bool = False) -> MetaModel
     """
     config = load_config(folder, trust_remote_code)
     try:
+        for name, value in (changes or {}).items():
+            setattr(config.get_text_config(), name, value)
         return _build(folder, config, trust_remote_code)
     except HalveError:
         raise

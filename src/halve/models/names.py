@@ -399,6 +399,10 @@ def _converting_renamer(
 
     def rename(name: str) -> tuple[str, tuple[int, Merging] | None]:
         target, source = rename_key(name, conversions, model.base_model_prefix, state)
+        if target not in state and name in state:
+            # As transformers does: DeepSeek-V4's renaming of other norms would take the
+            # last one away, where the checkpoint has the model's own name of it.
+            return name, None
         if source is None:
             return target, None
         merging = by_source[source]

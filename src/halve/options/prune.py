@@ -27,7 +27,7 @@ from halve.options.choices import (
 from halve.options.rules import Rules, parse_rules
 from halve.options.run import RunKeywords
 from halve.options.shared import BOS_DETAILS, LENGTH, Device, check_device
-from halve.sparsity_text import parse_sparsity
+from halve.sparsity_text import parse_expert_fraction, parse_sparsity
 
 if TYPE_CHECKING:
     from halve.grids import QuantScheme
@@ -56,7 +56,7 @@ class PruneOptions(Options):
             "Fraction of weights to prune (50% or 0.5), or n:m, such as 2:4.",
             TARGET,
             details="With n:m, at most n of every m consecutive inputs of a row stay "
-            "nonzero. 0 is accepted together with quantize.",
+            "nonzero. 0 is accepted together with quantize or experts.",
         ),
     ] = "50%"
     solver: Annotated[
@@ -232,6 +232,20 @@ class PruneOptions(Options):
             "model then has floor(weights * sparsity) zeros, exactly.",
         ),
     ] = "uniform"
+    experts: Annotated[
+        str | float | None,
+        Option(
+            "Fraction of each block's experts to keep (75% or 0.75); the others are "
+            "dropped whole.",
+            TARGET,
+            unset="all",
+            details="Of a mixture of experts. They are scored by what they add to the "
+            "outputs of their block (REAP), and without the router's weight (mean "
+            "norm); each block takes the score with the lower error on held-out "
+            "windows. The rest is pruned afterwards; set sparsity to 0 to drop experts "
+            "only. To drop more than half, set yes.",
+        ),
+    ] = None
     rules: Annotated[
         tuple[str, ...],
         Option(
@@ -278,10 +292,28 @@ class PruneOptions(Options):
             pairs = schemes_for_bits(self.target_bits, self.group_size, self.symmetric)
             return [(Unstructured(sparsity), grid) for sparsity, grid in pairs]
         if self.quantize is None:
-            return [(parse_pattern(self.sparsity), None)]
+            allow_dense = self.experts is not None
+            return [(parse_pattern(self.sparsity, allow_dense), None)]
         pattern = parse_pattern(self.sparsity, allow_dense=True)
         grid = parse_scheme(self.quantize, self.group_size, self.symmetric)
         return [(pattern, grid if pattern.sparsity else grid.without_zero())]
+
+    @property
+    def expert_fraction(self) -> float | None:
+        """Fraction of experts to keep, in (0, 1); None where all are kept."""
+        return None if self.experts is None else parse_expert_fraction(self.experts)
+
+    @property
+    def leaves_weights(self) -> bool:
+        """Whether no weight of the experts that are kept is pruned or quantized."""
+        if self.experts is None or self.quantize or self.target_bits is not None:
+            return False
+        return parse_sparsity(self.sparsity, allow_dense=True) == 0
+
+    @property
+    def only_drops_experts(self) -> bool:
+        """Whether the weights of the experts that are kept, and all others, stay."""
+        return self.leaves_weights and not self.refine and not self.rules
 
     @property
     def parsed_rules(self) -> Rules:
@@ -307,6 +339,8 @@ class PruneOptions(Options):
     @property
     def corrects(self) -> bool:
         """Whether matrices are pruned in order, with error-corrected targets."""
+        if self.leaves_weights:
+            return False
         if self.sequential is None:
             return self.solver in _SEQUENTIAL
         return self.sequential
@@ -327,8 +361,8 @@ class PruneOptions(Options):
 
     @property
     def held_out(self) -> int:
-        """Number of windows held out to select candidates and refined states."""
-        selects = self.solver == "auto" or self.refine
+        """Number of windows held out to select candidates, experts, refined states."""
+        selects = self.solver == "auto" or self.refine or self.experts is not None
         if not selects and self.target_bits is not None:
             selects = len(self.pairs) > 1
         return max(self.samples // _HELD_OUT, 1) if selects else 0
@@ -347,7 +381,9 @@ class PruneOptions(Options):
         """
         check_device(self.device)
         self._check_choices()
-        parsed = parse_sparsity(self.sparsity, allow_dense=self.quantize is not None)
+        _ = self.expert_fraction
+        allow_dense = self.quantize is not None or self.experts is not None
+        parsed = parse_sparsity(self.sparsity, allow_dense)
         for name in ("samples", "block_size", "group_size", "seq_len", "epochs"):
             self._check_positive(name)
         self._check_damping()
@@ -472,6 +508,7 @@ class PruneKeywords(RunKeywords, total=False):
     quantize_head: str
     target_bits: float | None
     allocation: str
+    experts: str | float | None
     rules: tuple[str, ...]
     skip: tuple[str, ...]
     matmul_precision: str

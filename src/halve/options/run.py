@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
-from halve.option import RESOURCES, Option, Options, documented
+from halve.option import RESOURCES, TARGET, Option, Options, documented
 from halve.options.shared import ActivationMemory, TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -32,6 +32,13 @@ class RunOptions(Options):
         ),
     ] = None
     trust_remote_code: TrustRemoteCode = False
+    yes: Annotated[
+        bool,
+        Option(
+            "Do what loses much: drop more than half of the experts (--experts).",
+            TARGET,
+        ),
+    ] = False
     progress: "Callable[[Progress], None]" = lambda progress: None
 
 
@@ -41,4 +48,5 @@ class RunKeywords(TypedDict, total=False):
     activation_memory: int | None
     memory: int | None
     trust_remote_code: bool
+    yes: bool
     progress: "Callable[[Progress], None]"

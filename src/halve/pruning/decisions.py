@@ -12,10 +12,12 @@ from halve.pruning.allocate.exact_counts import exact_patterns
 from halve.pruning.allocate.mixes import MixSearch
 from halve.pruning.allocate.search import AllocationSearch
 from halve.pruning.allocate.trials import Trials
+from halve.pruning.drop_experts import choose_experts
 from halve.pruning.run import Run
 from halve.pruning.select.candidates import candidates, pair_candidates
 from halve.pruning.select.selection import OwnCandidates
-from halve.records import AllocationRecord, MixRecord
+from halve.records import AllocationRecord, ExpertsRecord, MixRecord
+from halve.runtime.fewer_experts import select_experts, with_fewer_experts
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,36 @@ class Decisions:
     Attributes:
         allocation: Sparsities of the blocks.
         mix: Pairs of sparsity and grid of the matrices.
+        experts: Experts that each block keeps.
     """
 
     allocation: AllocationRecord | None = None
     mix: MixRecord | None = None
+    experts: ExpertsRecord | None = None
+
+
+def drop_experts(run: Run, windows: Tensor | None) -> tuple[Run, ExpertsRecord | None]:
+    """Return the run with a model of fewer experts, where some are to be dropped.
+
+    What an earlier, interrupted run has chosen is taken.
+
+    Cost:
+        See `choose_experts`.
+    """
+    fraction = run.plan.options.expert_fraction
+    if fraction is None:
+        return run, None
+    assert windows is not None, "experts are scored on text"
+    model = run.model
+    selection = select_experts(
+        model.checkpoint, model.meta_model, fraction, run.trust_remote_code
+    )
+    note = run.output.decide_once(
+        "experts", lambda: asdict(choose_experts(run, windows, selection))
+    )
+    record = parse_note(run.output.place, ExpertsRecord, note)
+    fewer = with_fewer_experts(model, selection, record.by_module)
+    return replace(run, model=fewer), record
 
 
 def decide(run: Run, windows: Tensor | None) -> Decisions:

@@ -57,7 +57,14 @@ class DryRun:
             "bytes_disk": forecast.disk,
             "seconds": self.seconds,
             "identity": self.plan.identity(),
-        } | self._gpu_to_dict()
+        } | (self._experts_to_dict() | self._gpu_to_dict())
+
+    def _experts_to_dict(self) -> dict[str, Any]:
+        """Return what is added where experts are dropped."""
+        dropping = self.plan.dropping
+        if dropping is None:
+            return {}
+        return {"experts": dropping.total, "experts_kept": dropping.kept}
 
     def _gpu_to_dict(self) -> dict[str, Any]:
         """Return what is added for a run on a GPU."""

@@ -17,7 +17,7 @@ from halve.numerics.precision import FULL_PRECISION, matmul_precision
 from halve.pruning.allocate.exact_counts import check_total
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.commit_queue import CommitQueue
-from halve.pruning.decisions import Decisions, decide, own_candidates
+from halve.pruning.decisions import Decisions, decide, drop_experts, own_candidates
 from halve.pruning.observe.block_state import BlockState, Streams
 from halve.pruning.prune_block import install, prune_block
 from halve.pruning.run import (
@@ -49,12 +49,24 @@ def prune_blocks(
     """
     run, device = sized_for_gpu(run), run.model.device
     # Passes may compute with less; nothing else does, whatever the caller has set.
-    with matmul_precision(FULL_PRECISION, device), reading_ahead(run) as run:
-        decisions = decide(run, windows)
-        streams = None if windows is None else start_streams(run, windows)
+    with matmul_precision(FULL_PRECISION, device):
+        run, experts = drop_experts(run, windows)
+        if run.plan.options.only_drops_experts:
+            windows = None  # nothing else depends on text
+        records, decisions = _prune_what_is_left(run, windows)
+    return records, replace(decisions, experts=experts)
+
+
+def _prune_what_is_left(
+    run: Run, windows: Tensor | None
+) -> tuple[tuple[BlockRecord, ...], Decisions]:
+    """Prune a model whose experts are those that stay."""
+    with reading_ahead(run) as ahead:
+        decisions = decide(ahead, windows)
+        streams = None if windows is None else start_streams(ahead, windows)
         if run.output.workspace is not None:
             write_outside_blocks(run.plan, run.model, run.output.workspace)
-        _prune_all(run, streams, own_candidates(run, decisions))
+        _prune_all(ahead, streams, own_candidates(ahead, decisions))
     if run.output.workspace is None:
         return (), decisions
     records = _records(run, run.output.workspace)

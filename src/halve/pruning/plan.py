@@ -31,6 +31,7 @@ from halve.options import PruneOptions
 from halve.patterns import Pattern, parse_pattern
 from halve.pruning.rules import matrix_names
 from halve.runtime.blockwise_model import choose_device
+from halve.runtime.fewer_experts import select_experts
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Plan:
             in front of a text by itself.
         model_type: As in the model's config.json.
         experts_per_token: See `MetaModel.experts_per_token`.
+        dropping: How experts are dropped; None where all are kept.
     """
 
     model: Path
@@ -59,6 +61,17 @@ class Plan:
     adds_bos: bool
     model_type: str
     experts_per_token: int | None = None
+    dropping: "DroppedExperts | None" = None
+
+    @property
+    def input_layout(self) -> Layout:
+        """The layout of the model as it is read, with all experts."""
+        return self.layout if self.dropping is None else self.dropping.layout
+
+    @property
+    def before_dropping(self) -> "Plan":
+        """The plan of the model with all experts."""
+        return replace(self, layout=self.input_layout, dropping=None)
 
     @property
     def tokens(self) -> int:
@@ -81,7 +94,26 @@ class Plan:
             "rules": list(self.options.rules),
             "skip": list(self.options.skip),
         }
+        if self.options.experts is None:
+            del options["experts"]  # identities do not change with an option unused
         return options | {"sources": self.layout.sources}
+
+
+@dataclass(frozen=True)
+class DroppedExperts:
+    """How a run drops experts.
+
+    Attributes:
+        total: Number of experts of each module of experts.
+        kept: Number that each keeps.
+        layout: The layout of the model with all experts.
+        changes: Entries of config.json -> new values.
+    """
+
+    total: int
+    kept: int
+    layout: Layout
+    changes: dict[str, int]
 
 
 def make_plan(
@@ -110,7 +142,14 @@ def make_plan(
     find_side_files(model)  # refused, if one cannot be copied, before work starts
     by_config = not needs_weights and has_no_weights(model)
     checkpoint = _expected(model, meta_model) if by_config else Checkpoint.open(model)
-    layout = make_layout(checkpoint, meta_model)
+    layout, dropping = make_layout(checkpoint, meta_model), None
+    if options.expert_fraction is not None:
+        selection = select_experts(
+            checkpoint, meta_model, options.expert_fraction, trust_remote_code
+        )
+        fewer = selection.fewer
+        dropping = DroppedExperts(fewer.total, fewer.kept, layout, fewer.changes)
+        layout = make_layout(selection.keep({}), fewer.meta_model)
     options.parsed_rules.check_matches(matrix_names(layout))
     _check_pattern(layout.blocks, options)
     if options.packed:
@@ -126,6 +165,7 @@ def make_plan(
         adds_bos=options.bos == "auto" and not meta_model.is_of_the_papers,
         model_type=meta_model.config.model_type,
         experts_per_token=meta_model.experts_per_token,
+        dropping=dropping,
     )
 
 

@@ -21,7 +21,7 @@ from halve.checkpoint import (
     resolve_model,
 )
 from halve.distributed import SINGLE_PROCESS, Ranks
-from halve.errors import DistributedError, HalveWarning
+from halve.errors import DistributedError, HalveError, HalveWarning
 from halve.formats import quantization_config
 from halve.options import PruneOptions, RunOptions
 from halve.pruning.decisions import Decisions
@@ -80,6 +80,7 @@ def prune_model(
     source = resolve_model(model)
     out = output_path(out, source)
     plan = make_plan(source, options, run_options.trust_remote_code)
+    _check_consent(plan, run_options)
     _check_ranks(plan, ranks)
     windows = ranks.broadcast_object(
         lambda: calibration_windows(plan, run_options.trust_remote_code)
@@ -101,7 +102,8 @@ def prune_model(
             assert output.workspace is not None, "rank 0 has the workspace"
             formats = output.workspace.formats
             packed = quantization_config(formats) if options.packed else None
-            files = output.workspace.add_side_files(source, packed)
+            changes = plan.dropping and plan.dropping.changes
+            files = output.workspace.add_side_files(source, packed, changes)
             record = PruneRecord(
                 versions=versions(),
                 identity=identity,
@@ -112,6 +114,7 @@ def prune_model(
                 finished=now(),
                 allocation=decisions.allocation,
                 mix=decisions.mix,
+                experts=decisions.experts,
                 files=files,
                 heads=head_records(plan, output.workspace),
                 model=_model_record(model, plan),
@@ -129,7 +132,8 @@ def _model_record(name: str | Path, plan: Plan) -> ModelRecord:
     folder = plan.model
     # The Hub's cache has a folder for each commit.
     revision = folder.name if folder.parent.name == "snapshots" else ""
-    elements = sum(info.elements for info in plan.layout.tensors.values())
+    tensors = plan.input_layout.tensors.values()
+    elements = sum(info.elements for info in tensors)
     return ModelRecord(str(name), revision, plan.model_type, elements)
 
 
@@ -162,6 +166,18 @@ def _publish(workspace: Workspace | None, out: Path) -> PruneRecord:
     assert workspace is not None, "rank 0 has the workspace"
     workspace.publish()
     return read_record(out, PruneRecord.from_json)
+
+
+def _check_consent(plan: Plan, run_options: RunOptions) -> None:
+    """Raise HalveError if more than half of the experts would be dropped unasked."""
+    dropping = plan.dropping
+    if dropping is None or 2 * dropping.kept >= dropping.total or run_options.yes:
+        return
+    raise HalveError(
+        f"{dropping.total - dropping.kept} of {dropping.total} experts of each block "
+        "would be dropped, more than half, of which few models stay usable.",
+        "Keep 50% or more (--experts), or set yes (--yes).",
+    )
 
 
 def _check_ranks(plan: Plan, ranks: Ranks) -> None:
@@ -223,7 +239,8 @@ def _run(
         depth = len(plan.layout.blocks)
         progress = ProgressReporter(run_options.progress, depth)
         overlaps = run_options.memory is None
-        run = Run(plan, model, output, memory_plan, progress, overlaps)
+        trusted = run_options.trust_remote_code
+        run = Run(plan, model, output, memory_plan, progress, overlaps, trusted)
         return *prune_blocks(run, windows), foreseen
 
     model = replace(

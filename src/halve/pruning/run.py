@@ -40,6 +40,7 @@ class Run:
         progress: Receives every phase.
         overlaps: Whether files may be read and written in threads while a GPU computes,
             which takes the host's memory of a few blocks. Changes no result.
+        trust_remote_code: Whether Python code that comes with the model may run.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class Run:
     memory_plan: MemoryPlan
     progress: ProgressReporter
     overlaps: bool = False
+    trust_remote_code: bool = False
 
     @property
     def budget(self) -> int:

@@ -147,6 +147,58 @@ class MixRecord:
 
 
 @dataclass(frozen=True)
+class KeptExpertsRecord:
+    """Which experts a module of experts has kept, and on which evidence.
+
+    Attributes:
+        module: Path of the module, such as `model.layers.3.mlp.experts`.
+        kept: Their numbers before, ascending; they are numbered from 0 now.
+        saliency: Name of the score whose highest experts were kept.
+        errors: Name of each score that was tried -> mean over held-out tokens t of
+            ||Y_t - Y'_t||^2 / ||Y_t||^2, where Y and Y' are the block's outputs with
+            all experts and with those that it keeps, on the same inputs.
+    """
+
+    module: str
+    kept: tuple[int, ...]
+    saliency: str
+    errors: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if list(self.kept) != sorted(set(self.kept)) or min(self.kept, default=-1) < 0:
+            raise ValueError(f"the experts {self.kept} of {self.module}")
+
+
+@dataclass(frozen=True)
+class ExpertsRecord:
+    """The experts that were kept; the others were dropped whole.
+
+    Attributes:
+        total: Number of experts of each module of experts before.
+        kept: Number that each keeps.
+        modules: One record for each module of experts.
+    """
+
+    total: int
+    kept: int
+    modules: tuple[KeptExpertsRecord, ...]
+
+    def __post_init__(self) -> None:
+        wrong = [
+            module.module
+            for module in self.modules
+            if len(module.kept) != self.kept or max(module.kept) >= self.total
+        ]
+        if wrong:
+            raise ValueError(f"not {self.kept} of {self.total} experts: {wrong[0]}")
+
+    @property
+    def by_module(self) -> dict[str, tuple[int, ...]]:
+        """Path of a module of experts -> the experts that it has kept."""
+        return {module.module: module.kept for module in self.modules}
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """The result for one decoder block.
 
@@ -219,6 +271,7 @@ class PruneRecord:
             same.
         mix: What each matrix was pruned and quantized to, where a number of bits a
             weight was requested; else None.
+        experts: Which experts were kept; None where all were.
         files: Every other file except `halve.json` -> SHA-256.
         heads: Embedding and output head, where they were quantized.
         model: The dense model; None if that is not known.
@@ -238,6 +291,7 @@ class PruneRecord:
     format: int = RECORD_FORMAT
     allocation: AllocationRecord | None = None
     mix: MixRecord | None = None
+    experts: ExpertsRecord | None = None
     files: dict[str, str] = field(default_factory=dict)
     heads: tuple[MatrixRecord, ...] = ()
     model: ModelRecord | None = None

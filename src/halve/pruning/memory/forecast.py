@@ -41,6 +41,9 @@ _PASSES = 2
 # Further passes where targets are corrected: one through the dense block, and for the
 # second stage of groups part of another one.
 _PASSES_TO_CORRECT = 1.25
+# Passes of all windows through a block whose experts are chosen: one through all of its
+# experts, and one through those that stay.
+_PASSES_TO_CHOOSE = 2
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,8 @@ def forecast_run(
         spilled=max(work.spilled_nbytes(block) for block in work.blocks),
         phases=tuple(all_phases(work)),
         output=plan.layout.output_bytes,
-        operations=sum(_operations(work, block) for block in work.blocks),
+        operations=sum(_operations(work, block) for block in work.blocks)
+        + _choosing_operations(work),
         width=plan.width,
         blocks=len(work.blocks),
     )
@@ -219,20 +223,37 @@ def _operations(work: Workload, block: PlannedBlock) -> int:
     )
 
 
+def _choosing_operations(work: Workload) -> int:
+    """Return the operations by which the experts that stay are chosen."""
+    if work.plan.dropping is None:
+        return 0
+    blocks = work.plan.input_layout.blocks
+    every = sum(_forward_operations(work, block) for block in blocks)
+    return _PASSES_TO_CHOOSE * work.plan.tokens * every
+
+
+def _forward_operations(work: Workload, block: PlannedBlock) -> int:
+    """Return the operations of one token in a block."""
+    forward = 2 * sum(matrix.elements for matrix in block.outside_experts)
+    for group in routed_groups(block):
+        experts = work.experts_per_token(group)  # each token's
+        forward += 2 * experts * sum(matrix.elements for matrix in group.experts[0])
+    return forward
+
+
 def _token_operations(work: Workload, block: PlannedBlock) -> int:
     """Return the operations that are done for every token, for all tokens."""
-    if not work.runs_text:
-        return 0
     options = work.plan.options
+    if not work.runs_text or options.only_drops_experts:
+        return 0
     passes = _PASSES + _PASSES_TO_CORRECT * work.corrects
     passes += options.refine * tuning_passes(options.epochs)
-    forward = 2 * sum(matrix.elements for matrix in block.outside_experts)
+    forward = _forward_operations(work, block)
     groups = expected_groups(block).items()
     outside = block.outside_experts
     sums = sum(n * _statistics_operations(work, outside, c) for c, n in groups)
     for group in routed_groups(block):
-        experts = work.experts_per_token(group)  # each token's
-        forward += 2 * experts * sum(matrix.elements for matrix in group.experts[0])
+        experts = work.experts_per_token(group)
         sums += _routed_operations(work, group, experts)
     return int(work.plan.tokens * (passes * forward + sums))
 

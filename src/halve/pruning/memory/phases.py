@@ -7,7 +7,7 @@ states between blocks.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
 from operator import or_
@@ -157,7 +157,9 @@ class Workload:
 def all_phases(work: Workload) -> Iterator[Phase]:
     """Yield the phases of a run in turn, block after block."""
     yield Phase("embedding", {"embeddings": _outside_nbytes(work.plan)})
+    yield from _choosing_experts(work)
     for block in work.blocks:
+        yield from _reading(work.plan, block)
         yield _collecting(work, block)
         for columns in sorted(work.deferred_groups(block)):
             yield _summing(work, block, columns)
@@ -179,10 +181,59 @@ def host_phases(plan: Plan) -> Iterator[Phase]:
     to the GPU; and its shard on the way back, serialised, and read back to verify it.
     """
     yield Phase("embedding", {"embeddings": _outside_nbytes(plan)})
+    for block in plan.input_layout.blocks if plan.dropping else ():
+        yield Phase("reading", {"weights": _stored_nbytes(plan.before_dropping, block)})
     for block in plan.layout.blocks:
         stored = _stored_nbytes(plan, block)
-        yield Phase("reading", {"weights": stored})
+        codes = _codes_nbytes(plan, block)
+        yield Phase("reading", {"weights": stored, FILES: codes})
         yield Phase("writing", {FILES: 3 * stored})
+
+
+def _choosing_experts(work: Workload) -> Iterator[Phase]:
+    """Yield the phases in which the experts that a block keeps are chosen."""
+    if work.plan.dropping is None:
+        return
+    whole = replace(work, plan=work.plan.before_dropping)
+    for block, fewer in zip(whole.blocks, work.blocks, strict=True):
+        rows = (rows_nbytes(g, work.plan.tokens, False) for g in routed_groups(block))
+        options = work.plan.options
+        held_out = options.held_out * (options.seq_len or 0)
+        yield Phase(
+            "choosing experts",
+            {
+                "weights": _weights_nbytes(whole.plan, block),
+                FILES: _codes_nbytes(whole.plan, block),
+                "kept experts": _cut_nbytes(work.plan, fewer),
+                "activations": _batch_nbytes(whole, block) + max(rows, default=0),
+                "held-out outputs": Stream.nbytes(held_out, work.plan.width),
+            },
+        )
+
+
+def _cut_nbytes(plan: Plan, block: PlannedBlock) -> int:
+    """Return the bytes of a block's tensors that are cut out of larger ones.
+
+    Those are in memory as well while they are read.
+    """
+    before, after = plan.input_layout.tensors, plan.layout.tensors
+    names = plan.layout.shards[block.shard]
+    return sum(after[n].nbytes for n in names if after[n].shape != before[n].shape)
+
+
+def _reading(plan: Plan, block: PlannedBlock) -> Iterator[Phase]:
+    """Yield the phase in which a block is read, if its matrices are quantized.
+
+    Codes and scales of a matrix are in memory as well until it is dense.
+    """
+    if codes := _codes_nbytes(plan, block):
+        yield Phase("reading", {"weights": _weights_nbytes(plan, block), FILES: codes})
+
+
+def _codes_nbytes(plan: Plan, block: PlannedBlock) -> int:
+    """Return the bytes, as stored, of the largest quantized tensor of a block."""
+    infos = (plan.input_layout.tensors[n] for n in plan.layout.shards[block.shard])
+    return max((info.stored_bytes for info in infos if info.found), default=0)
 
 
 def _collecting(work: Workload, block: PlannedBlock) -> Phase:

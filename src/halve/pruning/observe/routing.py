@@ -12,6 +12,9 @@ statistic is therefore shrunk towards that of all tokens of the block:
 
 as if the router had sent it one more token for each column, of the average kind. With
 many tokens of its own that changes nothing.
+
+The router's weights are kept as well: whole experts are scored by them
+(`select.experts`), and rows can be weighed by them (`Weighting`).
 """
 
 from collections.abc import Iterator
@@ -34,8 +37,6 @@ from halve.pruning.observe.collect import GroupInputs, Prior, not_finite
 from halve.pruning.observe.held_out import HeldOut
 from halve.pruning.observe.input_groups import Group, RoutedGroup, routed_groups
 
-# Pseudo-tokens of the block's mean, as a multiple of the columns.
-_PSEUDO_TOKENS = 1
 # Tokens of the block whose inner activations, in one expert, make up the mean that its
 # last matrix is shrunk towards, as a multiple of the columns.
 _INNER_TOKENS = 8
@@ -44,6 +45,32 @@ _ROWS = 4096
 # Held-out tokens below which candidates for an expert are compared on those of the
 # whole block, and how many of these are taken.
 _FEW_HELD_OUT, _SHARED_HELD_OUT = 64, 1024
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How an expert's statistics are made of its tokens and of those of the block.
+
+    The output of an expert is multiplied by the router's weight g of each token, and so
+    is the error of its last matrix. With X = diag(g) X_e that is what solvers minimize;
+    g is divided by its root mean square, so that sums keep their size.
+
+    Attributes:
+        pseudo_tokens: Tokens of the block's mean that are added, as a multiple of the
+            columns; 0 for an expert's own tokens alone.
+        first: Whether inputs of all layers but the last are multiplied by g.
+        last: Whether inputs of the last layer are.
+    """
+
+    pseudo_tokens: float = 1
+    first: bool = False
+    last: bool = False
+
+
+# Experts of each token, [tokens, k], int64, and the router's weights, float32.
+_Routes = tuple[Tensor, Tensor]
+# What every run uses. `benchmarks/experts.py` compares others with it.
+WEIGHTING = Weighting()
 
 
 def kept_columns(planned: PlannedBlock) -> int:
@@ -87,6 +114,29 @@ def rows_nbytes(group: RoutedGroup, tokens: int, corrects: bool) -> int:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """Tokens that a router sends to an expert.
+
+    Attributes:
+        tokens: Their indices, [tokens], int64.
+        weights: What the expert's outputs are multiplied by, [tokens], float32.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+
+    def split(self) -> Iterator["Sent"]:
+        """Yield parts whose rows are gathered at once."""
+        parts = self.tokens.split(_ROWS), self.weights.split(_ROWS)
+        for tokens, weights in zip(*parts, strict=True):
+            yield Sent(tokens, weights)
+
+    def scaled(self, factor: float) -> "Sent":
+        """Return the tokens with weights multiplied by a factor."""
+        return Sent(self.tokens, self.weights * factor)
+
+
+@dataclass(frozen=True)
 class RoutedInputs:
     """What a module of experts gets in all windows of this process.
 
@@ -97,6 +147,7 @@ class RoutedInputs:
         dense: The same in the dense model; None where targets are not corrected.
         order: Tokens in ascending order of their experts, int64; of each expert in the
             order of `hidden`. A token is there once for each of its experts.
+        weights: The router's weight of each entry of `order`, float32.
         starts: [experts + 1]: where each expert's tokens start in `order`.
         tokens: [experts], tokens of all processes that each expert is fitted to.
         held_out: [experts], held-out tokens of all processes.
@@ -107,6 +158,7 @@ class RoutedInputs:
     hidden: Tensor
     dense: Tensor | None
     order: Tensor
+    weights: Tensor
     starts: list[int]
     tokens: tuple[int, ...]
     held_out: tuple[int, ...]
@@ -117,11 +169,15 @@ class RoutedInputs:
         stream = self.state.stream
         return (len(stream.windows) - stream.held_out) * stream.windows.shape[1]
 
-    def tokens_of(self, number: int) -> tuple[Tensor, Tensor]:
+    def sent_to(self, number: int) -> tuple[Sent, Sent]:
         """Return the tokens that an expert is fitted to, and those held out."""
-        own = self.order[self.starts[number] : self.starts[number + 1]]
-        is_fitted = own < self.first_held_out
-        return own[is_fitted], own[~is_fitted]
+        own = slice(self.starts[number], self.starts[number + 1])
+        tokens, weights = self.order[own], self.weights[own]
+        is_fitted = tokens < self.first_held_out
+        return (
+            Sent(tokens[is_fitted], weights[is_fitted]),
+            Sent(tokens[~is_fitted], weights[~is_fitted]),
+        )
 
     def thinned(self, tokens: Tensor, wanted: int) -> tuple[Tensor, int]:
         """Return about so many of some tokens of all processes, evenly spread.
@@ -146,10 +202,14 @@ class RoutedInputs:
 
     def rows(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield inputs of some tokens, [rows, width], in the pruned and dense model."""
-        device = self.state.stream.model.device
         for part in tokens.split(_ROWS):
-            dense = None if self.dense is None else _gather(self.dense, part, device)
-            yield _gather(self.hidden, part, device), dense
+            yield self.gather(part)
+
+    def gather(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return inputs of some tokens, as `rows` yields them, all at once."""
+        device = self.state.stream.model.device
+        dense = None if self.dense is None else _gather(self.dense, tokens, device)
+        return _gather(self.hidden, tokens, device), dense
 
 
 def _gather(hidden: Tensor, tokens: Tensor, device: torch.device) -> Tensor:
@@ -182,12 +242,12 @@ def keep_inputs(
     cache = ActivationCache.allocate(
         stream, state.planned.name, [group], budget, folder
     )
-    numbers: list[Tensor] = []
+    routes: list[_Routes] = []
     flags: list[tuple[slice, Tensor]] = []
     for part in stream.one_pass():
-        hidden, index = _called_with(state, group, part)
+        hidden, index, weights = _called_with(state, group, part)
         cache.put(leader, 0, part, hidden)
-        numbers.append(index.cpu())
+        routes.append((index.cpu(), weights.cpu()))
         flags.append((part, finite_flag(hidden)))
     for part, flag in flags:
         if not flag:
@@ -195,40 +255,43 @@ def keep_inputs(
             name = f"{state.planned.name}.{leader}"
             raise not_finite(name, inputs, stream.numbers[part])
     own_dense = None if dense is None else dense.places[leader][0]
-    return _sorted(state, group, (cache.places[leader][0], own_dense), numbers)
+    return _sorted(state, group, (cache.places[leader][0], own_dense), routes)
 
 
 def _called_with(
     state: BlockState, group: RoutedGroup, part: slice
-) -> tuple[Tensor, Tensor]:
-    """Return what the module is called with in one batch: inputs, and experts.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the module is called with in one batch.
 
     Returns:
-        [tokens, width], and [tokens, k], int64.
+        Inputs, [tokens, width]; experts, [tokens, k], int64; and their weights,
+        [tokens, k], float32.
     """
     stream, index = state.stream, state.planned.index
     args = stream.call_of(state.block, index, group.leader, part)
     tokens = stream.windows[part].numel()
-    tensors = [x for x in args[:2] if isinstance(x, Tensor) and len(flat(x)) == tokens]
-    if len(tensors) < 2:  # noqa: PLR2004
+    tensors = [x for x in args[:3] if isinstance(x, Tensor) and len(flat(x)) == tokens]
+    is_known = len(tensors) == 3 and tensors[1].shape == tensors[2].shape  # noqa: PLR2004
+    if not is_known:
         shapes = [list(x.shape) for x in args if isinstance(x, Tensor)]
         raise UnsupportedModelError(
             f"{state.planned.name}.{group.leader} is called with {shapes or 'nothing'} "
-            f"for {tokens} tokens, where their hidden states and the numbers of their "
-            "experts were expected.",
+            f"for {tokens} tokens, where their hidden states, the numbers of their "
+            "experts and the weights of these were expected.",
             "Open an issue that names the model.",
         )
-    return flat(tensors[0]), flat(tensors[1]).long()
+    hidden, index, weights = map(flat, tensors)
+    return hidden, index.long(), weights.float()
 
 
 def _sorted(
     state: BlockState,
     group: RoutedGroup,
     hidden: tuple[Tensor, Tensor | None],
-    numbers: list[Tensor],
+    routes: list[_Routes],
 ) -> RoutedInputs:
     """Sort the tokens by expert, and count them."""
-    index = torch.cat(numbers)  # [tokens, k]
+    index, weights = (torch.cat(parts) for parts in zip(*routes, strict=True))
     count, experts = len(group.experts), index.flatten()
     order = experts.argsort(stable=True)
     # Numbers past the last expert, which stand for none, come last.
@@ -248,6 +311,7 @@ def _sorted(
         hidden=hidden[0],
         dense=hidden[1],
         order=order // index.shape[1],
+        weights=weights.flatten()[order],
         starts=starts.tolist(),
         tokens=tokens,
         held_out=held_out,
@@ -268,7 +332,8 @@ def observe_experts(
     """
     every = torch.arange(routed.first_held_out)
     shared, tokens = _Sums(routed, statistic).of_hidden(every)
-    prior = Prior(shared, _PSEUDO_TOKENS * routed.group.columns / max(tokens, 1))
+    pseudo_tokens = WEIGHTING.pseudo_tokens * routed.group.columns
+    prior = Prior(shared, pseudo_tokens / max(tokens, 1))
     for number in range(len(routed.group.experts)):
         expert = _Expert(routed, statistic, number)
         first = expert.first(prior)
@@ -277,6 +342,14 @@ def observe_experts(
         else:
             yield [first]
             yield [expert.last()]
+
+
+def _weighed(
+    sent: Sent, inputs: Tensor, dense: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return rows of tokens multiplied by the tokens' weights."""
+    weights = sent.weights.to(inputs.device)[:, None]
+    return inputs * weights, None if dense is None else dense * weights
 
 
 @dataclass(frozen=True)
@@ -310,36 +383,55 @@ class _Expert:
         # Copied, since the layers are pruned before the dense ones were last used.
         corrects = routed.dense is not None
         self.dense_layers = deepcopy(self.layers) if corrects else self.layers
-        self.fitted, held_out = routed.tokens_of(number)
-        self.held_out = self._compared_on(held_out)
+        fitted, held_out = routed.sent_to(number)
+        scale = self._weight_scale(fitted)
+        self.fitted = fitted.scaled(scale)
+        self.held_out = self._compared_on(held_out.scaled(scale))
 
-    def _compared_on(self, own: Tensor) -> Tensor:
+    def _weight_scale(self, fitted: Sent) -> float:
+        """Return what router weights are multiplied by, so that their mean square is 1.
+
+        Of all processes' tokens.
+        """
+        if not (WEIGHTING.first or WEIGHTING.last):
+            return 1.0
+        squares = float(fitted.weights.double().square().sum())
+        ranks = self.routed.state.stream.ranks
+        squares, tokens = ranks.all_sum(squares, len(fitted.tokens))
+        return (tokens / squares) ** 0.5 if squares else 1.0
+
+    def _compared_on(self, own: Sent) -> Sent:
         """Return this process's held-out tokens on which candidates are compared."""
         if self.routed.held_out[self.number] >= _FEW_HELD_OUT:
             return own
         start = self.routed.first_held_out
         every = torch.arange(start, len(self.routed.hidden))
-        return self.routed.thinned(every, _SHARED_HELD_OUT)[0]
+        tokens, _ = self.routed.thinned(every, _SHARED_HELD_OUT)
+        return Sent(tokens, torch.ones(len(tokens)))  # they have no weight for it
 
     def first(self, prior: Prior) -> GroupInputs:
         """Return what is known of the inputs of all matrices but the last."""
         observed = self._empty(self.matrices[:-1], prior)
-        for inputs, dense in self.routed.rows(self.fitted):
-            observed.add(inputs, dense, is_held_out=False)
-        for inputs, dense in self.routed.rows(self.held_out):
-            observed.add(inputs, dense, is_held_out=True)
+        for sent, is_held_out in ((self.fitted, False), (self.held_out, True)):
+            for part in sent.split():
+                inputs, dense = self.routed.gather(part.tokens)
+                if WEIGHTING.first:
+                    inputs, dense = _weighed(part, inputs, dense)
+                observed.add(inputs, dense, is_held_out)
         return self._checked(observed)
 
     def last(self) -> GroupInputs:
         """Return what is known of the inputs of the last matrix."""
         observed = self._empty(self.matrices[-1:], self._inner_prior())
-        for tokens, is_held_out in ((self.fitted, False), (self.held_out, True)):
-            for inputs, dense in self.routed.rows(tokens):
+        for sent, is_held_out in ((self.fitted, False), (self.held_out, True)):
+            for part in sent.split():
+                inputs, dense = self.routed.gather(part.tokens)
                 inner = self._between(self.layers, inputs)
-                inner_dense = (
-                    None if dense is None else self._between(self.dense_layers, dense)
-                )
-                observed.add(inner, inner_dense, is_held_out)
+                if dense is not None:
+                    dense = self._between(self.dense_layers, dense)
+                if WEIGHTING.last:
+                    inner, dense = _weighed(part, inner, dense)
+                observed.add(inner, dense, is_held_out)
         return self._checked(observed)
 
     def _inner_prior(self) -> Prior:
@@ -351,7 +443,8 @@ class _Expert:
         for inputs, _ in self.routed.rows(tokens):
             statistic.add(self._between(self.layers, inputs))
         statistic.finish(stream.ranks.all_reduce_)
-        return Prior(statistic, _PSEUDO_TOKENS * group.inner / max(count, 1))
+        pseudo_tokens = WEIGHTING.pseudo_tokens * group.inner
+        return Prior(statistic, pseudo_tokens / max(count, 1))
 
     @torch.no_grad()
     def _between(self, layers: nn.ModuleList, inputs: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from halve.grids import QuantScheme
 from halve.options import PruneOptions
-from halve.patterns import Pattern
+from halve.patterns import Pattern, Unstructured
 from halve.pruning.select.selection import Candidate
 from halve.solvers import (
     SOLVERS,
@@ -19,6 +19,9 @@ from halve.solvers import (
 # What a matrix is pruned to, and the grid of the weights that are kept, if they are
 # quantized.
 Pair = tuple[Pattern, QuantScheme | None]
+
+# Leaves every bit of a matrix as it is.
+UNCHANGED = Candidate("unchanged", Magnitude(), Unstructured(0.0))
 
 # Solvers that `auto` selects from, and whether their masks are refitted.
 _AUTO = (("admm", False), ("wanda", True))
@@ -55,6 +58,8 @@ def pair_candidates(
         QuantizationError: As for `candidates`.
     """
     pattern, grid = pair
+    if grid is None and not pattern.sparsity:
+        return (UNCHANGED,)
     auto = options.solver == "auto"
     named = _AUTO if auto else ((options.solver, options.refit),)
     return tuple(
