@@ -3,6 +3,7 @@
 from halve.calibration.chat_template import ChatTemplate
 from halve.calibration.corpora import Corpus, corpus_nbytes, load_corpus
 from halve.calibration.spill import allocate_hidden, default_activation_memory
+from halve.calibration.token_texts import TokenTexts
 from halve.calibration.tokens import (
     TextEncoder,
     automatic_bos,
@@ -23,6 +24,7 @@ __all__ = [
     "Encode",
     "Segments",
     "TextEncoder",
+    "TokenTexts",
     "allocate_hidden",
     "automatic_bos",
     "check_vocabulary",

@@ -129,8 +129,14 @@ def _model_record(name: str | Path, plan: Plan) -> ModelRecord:
     folder = plan.model
     # The Hub's cache has a folder for each commit.
     revision = folder.name if folder.parent.name == "snapshots" else ""
-    elements = sum(info.elements for info in plan.layout.tensors.values())
-    return ModelRecord(str(name), revision, plan.model_type, elements)
+    infos = plan.layout.tensors.values()
+    return ModelRecord(
+        str(name),
+        revision,
+        plan.model_type,
+        parameters=sum(info.elements for info in infos),
+        bytes=sum(info.nbytes for info in infos),
+    )
 
 
 def _warn_of_unseen_experts(blocks: tuple[BlockRecord, ...]) -> None:

@@ -22,6 +22,13 @@ from halve.records.prune import (
     PruneRecord,
     TrialRecord,
 )
+from halve.records.samples import (
+    ContinuationRecord,
+    GeneratedToken,
+    PassageToken,
+    SamplesRecord,
+)
+from halve.records.tasks import TaskScore, TasksRecord
 from halve.records.verification import Finding, Verification
 from halve.records.version import RECORD_FORMAT
 
@@ -31,9 +38,11 @@ __all__ = [
     "BenchRecord",
     "BlockRecord",
     "ComparisonRecord",
+    "ContinuationRecord",
     "Finding",
     "FinishedBlock",
     "Footprint",
+    "GeneratedToken",
     "Inspection",
     "MachineRecord",
     "MatrixInspection",
@@ -44,10 +53,14 @@ __all__ = [
     "ModelRecord",
     "PackRecord",
     "PairRecord",
+    "PassageToken",
     "PerplexityRecord",
     "Progress",
     "PruneRecord",
+    "SamplesRecord",
     "SpeedRecord",
+    "TaskScore",
+    "TasksRecord",
     "TrialRecord",
     "Verification",
     "now",
