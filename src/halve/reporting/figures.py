@@ -26,11 +26,12 @@ _LOWEST, _DECADES = -8, 10
 
 def heat_figure(heat: HeatMap, label: str) -> Figure:
     """Return a map with a row for each block and a column for each matrix."""
-    width = (_RIGHT - _LEFT) / len(heat.columns)
+    # A whole number takes fewer bytes, and there may be a thousand cells.
+    width = float((_RIGHT - _LEFT) // len(heat.columns))
     height = 22.0 if len(heat.rows) <= 16 else 15.0 if len(heat.rows) <= 48 else 10.0  # noqa: PLR2004
     longest = max(len(column) for column in heat.columns)
     turned = longest * _LETTER > width
-    top = 12 + (_TURNED * longest * _LETTER if turned else 6)
+    top = round(12 + (_TURNED * longest * _LETTER if turned else 6))
     figure = Figure(label, top + height * len(heat.rows) + 46)
     for index, column in enumerate(heat.columns):
         x = _LEFT + width * (index + 0.5)
@@ -44,7 +45,7 @@ def heat_figure(heat: HeatMap, label: str) -> Figure:
             if cell is not None:
                 x = _LEFT + width * place
                 opacity = heat.strength(cell.value)
-                style = "heat" if cell.value is not None else "none"
+                style = "" if cell.value is not None else "none"
                 box = Box(x, y, width - 1, height - 1, style, cell.title, opacity)
                 figure.add(box)
     _add_legend(figure, heat, figure.height - 30)
@@ -56,7 +57,7 @@ def _add_legend(figure: Figure, heat: HeatMap, y: float) -> None:
     for step in range(5):
         value = heat.highest * step**2 / 16
         x = _LEFT + 80 * step
-        figure.add(Box(x, y, 79, 10, "heat", "", heat.strength(value)))
+        figure.add(Box(x, y, 79, 10, "", "", heat.strength(value)))
         figure.add(Label(x + 39, y + 24, percent(value), "middle"))
 
 

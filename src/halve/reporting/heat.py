@@ -52,6 +52,7 @@ class HeatMap:
 
 
 Value = Callable[[MatrixRecord], float | None]
+Describe = Callable[[MatrixRecord], str]
 
 
 def error_of(matrix: MatrixRecord) -> float | None:
@@ -64,13 +65,22 @@ def sparsity_of(matrix: MatrixRecord) -> float:
     return matrix.sparsity
 
 
-def heat_map(blocks: Sequence[BlockRecord], value: Value) -> HeatMap:
-    """Return the map of a value of all matrices."""
+def heat_map(
+    blocks: Sequence[BlockRecord], value: Value, describe: Describe
+) -> HeatMap:
+    """Return the map of a value of all matrices.
+
+    Args:
+        blocks: The blocks.
+        value: What the colour of a matrix shows.
+        describe: What a pointer over it shows, beside its name.
+    """
     names = _names(blocks)
     short = _short_names(names)
     grouped = [_by_name(block, names) for block in blocks]
     cells = tuple(
-        tuple(_cell(group.get(name, []), value) for name in names) for group in grouped
+        tuple(_cell(group.get(name, []), value, describe) for name in names)
+        for group in grouped
     )
     values = [c.value for row in cells for c in row if c and c.value is not None]
     return HeatMap(
@@ -142,26 +152,35 @@ def _short_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(last if len(set(last)) == len(last) else names)
 
 
-def _cell(matrices: Sequence[MatrixRecord], value: Value) -> Cell | None:
+def _cell(
+    matrices: Sequence[MatrixRecord], value: Value, describe: Describe
+) -> Cell | None:
     if not matrices:
         return None
     if len(matrices) == 1:
-        return Cell(value(matrices[0]), _title(matrices[0]))
+        first = matrices[0]
+        return Cell(value(first), f"{_module(first.tensor)} {describe(first)}")
     values = [found for m in matrices if (found := value(m)) is not None]
-    name = _starred(matrices[0].tensor)
-    sparsity = percent(fmean(m.sparsity for m in matrices))
-    title = f"{name}: {len(matrices)} experts, {sparsity} zeros on average"
+    name = _starred(_module(matrices[0].tensor))
+    title = f"{name}: {len(matrices)} experts"
     if not values:
         return Cell(None, title)
     mean, highest = fmean(values), max(values)
-    return Cell(mean, f"{title}; mean {percent(mean)}, maximum {percent(highest)}")
+    return Cell(mean, f"{title}, mean {percent(mean)}, maximum {percent(highest)}")
 
 
-def _title(matrix: MatrixRecord) -> str:
-    parts = [
-        f"{matrix.tensor} {matrix.rows} x {matrix.columns}",
-        f"{percent(matrix.sparsity)} zeros",
-    ]
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def zeros_text(matrix: MatrixRecord) -> str:
+    """Return the fraction of zeros of a matrix."""
+    return f"{percent(matrix.sparsity)} zeros"
+
+
+def all_numbers(matrix: MatrixRecord) -> str:
+    """Return shape, zeros, error and solver of a matrix."""
+    parts = [f"{matrix.rows} x {matrix.columns}", zeros_text(matrix)]
     if (error := error_of(matrix)) is not None:
         parts.append(f"error {percent(error)}")
     if matrix.solver:

@@ -27,7 +27,14 @@ from halve.reporting.figures import (
     sparsities_figure,
     speed_figure,
 )
-from halve.reporting.heat import error_of, heat_map, matrix_rows, sparsity_of
+from halve.reporting.heat import (
+    all_numbers,
+    error_of,
+    heat_map,
+    matrix_rows,
+    sparsity_of,
+    zeros_text,
+)
 from halve.reporting.numbers import count, percent, significant, with_error
 from halve.reporting.provenance import machine_line
 
@@ -39,7 +46,7 @@ _STEPS = (0.01, 0.05, 0.2, 1.0)
 
 def heat_section(record: PruneRecord) -> Section | None:
     """Return the maps of errors and, where it varies, of sparsity."""
-    errors = heat_map(record.blocks, error_of)
+    errors = heat_map(record.blocks, error_of, all_numbers)
     sparsities = [m.sparsity for m in record.all_matrices]
     varies = is_varying(sparsities)
     return {
@@ -49,7 +56,8 @@ def heat_section(record: PruneRecord) -> Section | None:
         "highest": percent(errors.highest),
         "held_out": any(m.held_out is not None for m in record.all_matrices),
         "sparsity": heat_figure(
-            heat_map(record.blocks, sparsity_of), "Zeros of each matrix of each block"
+            heat_map(record.blocks, sparsity_of, zeros_text),
+            "Zeros of each matrix of each block",
         )
         if varies
         else None,

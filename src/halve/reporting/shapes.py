@@ -14,7 +14,8 @@ class Box:
 
     Attributes:
         x, y, width, height: Its place.
-        style: Its class in the style sheet, which names its colour.
+        style: Its class in the style sheet, which names its colour; "" for that of
+            heat maps.
         title: What a pointer over it shows.
         opacity: Of its colour.
     """
