@@ -13,6 +13,7 @@ from typing import Any
 
 from halve.errors import SourceError
 from halve.records import TaskScore
+from halve.records.stored import PARSE_ERRORS
 from halve.untrusted import MAX_NAME, read_json
 
 # The metric that is reported for a task, the first of these that it has.
@@ -29,7 +30,7 @@ def read_task_scores(path: str | Path) -> tuple[TaskScore, ...]:
     try:
         fields = dict(read_json(Path(path)))
         scores = tuple(_scores(fields))
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+    except (OSError, *PARSE_ERRORS) as error:
         raise SourceError(
             f"{path} cannot be read as results of lm-evaluation-harness "
             f"({str(error)[:200]}).",

@@ -19,21 +19,26 @@ from halve.reporting.shapes import WIDTH, Box, Dot, Figure, Label, Line
 _LEFT = 46.0  # of what is drawn, right of the labels of an axis
 _RIGHT = WIDTH - 8
 _TURNED = 0.6  # height of a turned label, for each unit of its length
-_LETTER = 6.8  # mean width of a letter
+_LETTER = 7.2  # mean width of a letter
+_LETTERS = 22  # of the longest label
 # Bins of the divergences: see `ComparisonRecord.kl_histogram`.
 _LOWEST, _DECADES = -8, 10
 
 
 def heat_figure(heat: HeatMap, label: str) -> Figure:
     """Return a map with a row for each block and a column for each matrix."""
+    columns = [_cut(column) for column in heat.columns]
+    longest = max(map(len, columns)) * _LETTER
+    turned = longest > (_RIGHT - _LEFT) / len(columns)
+    beyond = (
+        0.82 * longest + 8 if turned else 0
+    )  # of the last label, right of its column
     # A whole number takes fewer bytes, and there may be a thousand cells.
-    width = float((_RIGHT - _LEFT) // len(heat.columns))
+    width = float((_RIGHT - _LEFT - beyond) // (len(columns) - (0.5 if turned else 0)))
     height = 22.0 if len(heat.rows) <= 16 else 15.0 if len(heat.rows) <= 48 else 10.0  # noqa: PLR2004
-    longest = max(len(column) for column in heat.columns)
-    turned = longest * _LETTER > width
-    top = round(12 + (_TURNED * longest * _LETTER if turned else 6))
+    top = round(12 + (_TURNED * longest if turned else 6))
     figure = Figure(label, top + height * len(heat.rows) + 46)
-    for index, column in enumerate(heat.columns):
+    for index, column in enumerate(columns):
         x = _LEFT + width * (index + 0.5)
         figure.add(Label(x, top - 6, column, "start" if turned else "middle", turned))
     every = max(round(16 / height), 1)
@@ -54,8 +59,7 @@ def heat_figure(heat: HeatMap, label: str) -> Figure:
 
 def _add_legend(figure: Figure, heat: HeatMap, y: float) -> None:
     """Add the colours of five values from zero to the largest."""
-    for step in range(5):
-        value = heat.highest * step**2 / 16
+    for step, value in enumerate(heat.legend()):
         x = _LEFT + 80 * step
         figure.add(Box(x, y, 79, 10, "", "", heat.strength(value)))
         figure.add(Label(x + 39, y + 24, percent(value), "middle"))
@@ -148,11 +152,14 @@ def divergence_figure(record: ComparisonRecord) -> Figure:
     def x_of(power: float) -> float:
         return _LEFT + width * (1 - first + (power - _LOWEST) * per_decade)
 
-    for power in range(_LOWEST, _LOWEST + _DECADES + 1):
+    every = 2 if (last - first) / per_decade > 6 else 1  # noqa: PLR2004
+    for power in range(_LOWEST, _LOWEST + _DECADES + 1, every):
         if _LEFT <= (x := x_of(power)) <= _RIGHT:
             text = significant(10.0**power)
             figure.add(Line(x, bottom, x, bottom + 5, "axis"))
-            figure.add(Label(x, bottom + 18, text, "middle"))
+            at_end = x > _RIGHT - len(text) * _LETTER / 2
+            anchor = "end" if at_end else "middle"
+            figure.add(Label(min(x, _RIGHT), bottom + 18, text, anchor))
     figure.add(Line(_LEFT, bottom, _RIGHT, bottom, "axis"))
     figure.add(
         Label(WIDTH / 2, bottom + 36, "KL divergence of a token, nats", "middle")
@@ -250,7 +257,12 @@ def _add_rate(
 
 
 def _short(backend: str) -> str:
-    return backend.replace(", int8 activations", ", int8")
+    return _cut(backend.replace(", int8 activations", ", int8"))
+
+
+def _cut(name: str) -> str:
+    """Return the end of a name that is too long for a label."""
+    return name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}"
 
 
 def is_varying(sparsities: Sequence[float], points: float = 0.005) -> bool:

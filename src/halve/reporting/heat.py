@@ -36,19 +36,27 @@ class HeatMap:
         rows: Labels of the blocks: their numbers.
         columns: Short names of the matrices.
         cells: For each block a cell in each column; None where it has no such matrix.
+        lowest: The value without colour: 0, or the smallest one.
         highest: The largest value.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     cells: tuple[tuple[Cell | None, ...], ...]
+    lowest: float
     highest: float
 
     def strength(self, value: float | None) -> float:
-        """Return the opacity of a value's colour: its root, as part of the largest."""
-        if value is None or not self.highest:
+        """Return the opacity of a value's colour, which grows as the root of it."""
+        if value is None or self.highest <= self.lowest:
             return 0.04
-        return 0.04 + 0.96 * (value / self.highest) ** 0.5
+        part = (value - self.lowest) / (self.highest - self.lowest)
+        return 0.04 + 0.96 * max(part, 0.0) ** 0.5
+
+    def legend(self) -> list[float]:
+        """Return five values whose colours are evenly spaced."""
+        span = self.highest - self.lowest
+        return [self.lowest + span * step**2 / 16 for step in range(5)]
 
 
 Value = Callable[[MatrixRecord], float | None]
@@ -66,7 +74,10 @@ def sparsity_of(matrix: MatrixRecord) -> float:
 
 
 def heat_map(
-    blocks: Sequence[BlockRecord], value: Value, describe: Describe
+    blocks: Sequence[BlockRecord],
+    value: Value,
+    describe: Describe,
+    from_zero: bool = True,
 ) -> HeatMap:
     """Return the map of a value of all matrices.
 
@@ -74,6 +85,7 @@ def heat_map(
         blocks: The blocks.
         value: What the colour of a matrix shows.
         describe: What a pointer over it shows, beside its name.
+        from_zero: Whether colours begin at 0, rather than at the smallest value.
     """
     names = _names(blocks)
     short = _short_names(names)
@@ -87,6 +99,7 @@ def heat_map(
         rows=tuple(str(index) for index in range(len(blocks))),
         columns=short,
         cells=cells,
+        lowest=0.0 if from_zero else min(values, default=0.0),
         highest=max(values, default=0.0),
     )
 

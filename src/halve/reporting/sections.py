@@ -56,7 +56,7 @@ def heat_section(record: PruneRecord) -> Section | None:
         "highest": percent(errors.highest),
         "held_out": any(m.held_out is not None for m in record.all_matrices),
         "sparsity": heat_figure(
-            heat_map(record.blocks, sparsity_of, zeros_text),
+            heat_map(record.blocks, sparsity_of, zeros_text, from_zero=False),
             "Zeros of each matrix of each block",
         )
         if varies
@@ -210,7 +210,7 @@ def size_section(facts: Facts) -> Section:
         f"{significant(bits)} bits a weight."
     )
     if not is_smaller and dense is not None:
-        caption += " Zeros are stored like other weights: `halve pack` saves them."
+        caption += " Zeros are stored like other weights: halve pack saves their bytes."
     return {"figure": sizes_figure(rows), "caption": caption}
 
 

@@ -7,6 +7,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 # Unicode's categories of control characters and surrogates.
 _HARMFUL = {"Cc", "Cs"}
+# Override or embed a direction, beyond the end of a text if that does not end them.
+_TURNS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 
 
 def environment(autoescape: bool) -> Environment:
@@ -44,4 +46,4 @@ def _printable(value: Any) -> Any:  # noqa: ANN401
 
 def _replaced(character: str) -> str:
     is_harmless = character in "\n\t" or unicodedata.category(character) not in _HARMFUL
-    return character if is_harmless else "\ufffd"
+    return character if is_harmless and character not in _TURNS else "\ufffd"
