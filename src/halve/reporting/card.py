@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,17 +139,19 @@ def _measured(facts: Facts) -> Iterator[str]:
         record, name = facts.comparison.result, facts.name
         model = record.model
         kl = with_error(record.kl_mean, record.kl_error)
+        words = ["halve", "eval", name, "--against", facts.comparison.by.reference]
+        words += ["--data", model.data, "--seq-len", str(model.seq_len)]
+        words += ["--segments", str(model.segments)]
         yield (
             f"KL divergence from the dense model: {kl} nats a token on average, "
             f"{significant(record.kl_quantiles['99.9'])} at most for 99.9 % of the "
             f"tokens; the same first choice for {percent(record.agreement)}. "
-            f"halve eval {name} --against DENSE --data {model.data} --seq-len "
-            f"{model.seq_len} --segments {model.segments}"
+            f"{shlex.join(words)}"
         )
     if facts.bench is not None:
         by = facts.bench.by
         where = facts.bench.result.gpu or machine_line(by.machine)
-        yield f"Speed on {where}. halve bench {facts.name}"
+        yield f"Speed on {where}. {shlex.join(['halve', 'bench', facts.name])}"
     if facts.tasks is not None:
         yield "Tasks by lm-evaluation-harness, with standard errors."
 

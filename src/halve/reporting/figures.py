@@ -59,10 +59,11 @@ def heat_figure(heat: HeatMap, label: str) -> Figure:
 
 def _add_legend(figure: Figure, heat: HeatMap, y: float) -> None:
     """Add the colours of five values from zero to the largest."""
+    digits = 2 if heat.lowest else None
     for step, value in enumerate(heat.legend()):
         x = _LEFT + 80 * step
         figure.add(Box(x, y, 79, 10, "", "", heat.strength(value)))
-        figure.add(Label(x + 39, y + 24, percent(value), "middle"))
+        figure.add(Label(x + 39, y + 24, percent(value, digits), "middle"))
 
 
 def blocks_figure(blocks: Sequence[BlockRecord]) -> Figure | None:

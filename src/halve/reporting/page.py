@@ -1,5 +1,6 @@
 """The page: facts to HTML. Pure: no files but the templates, no clock."""
 
+import shlex
 from typing import Any
 
 from halve.records import PruneRecord
@@ -48,6 +49,7 @@ def _context(facts: Facts) -> dict[str, Any]:
         "tasks": tasks_section(facts),
         "command": pruned and prune_command(pruned, facts.name),
         "provenance": provenance(facts),
+        "verify": shlex.join(["halve", "verify", facts.name]),
         "limits": limits(facts),
     }
 

@@ -53,6 +53,7 @@ def heat_section(record: PruneRecord) -> Section | None:
         "figure": heat_figure(errors, "Error of each matrix of each block")
         if errors.highest
         else None,
+        "grouped": sum(map(len, errors.cells)) < len(record.all_matrices),
         "highest": percent(errors.highest),
         "held_out": any(m.held_out is not None for m in record.all_matrices),
         "sparsity": heat_figure(
@@ -113,7 +114,8 @@ def predictions_section(facts: Facts) -> Section | None:
     return {
         "figure": divergence_figure(record),
         "caption": f"{count(model.tokens)} tokens of {model.data}, "
-        f"{model.segments} segments of {model.seq_len} tokens.",
+        f"{model.segments} segments of {model.seq_len} tokens; compared with "
+        f"{facts.comparison.by.reference}.",
         "quantiles": [
             (f"{per_cent} %", significant(value))
             for per_cent, value in record.kl_quantiles.items()

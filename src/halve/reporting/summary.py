@@ -1,5 +1,6 @@
 """What a page says first: a sentence, and six figures."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import stdev
@@ -133,7 +134,8 @@ def tiles(facts: Facts) -> list[Tile]:
 def measure_command(facts: Facts) -> str:
     """Return the command that measures everything."""
     dense = dense_name(facts.pruned) or "DENSE"
-    return f"halve report {facts.name} --measure --against {dense}"
+    words = ["halve", "report", facts.name, "--measure", "--against", dense]
+    return shlex.join(words)
 
 
 def _zeros_tile(facts: Facts) -> Tile:
@@ -156,8 +158,12 @@ def _bytes_tile(facts: Facts) -> Tile:
 def _comparison_tiles(facts: Facts) -> Iterator[Tile]:
     names = ("Perplexity", "KL divergence", "Same first choice")
     if facts.comparison is None:
-        for name in names:
-            yield Tile(name, "", command=measure_command(facts))
+        alone = facts.perplexity and facts.perplexity.result
+        value = with_error(alone.perplexity, alone.standard_error) if alone else ""
+        note = f"on {alone.data}; the dense model's is not known" if alone else ""
+        command = measure_command(facts)
+        yield Tile(names[0], value, note, command)
+        yield from (Tile(name, "", command=command) for name in names[1:])
         return
     record = facts.comparison.result
     before, after = record.reference.perplexity, record.model.perplexity
@@ -177,7 +183,8 @@ def _comparison_tiles(facts: Facts) -> Iterator[Tile]:
 def _speed_tile(facts: Facts) -> Tile:
     faster = None if facts.bench is None else speedup(facts.bench.result)
     if faster is None:
-        return Tile("Tokens/s", "", command=f"halve bench {facts.name} --keep")
+        command = shlex.join(["halve", "bench", facts.name, "--keep"])
+        return Tile("Tokens/s", "", command=command)
     rates = [significant(each.median) for each in (faster.torch, faster.packed)]
     note = (
         f"torch, then packed: {significant(faster.ratio)} times ({faster.torch.test})"
