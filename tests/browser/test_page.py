@@ -1,10 +1,13 @@
 """A page in Chromium: nothing is fetched, everything fits and can be read.
 
-Skipped where there is no Playwright or no Chromium.
+Skipped where there is no Playwright or no Chromium. With HALVE_SCREENSHOTS=FOLDER the
+pictures of a page are left there, for a person to look at before a release.
 """
 
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
 ]
+SHOTS = os.environ.get("HALVE_SCREENSHOTS")
 SCHEMES = ("light", "dark")
 WIDTHS = (360, 900, 1600)
 # Contrast by WCAG 2.1 of every piece of text, on what lies behind it.
@@ -109,6 +113,9 @@ def test_nothing_is_fetched_and_nothing_sticks_out(name, opened, files):
         page = opened(name, scheme)
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
+            if SHOTS and name == "everything":
+                file = Path(SHOTS) / f"report-{scheme}-{width}.png"
+                page.screenshot(path=file, full_page=True)
             overflow = page.evaluate(
                 "document.documentElement.scrollWidth - window.innerWidth"
             )

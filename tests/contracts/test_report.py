@@ -20,7 +20,7 @@ from halve.reporting.numbers import (
     significant,
     with_error,
 )
-from halve.reporting.provenance import prune_command
+from halve.reporting.provenance import commands, prune_command
 from halve.reporting.summary import perplexity_difference, speedup
 from tests.report_facts import (
     BENCH,
@@ -421,3 +421,7 @@ def test_a_packed_record_shows_both_sizes():
     text = "".join(Page(render(CASES["packed"])).text)
     assert "1.61 KiB → 947 B" in text
     assert "9 bits a weight" in text
+    first, second = commands(CASES["packed"])
+    assert first.startswith("halve prune owner/dense -o half-source ")
+    assert second == "halve pack half-source -o half"
+    assert f"{first}\n{second}" in text

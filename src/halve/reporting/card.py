@@ -17,7 +17,7 @@ from huggingface_hub import (
 from halve.quantities import size
 from halve.reporting.facts import Facts
 from halve.reporting.numbers import percent, significant, with_error
-from halve.reporting.provenance import machine_line, provenance, prune_command
+from halve.reporting.provenance import commands, machine_line, provenance
 from halve.reporting.sections import limits
 from halve.reporting.summary import speedup, verdict
 from halve.reporting.templates import environment
@@ -41,7 +41,6 @@ def render_card(facts: Facts) -> str:
 
 
 def _body(facts: Facts) -> str:
-    pruned = facts.pruned
     # Markdown escapes otherwise than HTML: each value is escaped here.
     template = environment(autoescape=False).get_template("card.md.j2")
     return template.render(
@@ -51,7 +50,7 @@ def _body(facts: Facts) -> str:
         rows=[[_cell(cell) for cell in row] for row in _rows(facts)],
         is_packed=_is_packed(facts),
         quoted_name=json.dumps(facts.name),
-        command=pruned and _line(prune_command(pruned, facts.name)),
+        commands=[_line(command) for command in commands(facts)],
         provenance=[(name, _code(value)) for name, value in provenance(facts)],
         measured=[_plain(line) for line in _measured(facts)],
         limits=[_plain(limit) for limit in limits(facts)],

@@ -5,7 +5,7 @@ from typing import Any
 
 from halve.records import PruneRecord
 from halve.reporting.facts import Facts
-from halve.reporting.provenance import machine_line, provenance, prune_command
+from halve.reporting.provenance import commands, machine_line, provenance
 from halve.reporting.sections import (
     allocation_section,
     blocks_section,
@@ -47,7 +47,7 @@ def _context(facts: Facts) -> dict[str, Any]:
         "size": size_section(facts),
         "speed": speed_section(facts),
         "tasks": tasks_section(facts),
-        "command": pruned and prune_command(pruned, facts.name),
+        "commands": commands(facts),
         "provenance": provenance(facts),
         "verify": shlex.join(["halve", "verify", facts.name]),
         "limits": limits(facts),

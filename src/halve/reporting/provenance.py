@@ -15,6 +15,19 @@ from halve.reporting.numbers import count, percent
 _RESOLVED = {"device": "cpu"}
 
 
+def commands(facts: Facts) -> list[str]:
+    """Return the commands that make an output from the dense model, if recorded."""
+    pruned, packed = facts.pruned, facts.packed
+    if pruned is None:
+        return []
+    if packed is None:
+        return [prune_command(pruned, facts.name)]
+    # The folder between the two is not recorded.
+    between = f"{facts.name}-source"
+    words = ["halve", packed.kind, between, "-o", facts.name]
+    return [prune_command(pruned, between), shlex.join(words)]
+
+
 def prune_command(record: PruneRecord, out: str) -> str:
     """Return the command that prunes the model so, from what differs from defaults."""
     words = ["halve", "prune", dense_name(record) or "MODEL", "-o", out]
