@@ -186,5 +186,6 @@ def _speed_tile(facts: Facts) -> Tile:
         command = shlex.join(["halve", "bench", facts.name, "--keep"])
         return Tile("Tokens/s", "", command=command)
     rates = [significant(each.median) for each in (faster.torch, faster.packed)]
-    note = f"medians of torch and packed: {significant(faster.ratio)} times ({faster.torch.test})"
+    ratio, test = significant(faster.ratio), faster.torch.test
+    note = f"medians of torch and packed: {ratio} times ({test})"
     return Tile("Tokens/s", f"{rates[0]} → {rates[1]}", note)
