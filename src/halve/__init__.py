@@ -7,6 +7,7 @@
     halve.inspect("out")
     halve.verify("out")
     halve.pack("out", "out-packed")
+    halve.report("out")
 
 Names are loaded on first use, so `import halve` is fast. After it, transformers' own
 `from_pretrained` loads packed models and runs them with Halve's kernels.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         perplexity,
         plan,
         prune,
+        report,
         unpack,
         verify,
     )
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
         EvalOptions,
         GenerateOptions,
         PruneOptions,
+        ReportOptions,
         RunOptions,
     )
     from halve.pruning import DryRun, Forecast
@@ -94,6 +97,7 @@ _HOMES = {
     "PruneOptions": "halve.options",
     "PruneRecord": "halve.records",
     "QuantizationError": "halve.errors",
+    "ReportOptions": "halve.options",
     "RunOptions": "halve.options",
     "SourceError": "halve.errors",
     "TargetMissedError": "halve.errors",
@@ -108,6 +112,7 @@ _HOMES = {
     "perplexity": "halve.api",
     "plan": "halve.api",
     "prune": "halve.api",
+    "report": "halve.api",
     "unpack": "halve.api",
     "verify": "halve.api",
 }
@@ -137,6 +142,7 @@ __all__ = [
     "PruneOptions",
     "PruneRecord",
     "QuantizationError",
+    "ReportOptions",
     "RunOptions",
     "SourceError",
     "TargetMissedError",
@@ -151,6 +157,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "report",
     "unpack",
     "verify",
 ]

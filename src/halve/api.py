@@ -1,8 +1,8 @@
 """The verbs of Halve as functions, whose docstrings are their contracts.
 
 Options are declared in `halve.options` alone. `prune`, `plan`, `perplexity`,
-`compare`, `bench` and `generate` accept an options object, or its fields as keywords,
-or both; then the keywords override the object's fields.
+`compare`, `bench`, `generate` and `report` accept an options object, or its fields as
+keywords, or both; then the keywords override the object's fields.
 """
 
 import inspect as introspection
@@ -20,10 +20,13 @@ from halve.checkpoint import Checkpoint, resolve_model
 from halve.completion import Completer
 from halve.errors import HalveError
 from halve.evaluation import compare as compare_models
-from halve.evaluation import evaluate
+from halve.evaluation import compare_passage, evaluate
 from halve.measure import (
     BenchModels,
+    check_keepable,
     inspect_model,
+    keep_measurement,
+    read_task_scores,
     run_bench,
     verify_output,
     write_random_model,
@@ -39,6 +42,8 @@ from halve.options import (
     PackOptions,
     PruneKeywords,
     PruneOptions,
+    ReportKeywords,
+    ReportOptions,
     RunOptions,
 )
 from halve.packing import pack_model, unpack_model
@@ -47,18 +52,32 @@ from halve.pruning import DryRun, dry_run, prune_model
 from halve.records import (
     BenchRecord,
     ComparisonRecord,
+    ContinuationRecord,
+    GeneratedToken,
     Inspection,
     PackRecord,
     PerplexityRecord,
     Progress,
     PruneRecord,
+    SamplesRecord,
+    TasksRecord,
     Verification,
 )
+from halve.reporting import dense_name, gather_facts, output_folder, write_report
 from halve.runtime.blockwise_model import choose_device
+
+# New tokens of each text that two models continue for a report.
+_CONTINUED = 48
 
 _Function = TypeVar("_Function", bound=Callable)
 _Options = TypeVar(
-    "_Options", PruneOptions, RunOptions, EvalOptions, BenchOptions, GenerateOptions
+    "_Options",
+    PruneOptions,
+    RunOptions,
+    EvalOptions,
+    BenchOptions,
+    GenerateOptions,
+    ReportOptions,
 )
 
 
@@ -485,6 +504,147 @@ def generate(
     """
     merged = _merged(options or GenerateOptions(), keywords)
     return Completer.open(model, merged).complete(prompt, on_text)
+
+
+@_takes(ReportOptions)
+def report(
+    out: str | Path,
+    *,
+    options: ReportOptions | None = None,
+    **keywords: Unpack[ReportKeywords],
+) -> Path:
+    """Write one page about an output: what was lost, where, its size, speed and origin.
+
+    The page is a single HTML file without scripts that refers to nothing outside of
+    itself. It shows what `halve.json` and `measurements.json` hold, and leaves out what
+    was not measured; the same facts give the same bytes. Every file of the output is
+    compared with its recorded SHA-256 first.
+
+    Args:
+        out: A folder that `prune`, `pack` or `unpack` wrote.
+        options: What to measure first, and what to write; by default `ReportOptions()`.
+        **keywords: Fields of `ReportOptions`, which override those of the object.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; no page is written.
+        OutputError: The page cannot be written, or `card` would overwrite a README.md
+            that Halve has not made.
+        HalveError: As in `compare`, `generate` and `bench`, with `measure`.
+
+    Cost:
+        Reads every file once. With `measure`, that of `compare` and `bench`, of another
+        pass of both models, and memory for one whole model at a time.
+    """
+    merged = _merged(options or ReportOptions(), keywords)
+    merged.check()
+    folder = output_folder(out)
+    if merged.measures:
+        measure_output(out, merged)
+    facts = gather_facts(folder, merged.against)
+    return write_report(folder, facts, merged.file, merged.card)
+
+
+def measure_output(out: str | Path, options: ReportOptions) -> None:
+    """Measure what a page shows of an output, and keep it there.
+
+    Args:
+        out: The output.
+        options: What to measure, on which text, against which model.
+
+    Raises:
+        HalveError: As in `report`.
+    """
+    folder = check_keepable(out)
+    if options.tasks is not None:
+        dense = options.dense_tasks
+        reference = () if dense is None else read_task_scores(dense)
+        scores = TasksRecord(read_task_scores(options.tasks), reference)
+        keep_measurement(folder, scores)
+    if options.measure:
+        _measure_losses(folder, options)
+        if options.speed:
+            bench_options = BenchOptions(
+                device=options.device,
+                trust_remote_code=options.trust_remote_code,
+                progress=options.progress,
+            )
+            keep_measurement(folder, bench(folder, options=bench_options))
+
+
+def _measure_losses(folder: Path, options: ReportOptions) -> None:
+    """Keep the divergence from the dense model, and texts to read."""
+    dense = options.against or _recorded_model(folder)
+    resolve_model(dense)  # a wrong name is reported first
+
+    def show(progress: Progress) -> None:
+        options.progress(
+            f"evaluating the {progress.phase}, block {progress.block + 1} of "
+            f"{progress.blocks}"
+        )
+
+    evaluation = EvalOptions(
+        data=options.data,
+        seq_len=options.seq_len,
+        segments=options.segments,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        progress=show,
+    )
+    keep_measurement(folder, compare_models(folder, dense, evaluation), dense)
+    keep_measurement(folder, _samples(folder, dense, evaluation, options), dense)
+
+
+def _recorded_model(folder: Path) -> str:
+    """Return the name of the dense model that an output was made from.
+
+    Raises:
+        HalveError: It is not recorded.
+    """
+    name = dense_name(gather_facts(folder).pruned)
+    if not name:
+        raise HalveError(
+            f"The record of {folder} does not name the dense model.",
+            "Set against to the dense model (--against).",
+        )
+    return name
+
+
+def _samples(
+    folder: Path, dense: str, evaluation: EvalOptions, options: ReportOptions
+) -> SamplesRecord:
+    """Return a passage that two models predict, and texts that they continue."""
+    passage = compare_passage(folder, dense, evaluation)
+    continuations: tuple[ContinuationRecord, ...] = ()
+    if options.continuations:
+        # One model at a time is in memory.
+        prompts, model = _continued(folder, passage.prompts, options)
+        _, reference = _continued(dense, passage.prompts, options)
+        continuations = tuple(map(ContinuationRecord, prompts, model, reference))
+    return SamplesRecord(
+        data=evaluation.data,
+        passage=passage.tokens,
+        continuations=continuations,
+        bos=passage.bos,
+        data_sha256=passage.data_sha256,
+    )
+
+
+def _continued(
+    model: str | Path, prompts: torch.Tensor, options: ReportOptions
+) -> tuple[list[str], list[tuple[GeneratedToken, ...]]]:
+    """Return the texts of prompts, and the tokens with which a model continues them."""
+    options.progress(f"generating with {model}")
+    greedy = GenerateOptions(
+        max_new_tokens=_CONTINUED,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    completer = Completer.open(model, greedy)
+    texts = completer.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    return texts, [completer.tokens_after(prompt) for prompt in prompts]
 
 
 def inspect(model: str | Path, *, trust_remote_code: bool = False) -> Inspection:

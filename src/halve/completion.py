@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
+from transformers import BatchEncoding, TextStreamer
 
-from halve.calibration import load_tokenizer
+from halve.calibration import TokenTexts, load_tokenizer
 from halve.checkpoint import resolve_model
 from halve.errors import HalveError
 from halve.models import longest_sequence
 from halve.options import GenerateOptions
+from halve.records import GeneratedToken
 from halve.runtime import decode
 from halve.runtime.cuda import decode as cuda_decode
 from halve.runtime.generation import check_context, load, with_plain_decoding
@@ -72,6 +73,28 @@ class Completer:
         count = self.options.max_new_tokens or _NEW_TOKENS
         ids = self._continue(inputs, count, on_text, skip_prompt=False)
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def tokens_after(self, prompt: Tensor) -> tuple[GeneratedToken, ...]:
+        """Return the tokens that the model generates after a prompt.
+
+        Args:
+            prompt: Token ids, [length], int64.
+
+        Raises:
+            HalveError: The prompt is too long for the model.
+        """
+        length = len(prompt)
+        longest = longest_sequence(self.model.config) or length + _NEW_TOKENS
+        count = min(self.options.max_new_tokens or _NEW_TOKENS, longest - length)
+        inputs = BatchEncoding(
+            {"input_ids": prompt[None], "attention_mask": torch.ones_like(prompt)[None]}
+        )
+        ids = self._continue(inputs, count, None, skip_prompt=True).tolist()
+        texts = TokenTexts(self.tokenizer)
+        return tuple(
+            GeneratedToken(ids[place], texts.last(ids[: place + 1]))
+            for place in range(length, len(ids))
+        )
 
     def check_chats(self) -> None:
         """Raise HalveError if the tokenizer has no chat template."""

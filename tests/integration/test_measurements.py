@@ -12,9 +12,10 @@ from halve.checkpoint import MEASUREMENTS
 from halve.cli.app import app
 from halve.errors import CheckpointError, HalveError
 from halve.evaluation.divergence import summarize
-from halve.measure import check_keepable, keep_measurement, read_measurements
+from halve.measure import check_keepable, keep_measurement
 from halve.options import EvalOptions
 from halve.records import BenchRecord, ComparisonRecord, PerplexityRecord
+from halve.records.stored import read_measurements
 
 DATA = EvalOptions(seq_len=32, segments=3)
 

@@ -7,6 +7,7 @@ from halve.calibration.spill import (
     default_activation_memory,
     spill_weight,
 )
+from halve.calibration.token_texts import TokenTexts
 from halve.calibration.tokens import (
     TextEncoder,
     automatic_bos,
@@ -27,6 +28,7 @@ __all__ = [
     "Encode",
     "Segments",
     "TextEncoder",
+    "TokenTexts",
     "allocate_hidden",
     "automatic_bos",
     "check_vocabulary",

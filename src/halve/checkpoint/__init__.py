@@ -1,11 +1,8 @@
 """Read and write the files of a model: tensors lazily, outputs atomically."""
 
 from halve.checkpoint.checkpoint import Checkpoint
-from halve.checkpoint.files import sha256
 from halve.checkpoint.index import has_no_weights
 from halve.checkpoint.output import (
-    MEASUREMENTS,
-    RECORD,
     check_space,
     is_finished,
     output_path,
@@ -18,6 +15,7 @@ from halve.checkpoint.side_files import find_side_files
 from halve.checkpoint.source import resolve_model
 from halve.checkpoint.tensor_info import TensorInfo
 from halve.checkpoint.workspace import Workspace, open_workspace
+from halve.records.stored import MEASUREMENTS, RECORD, sha256
 
 __all__ = [
     "MEASUREMENTS",

@@ -4,7 +4,6 @@ A file is written under a temporary name, forced to the disk, and renamed.
 """
 
 import errno
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from halve.checkpoint import disk
 from halve.errors import CheckpointError, OutputError
+from halve.records.stored import sha256
 
 
 @contextmanager
@@ -108,12 +108,6 @@ def copy_file(source: Path, path: Path) -> None:
     with read_errors(source):
         data = source.read_bytes()
     replace_file(path, lambda temporary: disk.write(temporary, data))
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folders(path: Path) -> None:

@@ -1,8 +1,7 @@
 """Checks on an output path: is it free, is it finished, and by which run."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,15 +10,12 @@ from halve.checkpoint.work_folder import (
     is_being_filled,
     partial_path,
 )
-from halve.errors import OutputError, RecordError
+from halve.errors import OutputError
 from halve.records.codec import from_dict
+from halve.records.stored import MEASUREMENTS, RECORD, name_record
 from halve.records.version import check_format, parse_fields
 from halve.untrusted import read_bytes, read_json, truncated
 
-# The file name of the record; a folder that holds it is complete.
-RECORD = "halve.json"
-# Measurements of a folder with such a record; those of another output are not its own.
-MEASUREMENTS = "measurements.json"
 # Files that Halve writes beside a model, and that are not copied with it.
 OWN_FILES = frozenset({RECORD, MEASUREMENTS})
 
@@ -173,16 +169,6 @@ def read_record(folder: Path, parse: Callable[[str], Record]) -> Record:
             return parse(read_bytes(folder / RECORD).decode("utf-8"))
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise not_written_by_halve(folder, f"its {RECORD} cannot be read") from error
-
-
-@contextmanager
-def name_record(folder: Path) -> Iterator[None]:
-    """Name the file in a RecordError that is raised while it is read."""
-    try:
-        yield
-    except RecordError as error:
-        problem = f"{folder / RECORD}: {error.problem}"
-        raise RecordError(problem, error.remedy) from error
 
 
 def recorded_identity(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from halve.cli import (
     inspect,
     pack,
     prune,
+    report,
     serve,
     verify,
 )
@@ -57,6 +58,7 @@ app.command("generate", cls=_Command, epilog=generate.EXAMPLES)(generate.command
 app.command("chat", cls=_Command, epilog=chat.EXAMPLES)(chat.command)
 app.command("serve", cls=_Command, epilog=serve.EXAMPLES)(serve.command)
 app.command("bench", cls=_Command, epilog=bench.EXAMPLES)(bench.command)
+app.command("report", cls=_Command, epilog=report.EXAMPLES)(report.command)
 app.command("demo", cls=_Command, epilog=demo.EXAMPLES)(demo.command)
 
 

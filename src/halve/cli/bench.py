@@ -74,6 +74,7 @@ def command(
     from transformers.utils.logging import disable_progress_bar
 
     from halve.api import bench
+    from halve.cli.console import print_next
     from halve.cli.progress import Step, progress_bar
     from halve.measure import check_keepable, keep_measurement
 
@@ -85,6 +86,8 @@ def command(
     if folder is not None:
         keep_measurement(folder, record)
     _print(record, output)
+    if folder is not None and output is not Output.json:
+        print_next(("report", str(folder)))
 
 
 def _print(record: "BenchRecord", output: Output | None) -> None:

@@ -9,6 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from halve.quantities import duration, size
+
+# Commands import the last two from here as well.
+__all__ = ["duration", "local_time", "percent", "print_next", "print_table", "size"]
+
 
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
@@ -43,26 +48,6 @@ def local_time(moment: str) -> str:
     """Return a time in ISO 8601 as the clock here shows it, to the second."""
     local = datetime.datetime.fromisoformat(moment).astimezone()
     return local.strftime("%Y-%m-%d %H:%M:%S")
-
-
-def duration(seconds: float | None) -> str:
-    """Return a duration for reading: `12.3 s`, `3 min 05 s` or `2 h 07 min`."""
-    if seconds is None:
-        return "?"
-    if seconds < 100:  # noqa: PLR2004
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def size(count: int) -> str:
-    """Return a number of bytes with a binary unit, such as `1.5 GiB`."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1000 and len(units) > 1:  # noqa: PLR2004
-        value /= 1024
-        units.pop(0)
-    return f"{value:.3g} {units[0]}"
 
 
 def percent(fraction: float | None) -> str:

@@ -29,7 +29,7 @@ _ROWS = (
     ("sparsegpt", "2:4"),
     ("auto", "2:4"),
 )
-# The row whose model is packed and run.
+# The row whose model is packed, run and reported.
 _PACKED = ("auto", "50%")
 _SEGMENTS = 300
 _PROMPT = "def main("
@@ -65,11 +65,13 @@ def command(
         packed = pruned.with_name(f"{pruned.name}-packed")
         rows.append(_packed(pruned, packed))
         run = _run(packed)
+        page = _page(model, packed, None if out is None else packed / "report.html")
     if as_json:
-        print(to_json({"models": rows, "run": run}))
+        print(to_json({"models": rows, "run": run, "page": str(page)}))
     else:
         _print(rows)
         _print_run(run)
+        print(f"\nWhat was lost, and where, is shown on one page:\n{page}")
 
 
 @contextmanager
@@ -128,13 +130,34 @@ def _packed(pruned: "Path", packed: "Path") -> dict[str, object]:
 
 def _run(packed: "Path") -> dict[str, object]:
     """Generate with the packed model, and time it against its dense form."""
-    from halve.api import generate
-    from halve.measure import bench_cases, measure_speed
+    from halve.api import bench, generate
+    from halve.measure import keep_measurement
 
     _say("running")
     text = generate(packed, _PROMPT, max_new_tokens=_TOKENS, device="cpu")
-    speeds = measure_speed(packed, bench_cases(0, _TOKENS, (1,)), rounds=5)
-    return {"text": text, "tokens_per_second": {s.backend: s.median for s in speeds}}
+    record = bench(packed, prompt=0, generated=_TOKENS, batches=(1,), device="cpu")
+    keep_measurement(packed, record)
+    rates = {result.backend: result.median for result in record.results}
+    return {"text": text, "tokens_per_second": rates}
+
+
+def _page(model: "Path", packed: "Path", page: "Path | None") -> "Path":
+    """Write the page about the packed model; by default into a folder that stays."""
+    from pathlib import Path
+    from tempfile import mkdtemp
+
+    from halve.api import report
+
+    _say("reporting")
+    return report(
+        packed,
+        file=str(page or Path(mkdtemp(prefix="halve-report-")) / "report.html"),
+        measure=True,
+        speed=False,  # measured before
+        against=str(model),
+        data="stdlib",
+        segments=_SEGMENTS,
+    )
 
 
 def _say(text: str) -> None:

@@ -65,7 +65,7 @@ def command(
     else:
         _print_comparison(record, model, against)
     if not as_json:
-        print_next(("bench", model))
+        print_next(("bench", model), *([("report", model)] if keep else []))
 
 
 def _step(progress: "Progress", model: str, against: str | None) -> "Step":

@@ -71,6 +71,7 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
         print_next(
             ("eval", out, "--against", model),
             ("pack", out, "-o", f"{out.rstrip('/')}-packed"),
+            ("report", out),
         )
 
 

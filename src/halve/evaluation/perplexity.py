@@ -49,7 +49,7 @@ def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
     segments = _segments(opened, options)
 
     def measure(opened: BlockwiseModel) -> Tensor:
-        batches = _run_blocks(opened, segments.ids, options, MODEL).logits()
+        batches = run_blocks(opened, segments.ids, options, MODEL).logits()
         return torch.cat(
             [_losses(logits, segments.part(part)) for part, logits in batches]
         )
@@ -64,19 +64,12 @@ def compare(
     """Run two models over the same segments; see `halve.compare` for the contract."""
     options.check()
     started = time.perf_counter()
-    pair = [_open(name, options) for name in (model, reference)]
-    segments, other = (_segments(opened, options) for opened in pair)
-    if not torch.equal(segments.ids, other.ids):
-        raise CalibrationError(
-            f"{model} and {reference} do not split the text into the same tokens.",
-            "Compare models that have the same tokenizer, and set seq_len if their "
-            "maximum lengths differ (--seq-len).",
-        )
+    pair, segments = open_pair(model, reference, options)
 
     def measure(first: BlockwiseModel) -> _Differences:
         second = replace(pair[1], batch_tokens=first.batch_tokens)
         streams = [
-            _run_blocks(opened, segments.ids, options, name)
+            run_blocks(opened, segments.ids, options, name)
             for opened, name in ((first, MODEL), (second, REFERENCE))
         ]
         differences = _Differences([], [], [], [])
@@ -92,6 +85,25 @@ def compare(
         ),
         **summarize(differences.divergences, differences.agreements),
     )
+
+
+def open_pair(
+    model: str | Path, reference: str | Path, options: EvalOptions
+) -> tuple[list[BlockwiseModel], Segments]:
+    """Open two models, and cut the text into segments for both.
+
+    Raises:
+        CalibrationError: Their segments differ.
+    """
+    pair = [_open(name, options) for name in (model, reference)]
+    segments, other = (_segments(opened, options) for opened in pair)
+    if not torch.equal(segments.ids, other.ids):
+        raise CalibrationError(
+            f"{model} and {reference} do not split the text into the same tokens.",
+            "Compare models that have the same tokenizer, and set seq_len if their "
+            "maximum lengths differ (--seq-len).",
+        )
+    return pair, segments
 
 
 def _paired_logits(
@@ -162,7 +174,7 @@ def _segments(opened: BlockwiseModel, options: EvalOptions) -> Segments:
     return segments
 
 
-def _run_blocks(
+def run_blocks(
     opened: BlockwiseModel, windows: Tensor, options: EvalOptions, name: str
 ) -> Stream:
     """Return the hidden states of all segments after the last block.

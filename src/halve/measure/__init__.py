@@ -2,11 +2,8 @@
 
 from halve.measure.bench import BenchModels, run_bench
 from halve.measure.inspection import inspect_model
-from halve.measure.measurements import (
-    check_keepable,
-    keep_measurement,
-    read_measurements,
-)
+from halve.measure.lm_eval import read_task_scores
+from halve.measure.measurements import check_keepable, keep_measurement
 from halve.measure.random_models import write_random_model
 from halve.measure.speed import TORCH, bench_cases, measure_speed
 from halve.measure.verification import verify_output
@@ -19,7 +16,7 @@ __all__ = [
     "inspect_model",
     "keep_measurement",
     "measure_speed",
-    "read_measurements",
+    "read_task_scores",
     "run_bench",
     "verify_output",
     "write_random_model",

@@ -9,18 +9,16 @@ import torch
 
 from halve.checkpoint import MEASUREMENTS, RECORD, Checkpoint, resolve_model, sha256
 from halve.checkpoint.files import write_text
-from halve.errors import CheckpointError, HalveError
-from halve.records import BenchRecord, ComparisonRecord, PerplexityRecord, now, versions
-from halve.records.checksum import has_valid_checksum
+from halve.errors import HalveError
+from halve.records import ComparisonRecord, now, versions
 from halve.records.measurement import (
     Measurement,
+    Result,
+    kind_of,
     measurements_to_json,
-    parse_measurements,
 )
+from halve.records.stored import read_measurements
 from halve.runtime.machine import this_machine
-from halve.untrusted import read_bytes
-
-_REMEDY = "Remove the file, and measure again with --keep."
 
 
 def check_keepable(model: str | Path | None) -> Path:
@@ -43,37 +41,9 @@ def check_keepable(model: str | Path | None) -> Path:
     return folder
 
 
-def read_measurements(folder: Path) -> tuple[Measurement, ...]:
-    """Return the measurements of an output; none if none were kept.
-
-    Raises:
-        CheckpointError: The file is damaged, or its measurements are of an output that
-            was in the folder before.
-    """
-    path = folder / MEASUREMENTS
-    if not path.exists():
-        return ()
-    try:
-        data = read_bytes(path, folder)
-        if not has_valid_checksum(data):
-            raise ValueError("it does not match its own checksum")  # noqa: TRY301
-        measurements = parse_measurements(data.decode())
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({str(error)[:200]}).", _REMEDY
-        ) from error
-    digest = sha256(folder / RECORD)
-    if any(measurement.of != digest for measurement in measurements):
-        raise CheckpointError(
-            f"{path} holds measurements of another output than the one in {folder}.",
-            _REMEDY,
-        )
-    return measurements
-
-
 def keep_measurement(
     folder: Path,
-    result: PerplexityRecord | ComparisonRecord | BenchRecord,
+    result: Result,
     reference: str | None = None,
 ) -> None:
     """Add a measurement to those of an output, in the place of one of the same thing.
@@ -87,7 +57,7 @@ def keep_measurement(
         OutputError: The file cannot be written.
     """
     added = Measurement(
-        kind="bench" if isinstance(result, BenchRecord) else "eval",
+        kind=kind_of(result),
         of=sha256(folder / RECORD),
         reference=reference or "",
         reference_sha256=_digest(reference) if reference else "",
@@ -107,11 +77,9 @@ def _subject(measurement: Measurement) -> tuple[str, ...]:
     return m.kind, m.reference_sha256, m.data_sha256, str(m.record.get("gpu"))
 
 
-def _data_sha256(result: PerplexityRecord | ComparisonRecord | BenchRecord) -> str:
-    if isinstance(result, BenchRecord):
-        return ""
+def _data_sha256(result: Result) -> str:
     record = result.model if isinstance(result, ComparisonRecord) else result
-    return record.data_sha256
+    return getattr(record, "data_sha256", "")
 
 
 def _digest(reference: str) -> str:

@@ -9,18 +9,11 @@ record for it.
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from torch import Tensor
 
-from halve.checkpoint import (
-    RECORD,
-    Checkpoint,
-    find_side_files,
-    resolve_model,
-    sha256,
-)
-from halve.checkpoint.output import name_record
+from halve.checkpoint import RECORD, Checkpoint, find_side_files, resolve_model
 from halve.errors import CheckpointError, PatternError, QuantizationError
 from halve.grids import QuantScheme, grid_shortfall
 from halve.layout import PlannedMatrix
@@ -34,14 +27,13 @@ from halve.records import (
     PackRecord,
     PruneRecord,
     Verification,
-    parse_record,
 )
-from halve.records.checksum import has_valid_checksum
-from halve.records.version import parse_fields
-
-_REMEDY = "Make the output again, or restore the file from an intact copy."
-# Whatever JSON of other contents makes a parser raise.
-_PARSE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+from halve.records.stored import (
+    PARSE_ERRORS,
+    REMEDY,
+    file_damage,
+    read_output_record,
+)
 
 
 @dataclass(frozen=True)
@@ -112,12 +104,7 @@ class _Record:
 
     @classmethod
     def of(cls, record: PruneRecord | PackRecord) -> "_Record":
-        if any(Path(name).name != name for name in record.shards):
-            raise ValueError("a path in the place of a file name")
         is_pruned = isinstance(record, PruneRecord)
-        paths = [PurePosixPath(name) for name in record.files]
-        if any(path.is_absolute() or ".." in path.parts for path in paths):
-            raise ValueError("a path out of the folder")
         return cls(
             dict(record.shards),
             dict(record.files),
@@ -136,7 +123,7 @@ def verify_output(out: str | Path, trust_remote_code: bool = False) -> Verificat
     damaged = [
         Finding(name, problem)
         for name, digest in digests.items()
-        if (problem := _file_damage(folder / name, digest)) is not None
+        if (problem := file_damage(folder / name, digest)) is not None
     ]
     findings = damaged or list(_mismatches(folder, record, trust_remote_code))
     return Verification(
@@ -149,50 +136,13 @@ def verify_output(out: str | Path, trust_remote_code: bool = False) -> Verificat
 
 
 def _read(folder: Path) -> _Record:
-    path = folder / RECORD
+    path, record = folder / RECORD, read_output_record(folder)
     try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"There is no {RECORD} in {folder}, which would list what was written.",
-            "Pass a folder that Halve has written.",
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.", _REMEDY) from error
-    # Before the checksum: a record of another format may have none, or another.
-    with name_record(folder):
-        return _parse(path, data)
-
-
-def _parse(path: Path, data: bytes) -> _Record:
-    """Return a record, checked for its format, its checksum, and its contents."""
-    try:
-        parse_fields(data.decode())
-        _check_checksum(path, data)
-        return _Record.of(parse_record(data.decode()))
-    except _PARSE_ERRORS as error:
-        _check_checksum(path, data)
-        raise CheckpointError(f"{path} cannot be read ({error!r}).", _REMEDY) from error
+        return _Record.of(record)
+    except PARSE_ERRORS as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}).", REMEDY) from error
     except (QuantizationError, PatternError) as error:
-        raise CheckpointError(f"{path}: {error.problem}", _REMEDY) from error
-
-
-def _check_checksum(path: Path, data: bytes) -> None:
-    if not has_valid_checksum(data):
-        raise CheckpointError(
-            f"{path} is damaged: it does not match its own checksum.", _REMEDY
-        )
-
-
-def _file_damage(path: Path, digest: str) -> str | None:
-    """Return what is wrong with the bytes of a file; None where nothing is."""
-    if not path.is_file():
-        return "it is missing"
-    try:
-        actual = sha256(path)
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    return None if actual == digest else "its SHA-256 is not the recorded one"
+        raise CheckpointError(f"{path}: {error.problem}", REMEDY) from error
 
 
 def _size(path: Path) -> int:

@@ -13,6 +13,7 @@ from halve.options.generate import GenerateKeywords, GenerateOptions
 from halve.options.pack import PackOptions
 from halve.options.presets import PRESETS, preset_options
 from halve.options.prune import PruneKeywords, PruneOptions
+from halve.options.report import ReportKeywords, ReportOptions
 from halve.options.run import RunKeywords, RunOptions
 from halve.options.shared import Activations, Device, TrustRemoteCode, check_device
 
@@ -31,6 +32,8 @@ __all__ = [
     "PackOptions",
     "PruneKeywords",
     "PruneOptions",
+    "ReportKeywords",
+    "ReportOptions",
     "RunKeywords",
     "RunOptions",
     "TrustRemoteCode",

@@ -132,9 +132,14 @@ def _model_record(name: str | Path, plan: Plan) -> ModelRecord:
     folder = plan.model
     # The Hub's cache has a folder for each commit.
     revision = folder.name if folder.parent.name == "snapshots" else ""
-    tensors = plan.input_layout.tensors.values()
-    elements = sum(info.elements for info in tensors)
-    return ModelRecord(str(name), revision, plan.model_type, elements)
+    infos = plan.input_layout.tensors.values()
+    return ModelRecord(
+        str(name),
+        revision,
+        plan.model_type,
+        parameters=sum(info.elements for info in infos),
+        bytes=sum(info.nbytes for info in infos),
+    )
 
 
 def _warn_of_unseen_experts(blocks: tuple[BlockRecord, ...]) -> None:

@@ -24,6 +24,13 @@ from halve.records.prune import (
     PruneRecord,
     TrialRecord,
 )
+from halve.records.samples import (
+    ContinuationRecord,
+    GeneratedToken,
+    PassageToken,
+    SamplesRecord,
+)
+from halve.records.tasks import TaskScore, TasksRecord
 from halve.records.verification import Finding, Verification
 from halve.records.version import RECORD_FORMAT
 
@@ -33,10 +40,12 @@ __all__ = [
     "BenchRecord",
     "BlockRecord",
     "ComparisonRecord",
+    "ContinuationRecord",
     "ExpertsRecord",
     "Finding",
     "FinishedBlock",
     "Footprint",
+    "GeneratedToken",
     "Inspection",
     "KeptExpertsRecord",
     "MachineRecord",
@@ -48,10 +57,14 @@ __all__ = [
     "ModelRecord",
     "PackRecord",
     "PairRecord",
+    "PassageToken",
     "PerplexityRecord",
     "Progress",
     "PruneRecord",
+    "SamplesRecord",
     "SpeedRecord",
+    "TaskScore",
+    "TasksRecord",
     "TrialRecord",
     "Verification",
     "now",

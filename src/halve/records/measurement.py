@@ -8,16 +8,27 @@ from halve.records.checksum import to_json_with_checksum
 from halve.records.codec import from_dict
 from halve.records.evaluation import ComparisonRecord, PerplexityRecord
 from halve.records.origin import MachineRecord
+from halve.records.samples import SamplesRecord
+from halve.records.tasks import TasksRecord
 from halve.untrusted import parse_json
 
 # Raised with every change to the fields of a measurement or its record.
 MEASUREMENTS_FORMAT = 1
 
+# What a measurement may hold.
+Result = PerplexityRecord | ComparisonRecord | BenchRecord | SamplesRecord | TasksRecord
 # Kind of a measurement -> the kinds of its record.
 _RECORDS: dict[str, tuple[type, ...]] = {
     "eval": (ComparisonRecord, PerplexityRecord),
     "bench": (BenchRecord,),
+    "samples": (SamplesRecord,),
+    "tasks": (TasksRecord,),
 }
+
+
+def kind_of(result: Result) -> str:
+    """Return the kind of a measurement that holds a result."""
+    return next(kind for kind, types in _RECORDS.items() if isinstance(result, types))
 
 
 @dataclass(frozen=True)
@@ -25,14 +36,14 @@ class Measurement:
     """One result about one output.
 
     Attributes:
-        kind: `eval` or `bench`.
+        kind: `eval`, `bench`, `samples` or `tasks`.
         of: SHA-256 of the `halve.json` of the output that was measured.
         reference: Name of the model it was compared with; empty if there was none.
         reference_sha256: Digest of that model's config and of its tensors' names and
             sizes; not of their values.
-        data_sha256: Digest of the token ids that were evaluated; empty for `bench`.
-        record: The result, a `PerplexityRecord`, `ComparisonRecord` or `BenchRecord` as
-            a dictionary.
+        data_sha256: Digest of the token ids that were evaluated; empty for `bench` and
+            `tasks`.
+        record: The result as a dictionary.
         versions: Versions of Halve, torch and transformers.
         machine: Where it was measured.
         finished: When, ISO 8601, UTC.
@@ -53,7 +64,7 @@ class Measurement:
             raise ValueError(f"a measurement of kind {self.kind[:20]!r}")
 
     @property
-    def result(self) -> PerplexityRecord | ComparisonRecord | BenchRecord:
+    def result(self) -> Result:
         """The record as one of the classes above."""
         kinds = _RECORDS[self.kind]
         kind = next(kind for kind in kinds if _fits(kind, self.record))

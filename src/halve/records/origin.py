@@ -12,12 +12,14 @@ class ModelRecord:
         revision: Commit of the Hub's repository; empty for another folder.
         model_type: As in its config.json.
         parameters: Number of elements in all tensors.
+        bytes: Size of all tensors when dense; 0 if that is not known.
     """
 
     name: str
     revision: str
     model_type: str
     parameters: int
+    bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,105 @@
+"""How an output was made: the command, and what it was made with and on."""
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from halve.option import options_of
+from halve.options import PruneOptions
+from halve.quantities import duration, size
+from halve.records import MachineRecord, PruneRecord
+from halve.reporting.facts import Facts, dense_name
+from halve.reporting.numbers import count, percent
+
+# Decided by `auto` where they were not given.
+_RESOLVED = {"device": "cpu"}
+
+
+def commands(facts: Facts) -> list[str]:
+    """Return the commands that make an output from the dense model, if recorded."""
+    pruned, packed = facts.pruned, facts.packed
+    if pruned is None:
+        return []
+    if packed is None:
+        return [prune_command(pruned, facts.name)]
+    # The folder between the two is not recorded.
+    between = f"{facts.name}-source"
+    words = ["halve", packed.kind, between, "-o", facts.name]
+    return [prune_command(pruned, between), shlex.join(words)]
+
+
+def prune_command(record: PruneRecord, out: str) -> str:
+    """Return the command that prunes the model so, from what differs from defaults."""
+    words = ["halve", "prune", dense_name(record) or "MODEL", "-o", out]
+    return shlex.join([*words, *_flags(record.identity)])
+
+
+def _flags(identity: dict[str, Any]) -> Iterator[str]:
+    for field, option in options_of(PruneOptions):
+        value = identity.get(field.name, field.default)
+        default = field.default
+        if isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        if value in (default, _RESOLVED.get(field.name)):
+            continue
+        flag = option.flags[0] if option.flags else f"--{field.name.replace('_', '-')}"
+        yes, _, no = flag.partition("/")
+        if isinstance(value, bool):
+            yield yes if value else no
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            yield from (yes, str(each))
+
+
+def provenance(facts: Facts) -> list[tuple[str, str]]:
+    """Return names and values of what is recorded of how an output was made."""
+    rows = [] if facts.pruned is None else list(_of_pruning(facts.pruned))
+    if facts.packed is not None:
+        packed = facts.packed
+        form = "packed" if packed.kind == "pack" else "unpacked"
+        rows.append((form.capitalize(), f"{packed.finished}, {_versions(packed)}"))
+    rows.append(("SHA-256 of halve.json", facts.record_sha256))
+    return rows
+
+
+def _of_pruning(record: PruneRecord) -> Iterator[tuple[str, str]]:
+    identity = record.identity
+    if record.model is not None:
+        model = record.model
+        yield "Dense model", model.name
+        if model.revision:
+            yield "Its revision", model.revision
+        yield "Its kind", f"{model.model_type}, {count(model.parameters)} parameters"
+    if identity.get("calibration_sha256") is not None:
+        windows, length = int(identity["samples"]), int(identity["seq_len"])
+        yield (
+            "Calibration text",
+            f"{identity['calibration']}: {windows} windows of {length} tokens, "
+            f"{count(windows * length)} tokens, seed {identity['seed']}",
+        )
+        yield "SHA-256 of its tokens", str(identity["calibration_sha256"])
+    yield "Finished", record.finished
+    if record.machine is not None:
+        yield "Machine", machine_line(record.machine)
+    yield "Versions", _versions(record)
+    yield "Time of all blocks", duration(sum(block.seconds for block in record.blocks))
+    if record.bytes_peak:
+        foreseen = record.bytes_foreseen
+        share = f", {percent(record.bytes_peak / foreseen)} of it" if foreseen else ""
+        yield (
+            "Peak memory",
+            f"{size(record.bytes_peak)} measured, {size(foreseen)} predicted{share}",
+        )
+
+
+def machine_line(machine: MachineRecord) -> str:
+    """Return a machine in one line."""
+    device = "" if machine.device in ("cpu", machine.cpu) else f", {machine.device}"
+    return (
+        f"{machine.cpu}, {machine.cores} cores, {size(machine.memory)}{device}, "
+        f"{machine.threads} threads"
+    )
+
+
+def _versions(record: Any) -> str:  # noqa: ANN401  (any record)
+    return ", ".join(f"{name} {number}" for name, number in record.versions.items())
