@@ -159,7 +159,7 @@ def all_phases(work: Workload) -> Iterator[Phase]:
     yield Phase("embedding", {"embeddings": _outside_nbytes(work.plan)})
     yield from _choosing_experts(work)
     for block in work.blocks:
-        yield from _reading(work.plan, block)
+        yield from _reading(work, block)
         yield _collecting(work, block)
         for columns in sorted(work.deferred_groups(block)):
             yield _summing(work, block, columns)
@@ -202,7 +202,7 @@ def _choosing_experts(work: Workload) -> Iterator[Phase]:
         yield Phase(
             "choosing experts",
             {
-                "weights": _weights_nbytes(whole.plan, block),
+                "weights": _weights_nbytes(whole, block),
                 FILES: _codes_nbytes(whole.plan, block),
                 "kept experts": _cut_nbytes(work.plan, fewer),
                 "activations": _batch_nbytes(whole, block) + max(rows, default=0),
@@ -221,13 +221,14 @@ def _cut_nbytes(plan: Plan, block: PlannedBlock) -> int:
     return sum(after[n].nbytes for n in names if after[n].shape != before[n].shape)
 
 
-def _reading(plan: Plan, block: PlannedBlock) -> Iterator[Phase]:
+def _reading(work: Workload, block: PlannedBlock) -> Iterator[Phase]:
     """Yield the phase in which a block is read, if its matrices are quantized.
 
     Codes and scales of a matrix are in memory as well until it is dense.
     """
-    if codes := _codes_nbytes(plan, block):
-        yield Phase("reading", {"weights": _weights_nbytes(plan, block), FILES: codes})
+    if codes := _codes_nbytes(work.plan, block):
+        weights = _weights_nbytes(work, block)
+        yield Phase("reading", {"weights": weights, FILES: codes})
 
 
 def _codes_nbytes(plan: Plan, block: PlannedBlock) -> int:
