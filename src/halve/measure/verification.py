@@ -22,7 +22,8 @@ from halve.checkpoint import (
 from halve.checkpoint.output import name_record
 from halve.errors import CheckpointError, PatternError, QuantizationError
 from halve.grids import QuantScheme, grid_shortfall
-from halve.measure.inspection import group_by_tensor, matrices_of
+from halve.layout import group_by_tensor
+from halve.measure.inspection import matrices_of
 from halve.measure.rule_check import rule_mismatches
 from halve.patterns import NM, parse_pattern
 from halve.records import (
