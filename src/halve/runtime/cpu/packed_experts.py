@@ -8,7 +8,7 @@ which an expert may have any number of tokens: `torch.compile` sees one opaque n
 known shape.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -32,6 +32,9 @@ library.define(
 _by_handle: "WeakValueDictionary[int, PackedExperts]" = WeakValueDictionary()
 _handles = count()
 _WEIGHT, _BIAS = "weight", "bias"
+# Choices that are computed together, at least: with fewer, calls from Python would cost
+# more than they compute; with more, what is between products would leave the cache.
+_PART = 64
 
 
 class PackedExperts(nn.Module):
@@ -127,29 +130,32 @@ class PackedExperts(nn.Module):
 
     def run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute what `forward` returns; see there."""
+        experts_per_token = index.shape[1]
         chosen, order = index.flatten().sort(stable=True)
-        runs = list(_runs(chosen, self.layers.count))
-        if not runs:
-            return torch.zeros_like(hidden)
-        # Choices of no expert come last.
-        order = order[: runs[-1][1].stop]
-        inner = self._between(runs, hidden[order // index.shape[1]])
-        outputs = self._multiply(self.layers.layers[-1], runs, inner)
-        if self.traits.has_norm:
-            outputs = self.family.post_expert_norm(outputs)
-        weighted = outputs * weights.flatten()[order, None]
-        placed = weighted.new_zeros(index.numel(), weighted.shape[1])
-        placed = placed.index_copy(0, order, weighted)
-        return placed.view(*index.shape, -1).sum(1).to(hidden.dtype)
+        scale = weights.flatten()[order, None]
+        dtype = torch.promote_types(hidden.dtype, weights.dtype)
+        # Choices of no expert stay zero.
+        weighted = hidden.new_zeros(index.numel(), hidden.shape[1], dtype=dtype)
+        for runs in _parts(_runs(chosen, self.layers.count)):
+            start, stop = runs[0][1].start, runs[-1][1].stop
+            some = order[start:stop]
+            own = [(n, slice(r.start - start, r.stop - start)) for n, r in runs]
+            outputs = self._outputs(own, hidden[some // experts_per_token])
+            weighted.index_copy_(0, some, (outputs * scale[start:stop]).to(dtype))
+        return weighted.view(*index.shape, -1).sum(1).to(hidden.dtype)
 
-    def _between(self, runs: list[tuple[int, slice]], inputs: Tensor) -> Tensor:
-        """Return what the last layers get, [choices, inner width]."""
-        first = self.layers.layers[:-1]
-        outputs = [self._multiply(layer, runs, inputs) for layer in first]
-        joined = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+    def _outputs(self, runs: list[tuple[int, slice]], inputs: Tensor) -> Tensor:
+        """Return the outputs of some experts for their inputs, [choices, width]."""
+        first = [self._multiply(x, runs, inputs) for x in self.layers.layers[:-1]]
+        joined = torch.cat(first, dim=-1) if len(first) > 1 else first[0]
         if self.traits.has_gate:
-            return gate_experts(self.family, joined)
-        return self.family.act_fn(joined)
+            inner = gate_experts(self.family, joined)
+        else:
+            inner = self.family.act_fn(joined)
+        outputs = self._multiply(self.layers.layers[-1], runs, inner)
+        return (
+            self.family.post_expert_norm(outputs) if self.traits.has_norm else outputs
+        )
 
     def _multiply(
         self, layer: ExpertLayer, runs: list[tuple[int, slice]], inputs: Tensor
@@ -235,6 +241,20 @@ def _runs(chosen: Tensor, experts: int) -> Iterator[tuple[int, slice]]:
         if number < experts:
             yield number, slice(start, start + size)
         start += size
+
+
+def _parts(
+    runs: Iterable[tuple[int, slice]],
+) -> Iterator[list[tuple[int, slice]]]:
+    """Yield consecutive runs that are computed together."""
+    part: list[tuple[int, slice]] = []
+    for run in runs:
+        part.append(run)
+        if run[1].stop - part[0][1].start >= _PART:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def _packed_experts(
