@@ -171,8 +171,10 @@ class PackedExperts(nn.Module):
         biases = getattr(self, f"{layer.fused}_{_BIAS}", None)
         bias = None if biases is None else biases[number]
         packed = getattr(self, slice_module(layer.name, number), None)
-        if packed is not None:
+        if isinstance(packed, PackedLinear):
             return packed(inputs, bias)
+        if packed is not None:  # dense, as `halve bench` compares it
+            return packed(inputs) if bias is None else packed(inputs) + bias
         weight = getattr(self, layer.fused)[number]
         weight = weight.T if layer.transposed else weight
         return functional.linear(inputs, weight, bias)
