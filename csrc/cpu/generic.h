@@ -120,9 +120,32 @@ inline typename L::Vector load_columns(const typename L::Stored* row, int64_t co
 }
 
 // ---- Arranging x ----
-// x is stored as [columns / width][batch][width], the order in which the register tile
-// reads it. In its original order, rows of x that are a power of two apart would map to
-// the same sets of the L1 cache.
+// x is stored as [groups][columns / width][vectors of the group][width], the order in
+// which the register tile reads it. In its original order, rows of x that are a power
+// of two apart would map to the same sets of the L1 cache.
+
+// From this many vectors on, sums stay in registers from the first column to the last:
+// see "Panels". With fewer all vectors are one group here.
+constexpr int64_t panel_batch = 24;
+
+// With few registers each group is small, and would load all weights from the L2 cache.
+template <class L>
+inline bool by_panels(int64_t batch) {
+  return L::batch_tile >= quad && batch >= panel_batch;
+}
+
+// The number of groups of vectors whose sums with four rows fit the registers. They are
+// as equal as possible: a last group of one vector would load all weights for a
+// fraction of the work.
+template <class L>
+inline int64_t groups_of(int64_t batch) {
+  return (batch + L::batch_tile - 1) / L::batch_tile;
+}
+
+// The vectors of group g.
+inline Range group_range(int64_t batch, int64_t groups, int64_t g) {
+  return {batch * g / groups, batch * (g + 1) / groups};
+}
 
 template <class L>
 double arranged_bytes(int64_t batch, int64_t columns) {
@@ -134,9 +157,13 @@ void arrange(const void* x, int64_t batch, int64_t columns, void* arranged) {
   const auto* rows = static_cast<const typename L::Stored*>(x);
   auto* out = static_cast<typename L::Element*>(arranged);
   const int64_t padded = words_of(columns) * word_columns;
-  for (int64_t first = 0; first < padded; first += L::width) {
-    for (int64_t b = 0; b < batch; ++b, out += L::width) {
-      L::store(out, load_columns<L>(rows + b * columns, columns, first));
+  const int64_t groups = by_panels<L>(batch) ? groups_of<L>(batch) : 1;
+  for (int64_t g = 0; g < groups; ++g) {
+    const Range group = group_range(batch, groups, g);
+    for (int64_t first = 0; first < padded; first += L::width) {
+      for (int64_t b = group.first; b < group.last; ++b, out += L::width) {
+        L::store(out, load_columns<L>(rows + b * columns, columns, first));
+      }
     }
   }
 }
@@ -149,6 +176,20 @@ inline void put(const Operands& o, int64_t rows, int64_t b, int64_t row, float s
   const float bias = o.bias ? L::to_float(read<Stored>(o.bias, row)) : 0.0f;
   const Stored rounded = L::from_float(sum + bias);
   std::memcpy(static_cast<Stored*>(o.y) + b * rows + row, &rounded, sizeof(rounded));
+}
+
+// Writes the sums of all rows of a tile with one vector. The loops have a constant
+// length, so that they become a few vector instructions.
+template <class L>
+inline void put_tile(const Operands& o, int64_t rows, int64_t b, int64_t row,
+                     const float* sums) {
+  using Stored = typename L::Stored;
+  Stored bias[tile_rows] = {}, rounded[tile_rows];
+  if (o.bias) std::memcpy(bias, static_cast<const Stored*>(o.bias) + row, sizeof(bias));
+  for (int64_t r = 0; r < tile_rows; ++r) {
+    rounded[r] = L::from_float(sums[r] + L::to_float(bias[r]));
+  }
+  std::memcpy(static_cast<Stored*>(o.y) + b * rows + row, rounded, sizeof(rounded));
 }
 
 // ---- A few vectors ----
@@ -277,7 +318,8 @@ void dense_rows(const Dense& w, const Operands& o, Range rows) {
 // Rows are expanded, a block of columns at a time, into a tile in the cache, and the
 // tile is multiplied with every vector of the batch. A source of rows provides
 //   open(slot, row)            begins a row
-//   fill(slot, words, out)     writes its next columns, to every tile_rows-th vector
+//   fill(slot, words, out, step)
+//                              writes its next columns, vectors `step` elements apart
 
 template <class L>
 class PackedRows {
@@ -294,7 +336,7 @@ class PackedRows {
     mask_[slot] = mask_of(w_, row);
   }
 
-  void fill(int64_t slot, int64_t words, typename L::Element* out) {
+  void fill(int64_t slot, int64_t words, typename L::Element* out, int64_t step) {
     const Stored* values = values_[slot];
     const int64_t masks_ahead = mask_of(w_, tile_rows) - mask_of(w_, 0);
     for (int64_t k = 0; k < words; ++k) {
@@ -303,7 +345,7 @@ class PackedRows {
       values = walk_word<L>(values, read<uint64_t>(mask_[slot], k),
                             [&](int64_t, const Stored* next, uint64_t bits) {
                               L::store(out, L::expand(next, bits));
-                              out += tile_rows * L::width;
+                              out += step;
                             });
     }
     values_[slot] = values;
@@ -331,13 +373,13 @@ class DenseRows {
     column_[slot] = 0;
   }
 
-  void fill(int64_t slot, int64_t words, typename L::Element* out) {
+  void fill(int64_t slot, int64_t words, typename L::Element* out, int64_t step) {
     const int64_t end = column_[slot] + words * word_columns;
     const int64_t ahead = tile_rows * w_.columns * sizeof(Stored);
     for (int64_t& c = column_[slot]; c < end; c += L::width) {
       prefetch(row_[slot] + c, ahead);
       L::store(out, load_columns<L>(row_[slot], w_.columns, c));
-      out += tile_rows * L::width;
+      out += step;
     }
   }
 
@@ -347,27 +389,44 @@ class DenseRows {
   int64_t column_[tile_rows];
 };
 
-// Adds the products of four rows with `count` vectors to `sums`, [count][tile_rows].
-template <class L, int64_t count>
-void multiply(const typename L::Element* tile, const typename L::Element* x,
-              int64_t batch, int64_t vectors, typename L::Sum* sums) {
+// Opens the rows of a tile. A short last tile repeats its last row, so that there is no
+// second loop for it.
+template <class Source>
+void open_tile(Source& source, int64_t row, int64_t last) {
+  const int64_t count = smaller(tile_rows, last - row);
+  for (int64_t r = 0; r < tile_rows; ++r) source.open(r, row + smaller(r, count - 1));
+}
+
+// Where the vectors of a tile lie, in elements.
+struct Strides {
+  int64_t row, vector;
+};
+
+// Adds the products of four rows with `count` vectors to `sums`, [count][tile_rows], or
+// writes them there if it begins a row.
+template <class L, int64_t count, bool begins = false>
+void multiply(const typename L::Element* tile, Strides strides,
+              const typename L::Element* x, int64_t batch, int64_t vectors,
+              typename L::Sum* sums) {
   typename L::Sum held[count][quad];
   HALVE_UNROLL
   for (int64_t b = 0; b < count; ++b) {
     HALVE_UNROLL
-    for (int64_t r = 0; r < quad; ++r) held[b][r] = sums[b * tile_rows + r];
+    for (int64_t r = 0; r < quad; ++r) {
+      held[b][r] = begins ? L::zero() : sums[b * tile_rows + r];
+    }
   }
   for (int64_t k = 0; k < vectors; ++k) {
     typename L::Vector w[quad];
     HALVE_UNROLL
-    for (int64_t r = 0; r < quad; ++r) w[r] = L::load(tile + r * L::width);
+    for (int64_t r = 0; r < quad; ++r) w[r] = L::load(tile + r * strides.row);
     HALVE_UNROLL
     for (int64_t b = 0; b < count; ++b) {
       const auto part = L::load(x + b * L::width);
       HALVE_UNROLL
       for (int64_t r = 0; r < quad; ++r) held[b][r] = L::dot(held[b][r], w[r], part);
     }
-    tile += tile_rows * L::width;
+    tile += strides.vector;
     x += batch * L::width;
   }
   HALVE_UNROLL
@@ -377,29 +436,117 @@ void multiply(const typename L::Element* tile, const typename L::Element* x,
   }
 }
 
-// Multiplies a block of the tile with the whole batch, in groups of vectors that are as
-// equal as possible: a last group of one vector would load the whole block of the tile
-// for a fraction of the work.
+// Multiplies a block of the tile with the whole batch, group by group.
 template <class L>
 void multiply_block(const typename L::Element* tile, const typename L::Element* x,
                     int64_t batch, int64_t vectors, typename L::Sum* sums) {
-  const int64_t groups = (batch + L::batch_tile - 1) / L::batch_tile;
+  const int64_t groups = groups_of<L>(batch);
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t b = batch * g / groups;
-    const int64_t count = batch * (g + 1) / groups - b;
-    with_count<L::batch_tile>(count, [&](auto n) {
+    const Range group = group_range(batch, groups, g);
+    const int64_t b = group.first;
+    with_count<L::batch_tile>(group.last - b, [&](auto n) {
       for (int64_t r = 0; r < tile_rows; r += quad) {
-        multiply<L, n.value>(tile + r * L::width, x + b * L::width, batch, vectors,
+        multiply<L, n.value>(tile + r * L::width, {L::width, tile_rows * L::width},
+                             x + b * L::width, batch, vectors,
                              sums + b * tile_rows + r);
       }
     });
   }
 }
 
+// ---- Panels ----
+// With many vectors, their blocks and sums no longer fit into the L1 cache, and would
+// be loaded from the L2 cache for every block of the tile. Then whole rows are
+// expanded, as many as fit into half of a small L2 cache, and each group of vectors is
+// multiplied with all of them, its sums in registers from the first column to the last.
+// The products of a row are added in the same order as in blocks, to the same bits.
+
+constexpr int64_t panel_bytes = 256 << 10;
+
+// Elements from one row of a panel to the next: a vector more than it has, so that rows
+// of a power of two do not map to the same sets of the L1 cache.
 template <class L>
-double tile_bytes(int64_t batch) {
-  return double(tile_rows) * block_words * word_columns * sizeof(typename L::Element) +
-         double(tile_rows) * batch * sizeof(typename L::Sum);
+inline int64_t panel_row(int64_t columns) {
+  return words_of(columns) * word_columns + L::width;
+}
+
+// Rows of a panel, a multiple of tile_rows.
+template <class L>
+inline int64_t panel_rows(int64_t columns) {
+  const int64_t row_bytes = panel_row<L>(columns) * sizeof(typename L::Element);
+  const int64_t tiles = panel_bytes / (row_bytes * tile_rows);
+  return (tiles > 1 ? tiles : 1) * tile_rows;
+}
+
+// Multiplies the rows of one tile, expanded whole, with the vectors of one group.
+template <class L, int64_t count>
+void multiply_rows(const typename L::Element* tile, int64_t row_size,
+                   const typename L::Element* x, int64_t vectors,
+                   typename L::Sum* sums) {
+  for (int64_t r = 0; r < tile_rows; r += quad) {
+    multiply<L, count, true>(tile + r * row_size, {row_size, L::width}, x, count,
+                             vectors, sums + r);
+  }
+}
+
+// Writes the totals of the first `rows` rows of a tile with some vectors.
+template <class L>
+void put_totals(const typename L::Sum* sums, const Operands& o, int64_t all_rows,
+                Range vectors, int64_t row, int64_t rows) {
+  for (int64_t b = vectors.first; b < vectors.last; ++b, sums += tile_rows) {
+    float totals[tile_rows];
+    L::totals(sums, totals);
+    if (rows == tile_rows) {
+      put_tile<L>(o, all_rows, b, row, totals);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) put<L>(o, all_rows, b, row + r, totals[r]);
+    }
+  }
+}
+
+template <class L, class Source>
+void panel_product(Source& source, const Operands& o, int64_t all_rows, int64_t columns,
+                   Range rows, void* workspace) {
+  const int64_t words = words_of(columns), vectors = words * vectors_per_word<L>;
+  const int64_t row_size = panel_row<L>(columns), tile_size = tile_rows * row_size;
+  const int64_t height = panel_rows<L>(columns), groups = groups_of<L>(o.batch);
+  auto* panel = static_cast<typename L::Element*>(workspace);
+  auto* sums = reinterpret_cast<typename L::Sum*>(panel + height * row_size);
+  for (int64_t first = rows.first; first < rows.last; first += height) {
+    const int64_t last = smaller(first + height, rows.last);
+    auto* tile = panel;
+    for (int64_t row = first; row < last; row += tile_rows, tile += tile_size) {
+      open_tile(source, row, last);
+      for (int64_t r = 0; r < tile_rows; ++r) {
+        source.fill(r, words, tile + r * row_size, L::width);
+      }
+    }
+    const auto* x = static_cast<const typename L::Element*>(o.x);
+    for (int64_t g = 0; g < groups; ++g) {
+      const Range group = group_range(o.batch, groups, g);
+      tile = panel;
+      for (int64_t row = first; row < last; row += tile_rows, tile += tile_size) {
+        with_count<L::batch_tile>(group.last - group.first, [&](auto n) {
+          multiply_rows<L, n.value>(tile, row_size, x, vectors, sums);
+        });
+        put_totals<L>(sums, o, all_rows, group, row, smaller(tile_rows, last - row));
+      }
+      x += (group.last - group.first) * vectors * L::width;
+    }
+  }
+}
+
+// ---- Blocks ----
+
+template <class L>
+double tile_bytes(int64_t batch, int64_t columns) {
+  using Element = typename L::Element;
+  const bool panels = by_panels<L>(batch);
+  const double panel = double(panel_rows<L>(columns)) * panel_row<L>(columns);
+  const double block = double(tile_rows) * block_words * word_columns;
+  const double elements = panels ? panel : block;
+  const double sums = double(tile_rows) * (panels ? L::batch_tile : batch);
+  return elements * sizeof(Element) + sums * sizeof(typename L::Sum);
 }
 
 // Computes the sums of the tile_rows rows that are open in `source` with the whole
@@ -412,7 +559,9 @@ void sum_tile(Source& source, const Operands& o, int64_t columns,
   const int64_t words = words_of(columns);
   for (int64_t k = 0; k < words; k += block_words) {
     const int64_t count = smaller(block_words, words - k);
-    for (int64_t r = 0; r < tile_rows; ++r) source.fill(r, count, tile + r * L::width);
+    for (int64_t r = 0; r < tile_rows; ++r) {
+      source.fill(r, count, tile + r * L::width, tile_rows * L::width);
+    }
     multiply_block<L>(tile, x + k * word_columns * o.batch, o.batch,
                       count * vectors_per_word<L>, sums);
   }
@@ -425,17 +574,21 @@ void batch_product(Source& source, const Operands& o, int64_t all_rows, int64_t 
   auto* sums =
       reinterpret_cast<typename L::Sum*>(tile + tile_rows * block_words * word_columns);
   for (int64_t row = rows.first; row < rows.last; row += tile_rows) {
-    const int64_t count = smaller(tile_rows, rows.last - row);
-    // A short last tile repeats its last row, so that there is no second loop for it.
-    for (int64_t r = 0; r < tile_rows; ++r) {
-      source.open(r, row + smaller(r, count - 1));
-    }
+    open_tile(source, row, rows.last);
     sum_tile<L>(source, o, columns, tile, sums);
-    for (int64_t b = 0; b < o.batch; ++b) {
-      float totals[tile_rows];
-      L::totals(sums + b * tile_rows, totals);
-      for (int64_t r = 0; r < count; ++r) put<L>(o, all_rows, b, row + r, totals[r]);
-    }
+    const int64_t count = smaller(tile_rows, rows.last - row);
+    put_totals<L>(sums, o, all_rows, {0, o.batch}, row, count);
+  }
+}
+
+// Multiplies by panels or by blocks.
+template <class L, class Source>
+void many_product(Source& source, const Operands& o, int64_t all_rows, int64_t columns,
+                  Range rows, void* workspace) {
+  if (by_panels<L>(o.batch)) {
+    panel_product<L>(source, o, all_rows, columns, rows, workspace);
+  } else {
+    batch_product<L>(source, o, all_rows, columns, rows, workspace);
   }
 }
 
@@ -447,7 +600,7 @@ template <class L>
 double workspace_bytes(int64_t batch, int64_t columns) {
   const double spare =
       double(words_of(columns)) * word_columns * sizeof(typename L::Stored);
-  return batch <= L::few ? spare : tile_bytes<L>(batch) + tile_rows * spare;
+  return batch <= L::few ? spare : tile_bytes<L>(batch, columns) + tile_rows * spare;
 }
 
 template <class L>
@@ -457,9 +610,10 @@ void packed(const halve_packed& w, const Operands& o, Range rows, void* workspac
       packed_rows<L, count.value>(w, o, rows, workspace);
     });
   }
-  char* spare = static_cast<char*>(workspace) + int64_t(tile_bytes<L>(o.batch));
+  const int64_t tile = tile_bytes<L>(o.batch, w.columns);
+  char* spare = static_cast<char*>(workspace) + tile;
   PackedRows<L> source(w, reinterpret_cast<typename L::Stored*>(spare));
-  batch_product<L>(source, o, w.rows, w.columns, rows, workspace);
+  many_product<L>(source, o, w.rows, w.columns, rows, workspace);
 }
 
 template <class L>
@@ -469,7 +623,7 @@ void dense(const Dense& w, const Operands& o, Range rows, void* workspace) {
         o.batch, [&](auto count) { dense_rows<L, count.value>(w, o, rows); });
   }
   DenseRows<L> source(w);
-  batch_product<L>(source, o, w.rows, w.columns, rows, workspace);
+  many_product<L>(source, o, w.rows, w.columns, rows, workspace);
 }
 
 template <class L>

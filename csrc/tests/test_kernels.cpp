@@ -200,7 +200,7 @@ void test_everything(const std::vector<std::string>& kernels) {
 void test_threads(const std::vector<std::string>& kernels) {
   Random random;
   const Matrix w = make_matrix(random, HALVE_BF16, 517, 777, half, false);
-  for (int64_t batch : {1, 6}) {
+  for (int64_t batch : {1, 6, 33}) {
     const Bytes x = random_numbers(random, HALVE_BF16, batch * w.columns);
     const Product p = {w, batch, x, nullptr};
     const Bytes expected = p.packed("reference", 4);

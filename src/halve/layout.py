@@ -1,15 +1,16 @@
 """Which tensors and prunable matrices go into which file of an output."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halve.checkpoint import Checkpoint, TensorInfo
-from halve.errors import UnsupportedModelError
+from halve.formats import store, store_stack
+from halve.grids import QuantParams
 from halve.models import (
     Matrix,
     MetaModel,
@@ -22,6 +23,8 @@ from halve.models import (
 
 # Classes of embeddings and output heads that packed layers can replace.
 _HEADS = (nn.Embedding, nn.Linear)
+# Returns the grid of a matrix, or None, given its weights as its tensor holds them.
+QuantParamsOf = Callable[["PlannedMatrix", Tensor], QuantParams | None]
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,33 @@ class PlannedMatrix:
         """Number of weights."""
         rows, columns = self.matrix.shape
         return rows * columns
+
+
+def group_by_tensor(
+    matrices: Iterable[PlannedMatrix],
+) -> dict[str, list[PlannedMatrix]]:
+    """Return tensor -> the matrices that it holds; several where it holds experts."""
+    found: dict[str, list[PlannedMatrix]] = {}
+    for planned in matrices:
+        found.setdefault(planned.tensor, []).append(planned)
+    return found
+
+
+def pack_tensor(
+    tensor: Tensor, planned: Sequence[PlannedMatrix], params: QuantParamsOf
+) -> dict[str, Tensor]:
+    """Return what a file holds for a tensor, whose matrices are packed if smaller.
+
+    Args:
+        tensor: The dense tensor as a checkpoint stores it.
+        planned: The matrices that it holds.
+        params: Returns the grid of one of them, given its weights as in the tensor.
+    """
+    name, transposed = planned[0].tensor, planned[0].matrix.transposed
+    grids = [params(matrix, matrix.place.view(tensor)) for matrix in planned]
+    if planned[0].place.index is None:
+        return store(name, tensor, transposed, grids[0])
+    return store_stack(name, tensor, transposed, grids)
 
 
 @dataclass(frozen=True)
@@ -188,18 +218,6 @@ def make_layout(checkpoint: Checkpoint, meta_model: MetaModel) -> Layout:
         heads=_heads(meta_model, names, unread),
         unread=unread,
     )
-
-
-def refuse_packed_experts(layout: Layout) -> None:
-    """Raise UnsupportedModelError if matrices that are to be packed are of experts."""
-    experts = next((path for b in layout.blocks for path in b.experts), None)
-    if experts is not None:
-        raise UnsupportedModelError(
-            f"The model is a mixture of experts ({experts}), and transformers cannot "
-            "load packed experts yet: of the layers that can be packed it looks for "
-            "nn.Linear, Conv1D and nn.Embedding.",
-            "Store it dense: set packed to False (omit --pack).",
-        )
 
 
 def _unread(meta_model: MetaModel, names: dict[str, str]) -> frozenset[str]:

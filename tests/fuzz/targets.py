@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from halve.calibration import load_corpus
 from halve.checkpoint import Checkpoint, open_workspace, parse_note, read_record
-from halve.formats import FORMATS, PackedMatrix, split
+from halve.formats import FORMATS, PackedMatrix, slice_name, split
 from halve.formats.bitmask import pack
 from halve.grids import QuantScheme, fit_quant_params
 from halve.models import build_meta_model
@@ -109,7 +109,15 @@ def _packed_tensors() -> list[dict[str, torch.Tensor]]:
         params = fit_quant_params(scheme, weight)
         rounded = params.fake_quantize_kept(weight)
         packed.append(FORMATS["quantized"].pack(rounded, quant_params=params))
-    return [{name: t.clone() for name, t in split("w", p).items()} for p in packed if p]
+    files = [
+        {name: t.clone() for name, t in split("w", p).items()} for p in packed if p
+    ]
+    stack = {
+        name: part.clone()
+        for index, weight in enumerate((torch.eye(5, 70), torch.ones(5, 70)))
+        for name, part in split(slice_name("w", index), pack(weight, True)).items()
+    }
+    return [*files, stack]
 
 
 def _quantized_seeds() -> list[tuple[torch.Tensor, QuantScheme]]:
@@ -312,7 +320,7 @@ _HEADER = (
 )
 _PACKED = (
     *(*_HEADER, "U8", "F16", '"w"', "w_mask", "w_offsets", "w_layout"),
-    *("w_scales", "w_zeros"),
+    *("w_scales", "w_zeros", "w[0].weight", "w[1].weight", "w[2].weight_mask"),
 )
 _QUANTIZED = (
     *(*_HEADER, "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", '"w.weight"'),

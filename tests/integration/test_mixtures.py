@@ -225,14 +225,6 @@ def test_experts_of_an_unknown_form_are_refused(tmp_path):
         make_plan(tmp_path, PruneOptions(seq_len=32), needs_weights=False)
 
 
-def test_packing_experts_is_refused(pico, tmp_path):
-    with pytest.raises(halve.HalveError, match="cannot load packed experts yet"):
-        halve.prune(pico("mixtral"), tmp_path / "out", packed=True)
-    with pytest.raises(halve.HalveError, match="cannot load packed experts yet"):
-        halve.pack(pico("mixtral"), tmp_path / "out")
-    assert not any(tmp_path.iterdir())
-
-
 def test_blocks_of_several_classes_are_found(pico):
     blocks = build_meta_model(pico("jamba")).blocks
     assert len({type(block) for block in blocks}) == 2

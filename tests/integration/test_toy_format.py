@@ -140,8 +140,8 @@ class CoordinateLinear(PackedLinear):
             self.transposed,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.dense_weight(), self.bias)
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, self.dense_weight(), bias)
 
 
 @pytest.fixture(autouse=True)

@@ -157,6 +157,16 @@ def read_codes(name: str, tensors: dict[str, Tensor]) -> np.ndarray:
     return dense.T if transposed else dense
 
 
+def join_stacks(unpacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return packed matrices with the slices of every stack joined."""
+    slices: dict[str, dict[int, np.ndarray]] = {}
+    for name in [name for name in unpacked if name.endswith("].weight")]:
+        stack, _, index = name.removesuffix("].weight").rpartition("[")
+        slices.setdefault(stack, {})[int(index)] = unpacked.pop(name)
+    stacks = {name: [own[i] for i in range(len(own))] for name, own in slices.items()}
+    return unpacked | {name: np.stack(own) for name, own in stacks.items()}
+
+
 def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
     """Return every parameter of a checkpoint, dense, with its floats as float32."""
     check_version(folder)
@@ -173,4 +183,5 @@ def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
     unpacked |= {name: read_bitmask(name, tensors) for name in masked}
     parts = {name + part for name in codes for part in CODES_PARTS}
     parts |= {name + part for name in masked for part in BITMASK_PARTS}
-    return {name: tensors[name].data for name in kinds if name not in parts} | unpacked
+    dense = {name: tensors[name].data for name in kinds if name not in parts}
+    return dense | join_stacks(unpacked)

@@ -20,7 +20,7 @@ from halve.checkpoint.packed_view import describe_packed, fold_packed, read_pack
 from halve.checkpoint.shard import read_header, read_tensors
 from halve.checkpoint.tensor_info import TensorInfo
 from halve.errors import CheckpointError
-from halve.formats import PackedMatrix, readers_of
+from halve.formats import PackedMatrix, StackedMatrices, readers_of
 from halve.untrusted import truncated
 
 
@@ -116,6 +116,12 @@ class Checkpoint:
         """Return a matrix of Halve's formats whose tensors are on the meta device."""
         packed = describe_packed(self.folder, self.tensors[name])
         assert isinstance(packed, PackedMatrix)
+        return packed
+
+    def describe_stack(self, name: str) -> StackedMatrices:
+        """Return a tensor whose slices are packed; theirs are on the meta device."""
+        packed = describe_packed(self.folder, self.tensors[name])
+        assert isinstance(packed, StackedMatrices)
         return packed
 
     def read_packed(self, name: str) -> PackedMatrix:

@@ -14,7 +14,14 @@ from torch import Tensor
 from halve.checkpoint.shard import read_tensors
 from halve.checkpoint.tensor_info import TensorInfo
 from halve.errors import CheckpointError
-from halve.formats import FORMATS, MAX_LAYOUT, Found, Reader, StoredMatrix
+from halve.formats import (
+    FORMATS,
+    MAX_LAYOUT,
+    STACK,
+    Found,
+    Reader,
+    StoredMatrix,
+)
 
 # Dtypes of codes, which are no weights without the scales that belong to them.
 _CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
@@ -37,14 +44,16 @@ def fold_packed(
             the parts are inconsistent, or there are codes without scales.
         UnsupportedModelError: A matrix is stored in a way that is not read.
     """
+    every = [STACK, *FORMATS.values(), *readers]
     packed = {
         found.parts[0]: _with_parts(folder, tensors, found)
         for stored in tensors
-        if (found := _find(stored, tensors, [*FORMATS.values(), *readers])) is not None
+        if (found := _find(stored, tensors, every)) is not None
     }
+    hidden = _hidden(packed.values())
+    packed = {stored: seen for stored, seen in packed.items() if stored not in hidden}
     layouts = _read_layouts(folder, packed.values())
     folded: dict[str, TensorInfo] = {}
-    hidden = _hidden(packed.values())
     for stored, info in tensors.items():
         if stored in hidden:
             continue

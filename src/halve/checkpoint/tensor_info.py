@@ -5,7 +5,7 @@ from math import prod
 
 import torch
 
-from halve.formats import FORMATS, Found
+from halve.formats import FORMATS, STACK, Found, slice_name
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TensorInfo:
     @property
     def is_packed(self) -> bool:
         """Whether it is stored in a format that Halve writes."""
-        return self.format in FORMATS
+        return self.format in FORMATS or self.format == STACK.name
 
     @property
     def stored(self) -> tuple["TensorInfo", ...]:
@@ -61,3 +61,12 @@ class TensorInfo:
     def stored_bytes(self) -> int:
         """Size of its data in the files, in bytes."""
         return sum(part.nbytes for part in self.stored)
+
+    def slice_bytes(self, index: int | None) -> int:
+        """Return the size in the files of a slice, or of all where it is None."""
+        if index is None:
+            return self.stored_bytes
+        if self.format != STACK.name:
+            return self.stored_bytes // self.shape[0]
+        name = slice_name(self.name, index)
+        return sum(p.nbytes for p in self.parts if p.name.startswith(name))

@@ -20,8 +20,9 @@ from halve.formats.interface import (
     TensorHeader,
     split,
 )
-from halve.formats.registry import FORMATS
-from halve.formats.storage import packed_size, store, would_shrink
+from halve.formats.registry import FORMATS, STACK
+from halve.formats.stack import StackedMatrices, slice_module, slice_name
+from halve.formats.storage import packed_size, store, store_stack, would_shrink
 from halve.formats.version import (
     METHOD,
     VERSION,
@@ -34,12 +35,14 @@ __all__ = [
     "FORMATS",
     "MAX_LAYOUT",
     "METHOD",
+    "STACK",
     "TEXT_CONFIG",
     "VERSION",
     "Format",
     "Found",
     "PackedMatrix",
     "Reader",
+    "StackedMatrices",
     "StoredMatrix",
     "TensorHeader",
     "check_readable",
@@ -48,7 +51,10 @@ __all__ = [
     "packed_size",
     "quantization_config",
     "readers_of",
+    "slice_module",
+    "slice_name",
     "split",
     "store",
+    "store_stack",
     "would_shrink",
 ]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from halve.errors import UnsupportedModelError
-from halve.formats.registry import FORMATS
+from halve.formats.registry import version_of
 
 METHOD = "halve"
 # Version of the format -> first release of Halve that reads it.
@@ -16,10 +16,11 @@ def quantization_config(formats: Iterable[str]) -> dict[str, Any]:
     """Return the `quantization_config` of a packed checkpoint's config.json.
 
     Args:
-        formats: Names of the formats of its matrices. The version is the lowest that
-            has all of them, so that older releases read what they can.
+        formats: Names of the formats of its matrices, `stack` for those in stacks. The
+            version is the lowest that has all of them, so that older releases read what
+            they can.
     """
-    version = max((FORMATS[name].version for name in formats), default=1)
+    version = max((version_of(name) for name in formats), default=1)
     return {
         "quant_method": METHOD,
         "version": version,

@@ -1,6 +1,5 @@
 """What is in a checkpoint, counted in its tensors rather than read from its record."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from halve.checkpoint import Checkpoint, TensorInfo, resolve_model, source_recor
 from halve.errors import HalveError
 from halve.formats import packed_size
 from halve.grids import QuantScheme, grid_shortfall, recorded_scheme
-from halve.layout import PlannedMatrix
+from halve.layout import PlannedMatrix, group_by_tensor
 from halve.models import StoredTensor, build_meta_model, match_names, prunable_matrices
 from halve.patterns import describe
 from halve.records import Inspection, MatrixInspection, recorded_grids
@@ -62,16 +61,6 @@ def matrices_of(
     return {matrix.name: matrix for matrix in planned}
 
 
-def group_by_tensor(
-    matrices: Iterable[PlannedMatrix],
-) -> dict[str, list[PlannedMatrix]]:
-    """Return tensor -> the matrices that it holds; several where it holds experts."""
-    found: dict[str, list[PlannedMatrix]] = {}
-    for planned in matrices:
-        found.setdefault(planned.tensor, []).append(planned)
-    return found
-
-
 def _recorded_grids(folder: Path) -> dict[str, Any]:
     """Return the grids that a record names; none where it cannot be read."""
     try:
@@ -92,7 +81,7 @@ def _matrix(
 ) -> MatrixInspection:
     weight = planned.matrix.as_rows(planned.place.view(tensor))
     rows, columns = weight.shape
-    stored = info.stored_bytes * weight.numel() // tensor.numel()
+    stored = info.slice_bytes(planned.place.index)
     return MatrixInspection(
         tensor=planned.name,
         rows=rows,

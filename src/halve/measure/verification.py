@@ -16,8 +16,8 @@ from torch import Tensor
 from halve.checkpoint import RECORD, Checkpoint, find_side_files, resolve_model
 from halve.errors import CheckpointError, PatternError, QuantizationError
 from halve.grids import QuantScheme, grid_shortfall
-from halve.layout import PlannedMatrix
-from halve.measure.inspection import group_by_tensor, matrices_of
+from halve.layout import PlannedMatrix, group_by_tensor
+from halve.measure.inspection import matrices_of
 from halve.measure.rule_check import rule_mismatches
 from halve.patterns import NM, parse_pattern
 from halve.records import (

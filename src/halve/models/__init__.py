@@ -5,7 +5,13 @@ model itself.
 """
 
 from halve.models.capture import BlockCall, CapturedCalls, capture_calls, run_tail
-from halve.models.experts import ExpertLayers, Experts, unfused
+from halve.models.experts import (
+    ExpertLayer,
+    ExpertLayers,
+    Experts,
+    experts_in,
+    unfused,
+)
 from halve.models.fewer_experts import FewerExperts, plan_fewer_experts
 from halve.models.matrices import Matrix, is_plain, prunable_matrices
 from halve.models.meta_model import (
@@ -20,12 +26,16 @@ from halve.models.names import (
     TensorMap,
     expected_tensors,
     key_renamer,
+    match_experts,
     match_names,
+    merges_experts,
+    unmerged_renamer,
 )
 
 __all__ = [
     "BlockCall",
     "CapturedCalls",
+    "ExpertLayer",
     "ExpertLayers",
     "Experts",
     "FewerExperts",
@@ -37,13 +47,17 @@ __all__ = [
     "build_meta_model",
     "capture_calls",
     "expected_tensors",
+    "experts_in",
     "is_plain",
     "key_renamer",
     "load_config",
     "longest_sequence",
+    "match_experts",
     "match_names",
+    "merges_experts",
     "plan_fewer_experts",
     "prunable_matrices",
     "run_tail",
     "unfused",
+    "unmerged_renamer",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from halve._compat.transformers import (
+    Conversions,
     Merging,
     describe_merging,
     ignored_tensors,
@@ -107,9 +108,11 @@ def match_names(meta_model: MetaModel, stored: Iterable[StoredTensor]) -> Tensor
             integers; or there are tensors of more blocks or experts than the model has.
         UnsupportedModelError: Tensors are merged on loading in a way that is not known.
     """
-    matching, stored = _Matching(meta_model), list(stored)
+    matching, stored = _Matching(meta_model.model), list(stored)
     for tensor in stored:
-        matching.add(tensor)
+        target = matching.add(tensor)
+        if target is not None:
+            _check_unused(meta_model, tensor.name, target)
     try:
         experts = matching.expert_layers()
         tied = _tied_places(meta_model.model, matching.places, experts)
@@ -123,43 +126,78 @@ def match_names(meta_model: MetaModel, stored: Iterable[StoredTensor]) -> Tensor
     return TensorMap(matching.places | tied, experts)
 
 
+def match_experts(model: Any, stored: Iterable[StoredTensor]) -> TensorMap:  # noqa: ANN401
+    """Find the places of the parameters of all experts of a model.
+
+    Args:
+        model: A model of transformers; its parameters may be on the meta device.
+        stored: The tensors of its checkpoint.
+
+    Raises:
+        CheckpointError: A parameter of an expert has no tensor, or one that does not
+            fit it.
+        UnsupportedModelError: Matrices of experts are merged on loading in a way that
+            is not known.
+    """
+    matching = _Matching(model)
+    for tensor in stored:
+        matching.add_of_experts(tensor)
+    return TensorMap(matching.places, matching.expert_layers())
+
+
 @dataclass
 class _Matching:
     """The places of a model's parameters, while tensor after tensor is looked at.
 
     Attributes:
-        meta_model: The model.
+        model: The model.
         places: Parameter or buffer -> its place.
         parts: Path of a module of experts -> 3-D parameter -> names of the layers whose
             matrices it joins, by their position.
     """
 
-    meta_model: MetaModel
+    model: Any
     places: dict[str, Place] = field(default_factory=dict)
     parts: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        model = self.meta_model.model
-        self._state = model.state_dict()
-        self._rename = _converting_renamer(model, self._state)
-        self._experts = experts_in(model)
+        self._state = self.model.state_dict()
+        self._rename = _converting_renamer(self.model, self._state)
+        self._experts = experts_in(self.model)
         self._fused = {p: fused_parameters(m) for p, m in self._experts.items()}
 
-    def add(self, tensor: StoredTensor) -> None:
-        """Find out what one tensor of the checkpoint fills."""
+    def add(self, tensor: StoredTensor) -> str | None:
+        """Find out what one tensor of the checkpoint fills.
+
+        Returns:
+            The name that the model would give it, where it fills nothing.
+        """
         target, merging = self._rename(tensor.name)
         if target not in self._state:
-            _check_unused(self.meta_model, tensor.name, target)
-            return
-        owner, _, leaf = target.rpartition(".")
-        name, kind = fused_leaf(leaf)
-        if name in self._fused.get(owner, {}):
-            self._add_experts(tensor, owner, (name, kind), merging)
-        elif merging is not None:
-            raise _merging_unsupported(self.meta_model.model, tensor.name, merging[1])
-        else:
+            return target
+        if not self._added_to_experts(tensor, target, merging):
+            if merging is not None:
+                raise _merging_unsupported(self.model, tensor.name, merging[1])
             _check_fits(tensor, self._state[target])
             self.places[target] = Place(tensor.name)
+        return None
+
+    def add_of_experts(self, tensor: StoredTensor) -> None:
+        """Find out what one tensor fills if it belongs to experts; else ignore it."""
+        target, merging = self._rename(tensor.name)
+        if target in self._state:
+            self._added_to_experts(tensor, target, merging)
+
+    def _added_to_experts(
+        self, tensor: StoredTensor, target: str, merging: tuple[int, Merging] | None
+    ) -> bool:
+        """Find the places in a tensor; return whether it belongs to experts."""
+        owner, _, leaf = target.rpartition(".")
+        name, kind = fused_leaf(leaf)
+        if name not in self._fused.get(owner, {}):
+            return False
+        self._add_experts(tensor, owner, (name, kind), merging)
+        return True
 
     def _add_experts(
         self,
@@ -198,7 +236,7 @@ class _Matching:
         known = merging.operations in (_STACKED, _JOINED)
         _, *found = name.rsplit(".", 3)
         if not known or len(found) != 3 or not found[0].isdecimal():  # noqa: PLR2004
-            raise _merging_unsupported(self.meta_model.model, name, merging)
+            raise _merging_unsupported(self.model, name, merging)
         number, part, _ = found
         return int(number), part
 
@@ -381,6 +419,26 @@ def key_renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
         return target
 
     return rename
+
+
+def unmerged_renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
+    """Return a function from tensor names in a checkpoint to names in the model.
+
+    As if nothing were merged on loading: the matrices of experts keep names of their
+    own.
+    """
+    conversions = Conversions(weight_conversions(model).renamings, [])
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    return lambda name: rename_key(name, conversions, prefix, state)[0]
+
+
+def merges_experts(converter: Any) -> bool:  # noqa: ANN401
+    """Whether a converter of transformers makes a parameter of all experts' matrices.
+
+    Only those that Halve knows, which do nothing else.
+    """
+    return describe_merging(converter).operations in (_STACKED, _JOINED)
 
 
 def _converting_renamer(

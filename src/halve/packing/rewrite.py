@@ -24,10 +24,22 @@ from halve.checkpoint import (
     source_record,
 )
 from halve.errors import HalveError, OutputError
-from halve.formats import VERSION, packed_size, quantization_config, store
-from halve.grids import grid_shortfall, recorded_scheme, recover_quant_params
-from halve.layout import Layout, make_layout, refuse_packed_experts
-from halve.models import Matrix, build_meta_model
+from halve.formats import VERSION, packed_size, quantization_config
+from halve.grids import (
+    QuantParams,
+    QuantScheme,
+    grid_shortfall,
+    recorded_scheme,
+    recover_quant_params,
+)
+from halve.layout import (
+    Layout,
+    PlannedMatrix,
+    group_by_tensor,
+    make_layout,
+    pack_tensor,
+)
+from halve.models import Matrix, Place, build_meta_model
 from halve.options import PackOptions
 from halve.patterns import describe
 from halve.records import (
@@ -84,7 +96,6 @@ def _rewrite(
     out = output_path(out, source)
     meta_model = build_meta_model(source, options.trust_remote_code)
     layout = make_layout(Checkpoint.open(source), meta_model)
-    refuse_packed_experts(layout)
     identity = {
         "verb": rewriting.kind,
         "format": VERSION,
@@ -148,12 +159,14 @@ class _Conversion:
         self.options = options
         self.rewriting = rewriting
         self.grids = grids
-        self.heads = [name for name in layout.heads if name in grids]
-        self.matrices: dict[str, Matrix] = {
-            planned.tensor: planned.matrix
-            for block in layout.blocks
-            for planned in block.matrices
+        self.heads = {
+            name: [_planned_head(layout, name)]
+            for name in layout.heads
+            if name in grids
         }
+        self.matrices = group_by_tensor(
+            planned for block in layout.blocks for planned in block.matrices
+        )
 
     def check_gain(self, model: str | Path) -> None:
         """Raise HalveError if no matrix would be smaller packed.
@@ -161,27 +174,31 @@ class _Conversion:
         Cost:
             Reads matrices until it has found one; at worst the whole model, once.
         """
-        sparsest = 0.0
-        for name in self.matrices:
+        sparsest, count = 0.0, 0
+        for name, planned in self.matrices.items():
             tensor = self._read([name])[name]
-            if self._shrinks(name, tensor):
+            if self._shrinks(planned, tensor):
                 return
             sparsest = max(sparsest, float((tensor == 0).double().mean()))
+            count += len(planned)
         raise HalveError(
             f"No matrix of {model} would get smaller: the sparsest of "
-            f"{len(self.matrices)} has {100 * sparsest:.1f}% zeros, and each weight "
+            f"{count} has {100 * sparsest:.1f}% zeros, and each weight "
             "costs a bit more when packed.",
             "Prune the model first, with `halve prune`; if its zeros are minus zeros, "
             "pass --positive-zeros.",
         )
 
-    def _shrinks(self, name: str, tensor: Tensor) -> bool:
-        """Whether a matrix is smaller packed; counted first, since packing is slow."""
-        weight = self._as_rows(name, tensor)
-        size = packed_size(weight, recorded_scheme(self.grids.get(name)))
-        if size is None or size >= tensor.nbytes:
+    def _shrinks(self, planned: list[PlannedMatrix], tensor: Tensor) -> bool:
+        """Whether a tensor is smaller packed; counted first, since packing is slow."""
+        sizes = [
+            packed_size(_as_rows(matrix, tensor), self._scheme(matrix))
+            for matrix in planned
+        ]
+        known = [size for size in sizes if size is not None]
+        if len(known) < len(sizes) or sum(known) >= tensor.nbytes:
             return False
-        return len(self._stored(name, tensor)) > 1
+        return len(self._packed(planned, tensor)) > 1
 
     def rewrite(
         self, workspace: Workspace
@@ -223,18 +240,23 @@ class _Conversion:
         return workspace.commit(file, tensors, lambda path: self._verify(dense, path))
 
     def _stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        known = name in self.matrices or name in self.heads
-        if not known or not self.rewriting.packs:
+        planned = self.matrices.get(name) or self.heads.get(name)
+        if planned is None or not self.rewriting.packs:
             return {name: tensor}
-        scheme = recorded_scheme(self.grids.get(name))
-        weight = self._as_rows(name, tensor)
-        params = scheme and recover_quant_params(scheme, weight)
-        matrix = self.matrices.get(name)
-        return store(name, tensor, matrix is not None and matrix.transposed, params)
+        return self._packed(planned, tensor)
 
-    def _as_rows(self, name: str, tensor: Tensor) -> Tensor:
-        matrix = self.matrices.get(name)
-        return tensor if matrix is None else matrix.as_rows(tensor)
+    def _packed(
+        self, planned: list[PlannedMatrix], tensor: Tensor
+    ) -> dict[str, Tensor]:
+        return pack_tensor(tensor, planned, self._params)
+
+    def _params(self, planned: PlannedMatrix, stored: Tensor) -> QuantParams | None:
+        """Return the grid of a matrix that lies on the one its input records."""
+        scheme = self._scheme(planned)
+        return scheme and recover_quant_params(scheme, planned.matrix.as_rows(stored))
+
+    def _scheme(self, planned: PlannedMatrix) -> QuantScheme | None:
+        return recorded_scheme(self.grids.get(planned.name))
 
     def _verify(self, dense: dict[str, Tensor], path: Path) -> dict[str, Any]:
         """Read a shard back and compare it bit for bit; return its note."""
@@ -247,32 +269,48 @@ class _Conversion:
                     f"{name} in {path} is not what was written.",
                     "Check the disk; if it is healthy, report a bug in Halve.",
                 )
-            if name in self.matrices or name in self.heads:
-                record = asdict(self._storage(written.tensors[name], tensor))
-                (matrices if name in self.matrices else heads).append(record)
+            info = written.tensors[name]
+            for planned in self.matrices.get(name, ()):
+                matrices.append(asdict(self._storage(info, planned, tensor)))
+            for planned in self.heads.get(name, ()):
+                heads.append(asdict(self._storage(info, planned, tensor)))
         return {"matrices": matrices, "heads": heads}
 
-    def _storage(self, info: TensorInfo, dense: Tensor) -> MatrixStorage:
-        weight = self._as_rows(info.name, dense)
+    def _storage(
+        self, info: TensorInfo, planned: PlannedMatrix, dense: Tensor
+    ) -> MatrixStorage:
+        weight = _as_rows(planned, dense)
         rows, columns = weight.shape
+        zeros = weight == 0
         return MatrixStorage(
-            tensor=info.name,
+            tensor=planned.name,
             rows=rows,
             columns=columns,
-            sparsity=float((dense == 0).double().mean()),
-            minus_zeros=int(((dense == 0) & dense.signbit()).sum()),
-            dense_bytes=info.nbytes,
-            stored_bytes=info.stored_bytes,
+            sparsity=float(zeros.double().mean()),
+            minus_zeros=int((zeros & weight.signbit()).sum()),
+            dense_bytes=weight.numel() * weight.itemsize,
+            stored_bytes=info.slice_bytes(planned.place.index),
             packed=info.format is not None,
             pattern=describe(weight),
-            grid=self._grid(info.name, weight),
+            grid=self._grid(planned, weight),
         )
 
-    def _grid(self, name: str, weight: Tensor) -> dict[str, Any] | None:
+    def _grid(self, planned: PlannedMatrix, weight: Tensor) -> dict[str, Any] | None:
         """Return the grid that the input records, if the matrix lies on it."""
-        scheme = recorded_scheme(self.grids.get(name))
+        scheme = self._scheme(planned)
         lies = scheme is not None and grid_shortfall(scheme, weight) is None
         return asdict(scheme) if scheme is not None and lies else None
+
+
+def _planned_head(layout: Layout, name: str) -> PlannedMatrix:
+    """Return an embedding or an output head as a matrix of its tensor."""
+    rows, columns = layout.tensors[name].shape
+    return PlannedMatrix(Place(name), Matrix(name, (rows, columns), False, True))
+
+
+def _as_rows(planned: PlannedMatrix, tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that is a matrix, [rows, columns]."""
+    return planned.matrix.as_rows(planned.place.view(tensor))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

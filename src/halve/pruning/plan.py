@@ -19,7 +19,6 @@ from halve.layout import (
     Layout,
     PlannedBlock,
     make_layout,
-    refuse_packed_experts,
 )
 from halve.models import (
     MetaModel,
@@ -236,8 +235,7 @@ def _check_head(layout: Layout, options: PruneOptions) -> None:
 
 
 def _check_packing(layout: Layout, options: PruneOptions) -> None:
-    """Raise HalveError if packing would shrink no matrix, or experts are packed."""
-    refuse_packed_experts(layout)
+    """Raise HalveError if packing would shrink no matrix."""
     for block in layout.blocks:
         for planned in block.matrices:
             pairs = options.for_matrix(planned.name).pairs

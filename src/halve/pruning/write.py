@@ -13,9 +13,13 @@ from torch import Tensor
 
 from halve.checkpoint import Checkpoint, Workspace
 from halve.errors import TargetMissedError
-from halve.formats import store
 from halve.grids import QuantParams
-from halve.layout import PlannedBlock, PlannedMatrix
+from halve.layout import (
+    PlannedBlock,
+    PlannedMatrix,
+    group_by_tensor,
+    pack_tensor,
+)
 from halve.pruning.plan import Plan
 from halve.pruning.prune_block import PrunedBlock
 from halve.pruning.quantize_head import quantize_heads
@@ -71,12 +75,13 @@ def _stored_tensors(
 ) -> dict[str, Tensor]:
     """Return the changed tensors of a block as its file holds them, packed if asked."""
     tensors = dict(pruned.tensors)
+
+    def params(matrix: PlannedMatrix, weight: Tensor) -> QuantParams | None:
+        return _params_for(pruned.selected_by_name[matrix.name], weight)
+
     if packed:
-        for matrix in planned.matrices:
-            assert matrix.place.index is None, "experts cannot be packed yet"
-            weight = tensors.pop(matrix.tensor)
-            params = _params_for(pruned.selected_by_name[matrix.name], weight)
-            tensors |= store(matrix.tensor, weight, matrix.matrix.transposed, params)
+        for name, matrices in group_by_tensor(planned.matrices).items():
+            tensors |= pack_tensor(tensors.pop(name), matrices, params)
     return tensors
 
 

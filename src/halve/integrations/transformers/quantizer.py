@@ -59,6 +59,23 @@ class HalveQuantizer(HfQuantizer):
         install_packed_layers(model, checkpoint_files)
         return model
 
+    def update_weight_conversions(
+        self,
+        weight_conversions: list[Any],
+        model: Any,  # noqa: ANN401
+    ) -> list[Any]:
+        """Leave out the merging of matrices that packed experts hold one by one."""
+        from halve.models import merges_experts
+        from halve.runtime.cpu.packed_experts import packed_experts_in
+
+        if packed_experts_in(model):
+            weight_conversions = [
+                entry
+                for entry in weight_conversions
+                if not (hasattr(entry, "operations") and merges_experts(entry))
+            ]
+        return super().update_weight_conversions(weight_conversions, model)
+
     def _process_model_after_weight_loading(
         self,
         model: Any,  # noqa: ANN401

@@ -56,8 +56,8 @@ class BitmaskLinear(IndexedMask, PackedLinear):
             self.transposed,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply [..., in_features] to [..., out_features]."""
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply [..., in_features] to [..., out_features], and add a bias."""
         if x.dtype != self.weight.dtype and torch.is_autocast_enabled(x.device.type):
             # Autocast would convert the weight. Packed values cannot be converted in
             # each product, so the input is converted instead.
@@ -65,9 +65,9 @@ class BitmaskLinear(IndexedMask, PackedLinear):
         if not torch.compiler.is_compiling():
             self.prepare_device()
         sizes = self.in_features, self.tile_kept
-        if wants_gradient(x, self.bias):
-            return _Differentiable.apply(x, self.bias, sizes, *self._parts)
-        return _multiply(x, self._parts, self.bias, *sizes)
+        if wants_gradient(x, bias):
+            return _Differentiable.apply(x, bias, sizes, *self._parts)
+        return _multiply(x, self._parts, bias, *sizes)
 
     def prepare_device(self) -> None:
         """Make what the kernels of the weight's device need, if it is missing or old.

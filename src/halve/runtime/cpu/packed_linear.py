@@ -103,9 +103,18 @@ class PackedLinear(_PackedModule):
         self.bias = bias
         _register_parts(self, packed)
 
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply [..., in_features] to [..., out_features].
+
+        Args:
+            x: Inputs.
+            bias: [out_features], in the place of the layer's own.
+        """
+        return self.multiply(x, self.bias if bias is None else bias)
+
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply [..., in_features] to [..., out_features]."""
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply [..., in_features] to [..., out_features], and add a bias."""
 
     def dense_weight(self) -> Tensor:
         """Return W, dense, [out_features, in_features]."""

@@ -145,9 +145,8 @@ class QuantizedLinear(_QuantizedWeight, PackedLinear):
     def activations(self, name: str) -> None:
         self._mode = activation_mode(name)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply [..., in_features] to [..., out_features], in the dtype of x."""
-        bias = self.bias
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply, in the dtype of x, and add a bias."""
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if wants_gradient(x, bias):

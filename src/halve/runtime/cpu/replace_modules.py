@@ -15,10 +15,16 @@ from halve.models import key_renamer
 from halve.numerics.threads import single_threaded
 from halve.runtime.cpu.layers import EMBEDDINGS, LAYERS
 from halve.runtime.cpu.packed_linear import PackedEmbedding, PackedLinear
+from halve.runtime.cpu.replace_experts import (
+    install_packed_experts,
+    make_experts_dense,
+)
 
 
 def install_packed_layers(model: Any, paths: Iterable[str | Path]) -> None:  # noqa: ANN401
     """Replace every linear layer whose weight is packed in the files.
+
+    Experts are replaced module by module; see `install_packed_experts`.
 
     The new layers have no data yet: their tensors are on the meta device, of the shapes
     in the files. Values have the model's dtype, to which transformers converts what it
@@ -34,8 +40,9 @@ def install_packed_layers(model: Any, paths: Iterable[str | Path]) -> None:  # n
     """
     checkpoint = Checkpoint.of_files([Path(path) for path in paths])
     rename = key_renamer(model)
+    of_experts = install_packed_experts(model, checkpoint)
     for info in checkpoint.tensors.values():
-        if info.format is not None:
+        if info.format is not None and info.name not in of_experts:
             path, _, leaf = rename(info.name).rpartition(".")
             layer = _replaceable(model, path if leaf == "weight" else "", info)
             packed = checkpoint.describe_packed(info.name).to(layer.weight.dtype)
@@ -139,6 +146,7 @@ def _checkable(packed: PackedMatrix) -> PackedMatrix:
 
 def make_dense(model: Any) -> None:  # noqa: ANN401
     """Replace all packed layers by dense ones, tied as before."""
+    make_experts_dense(model)
     _unpack(model, list(packed_modules(model)))
 
 
@@ -153,9 +161,10 @@ def use_device_kernels(model: Any) -> bool:  # noqa: ANN401
     Returns:
         Whether packed layers are left on the CPU, which has kernels of its own.
     """
-    layers = list(packed_modules(model))
-    for _, layer in layers:
+    for _, layer in packed_modules(model):
         layer.prepare_device()
+    make_experts_dense(model, unsupported=True)
+    layers = packed_modules(model)
     _unpack(model, [(path, layer) for path, layer in layers if not layer.is_supported])
     return any(layer.weight.device.type == "cpu" for _, layer in packed_modules(model))
 

@@ -138,6 +138,9 @@ def _obstacle(model: Any) -> str | None:  # noqa: ANN401
         return f"{name} does not support a static cache"
     if not has_default_cache(model):
         return f"{name} has a cache of its own kind"
+    # As modules of packed experts say of themselves; they are of the layer above.
+    if any(getattr(module, "reads_routing", False) for module in model.modules()):
+        return "it waits for the router to choose the experts of each token"
     return None
 
 
