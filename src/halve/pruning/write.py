@@ -102,9 +102,9 @@ def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str,
     """
     written = Checkpoint.of_files([path])
     records: dict[str, MatrixRecord] = {}
-    for tensor in dict.fromkeys(matrix.tensor for matrix in planned.matrices):
+    for tensor, matrices in group_by_tensor(planned.matrices).items():
         value = written.read([tensor])[tensor]  # one in memory at a time
-        for matrix in (m for m in planned.matrices if m.tensor == tensor):
+        for matrix in matrices:
             weight = matrix.matrix.as_rows(matrix.place.view(value))
             selected = pruned.selected_by_name[matrix.name]
             records[matrix.name] = _checked_record(path, matrix, selected, weight)
