@@ -194,7 +194,7 @@ def test_packing_a_dense_model_is_refused_before_a_file_is_written(
     def never(*_):
         raise AssertionError("a matrix was packed")
 
-    monkeypatch.setattr("halve.packing.rewrite.store", never)
+    monkeypatch.setattr("halve.packing.rewrite.pack_tensor", never)
     with pytest.raises(HalveError, match=r"sparsest of 8 has 0\.0% zeros"):
         halve.pack(pico("gpt2"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
