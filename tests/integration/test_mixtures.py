@@ -14,15 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import halve
 from halve.cli import main
-from halve.distributed import SINGLE_PROCESS
+from halve.distributed import SINGLE_PROCESS, Ranks
 from halve.models import Experts, build_meta_model
 from halve.options import PruneOptions
 from halve.pruning import MemoryPlan, forecast_run, plan_memory, prune_block
 from halve.pruning import prune as prune_module
 from halve.pruning.memory import forecast as forecast_module
+from halve.pruning.memory.limit import agree
 from halve.pruning.observe import routing
 from halve.pruning.plan import make_plan
 from halve.pruning.windows import calibration_windows
+from halve.runtime import blockwise_model as model_module
 from halve.runtime import experts_in_turn as turn_module
 from halve.runtime.blockwise_model import BlockwiseModel
 from tests.integration.test_resume import Stopped, digests, stop_at
@@ -403,6 +405,10 @@ def test_spilled_experts_change_no_byte(way, row, pico, text, tmp_path, monkeypa
     monkeypatch.setattr(
         turn_module, "_outputs", lambda *a: in_turn.append(a) or outputs(*a)
     )
+    mapped, spill = [], model_module.spill_weight
+    monkeypatch.setattr(
+        model_module, "spill_weight", lambda *a: mapped.append(a) or spill(*a)
+    )
     spilled = MemoryPlan(2**30, spilled=True)
     monkeypatch.setattr(prune_module, "plan_memory", lambda *_: spilled)
     with pytest.raises(Stopped):
@@ -411,7 +417,19 @@ def test_spilled_experts_change_no_byte(way, row, pico, text, tmp_path, monkeypa
         )
     halve.prune(folder, tmp_path / "out", **options)
     assert len(in_turn) >= 3  # two blocks, one of them again on resuming
+    assert mapped
     assert digests(tmp_path / "held") == digests(tmp_path / "out")
+
+
+def test_processes_spill_where_one_of_them_has_to():
+    """Else they would wait for each other's tensors in different orders."""
+
+    class Two(Ranks):
+        def all_gather(self, value):
+            return [value, MemoryPlan(5, spilled=True)]
+
+    assert agree(MemoryPlan(7), Two()) == MemoryPlan(7, spilled=True)
+    assert agree(MemoryPlan(7), SINGLE_PROCESS) == MemoryPlan(7)
 
 
 def test_experts_are_spilled_where_a_block_does_not_fit(pico, monkeypatch):

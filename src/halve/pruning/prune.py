@@ -28,7 +28,7 @@ from halve.pruning.decisions import Decisions
 from halve.pruning.distributed.output import RankZeroOutput, open_output
 from halve.pruning.loop import prune_blocks
 from halve.pruning.memory.forecast import forecast_host
-from halve.pruning.memory.limit import plan_memory
+from halve.pruning.memory.limit import agree, plan_memory
 from halve.pruning.plan import Plan, make_plan
 from halve.pruning.progress import ProgressReporter
 from halve.pruning.quantize_head import head_records
@@ -236,7 +236,7 @@ def _run(
         if model.batch_tokens < default and output.workspace is not None:
             output.workspace.decide(_BATCH, {"tokens": model.batch_tokens})
         limits = (run_options.memory, run_options.activation_memory)
-        memory_plan = plan_memory(plan, *limits, ranks.local_size)
+        memory_plan = agree(plan_memory(plan, *limits, ranks.local_size), ranks)
         places = memory_plan.activations, memory_plan.deferred, memory_plan.spilled
         if memory_plan.spilled:
             model = replace(model, spill=output.folder)

@@ -125,8 +125,8 @@ def _install_solution(
     was_sparse = is_sparse(state.weight(planned))
     # Of what is a view, nothing is free before all slices of its tensor are; what is
     # spilled stays where it is.
-    spilled = model.spilled_tensors(state.planned.index)
-    in_place = planned.place.index is not None or planned.tensor in spilled
+    spilled = model.spill is not None and planned.matrix.expert is not None
+    in_place = planned.place.index is not None or spilled
     if not in_place:
         state.release(path)  # first: old, new and float32 copies would raise the peak
     # Converted and made contiguous in one step, since each copy is a whole matrix.

@@ -24,8 +24,8 @@ from halve.reporting.templates import environment
 def render(facts: Facts) -> str:
     """Return the page about an output as HTML.
 
-    The same facts give the same text. It refers to nothing outside of itself and has no
-    script; names and texts are escaped.
+    The output is deterministic and self-contained: no script, no external resource.
+    Names and texts are escaped.
     """
     template = environment(autoescape=True).get_template("page.html.j2")
     return template.render(_context(facts))

@@ -1,8 +1,9 @@
 """How a run stays within a limit on its memory (`--memory`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halve.calibration import default_activation_memory
+from halve.distributed import Ranks
 from halve.errors import HalveError
 from halve.pruning.memory.forecast import Forecast, forecast_host
 from halve.pruning.memory.gpu import check_gpu
@@ -64,6 +65,16 @@ def plan_memory(
         raise _too_little(forecast, memory)
     left = max(target - forecast.peak_beside_activations, 0)
     return MemoryPlan(left if activations is None else min(left, activations), *way)
+
+
+def agree(own: MemoryPlan, ranks: Ranks) -> MemoryPlan:
+    """Return the plan of a process that defers and spills where one of them has to.
+
+    Processes exchange sums and read tensors in an order that depends on both.
+    """
+    every = ranks.all_gather(own)
+    deferred = any(other.deferred for other in every)
+    return replace(own, deferred=deferred, spilled=any(p.spilled for p in every))
 
 
 def _cheapest(plan: Plan, target: int) -> tuple[tuple[bool, bool], Forecast]:
