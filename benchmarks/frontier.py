@@ -6,7 +6,8 @@ reconstruction. Dense quantization of the same size is among them, and for compa
 round-to-nearest and one sweep, which is GPTQ (Frantar et al., 2023). A budget is what
 dense quantization takes with groups of 128; no dense grid takes 2.4 bits that way, so
 int2 gets smaller groups there. In the last row of each budget `--target-bits` chooses
-for every matrix by held-out error. There is no claim to fail: prints the results.
+for the whole model by held-out KL divergence. Each is judged by the KL divergence of
+its predictions from the dense model's. There is no claim to fail: prints the results.
 
     python benchmarks/frontier.py [--segments 128] [--seed 0] [--no-refine]
         [--budgets 2.4 3.125 4.125]
@@ -35,10 +36,11 @@ def run(task: argparse.Namespace, title: str, **options: Any) -> None:
         out = Path(folder) / "out"
         text = {"calibration": task.calibration, "seed": task.seed}
         record = halve.prune(task.model, out, **text, **options)
-        evaluated = halve.perplexity(out, data=task.data, segments=task.segments)
+        judged = halve.compare(out, task.model, data=task.data, segments=task.segments)
     print(
-        f"  {title:28} {record.bits:6.3f} bits  "
-        f"perplexity {evaluated.perplexity:8.3f}  {record.seconds:5.0f} s",
+        f"  {title:28} {record.bits:6.3f} bits  KL {judged.kl_mean:.4f} ± "
+        f"{judged.kl_error:.4f}  perplexity {judged.model.perplexity:8.3f}  "
+        f"{record.seconds:5.0f} s",
         flush=True,
     )
 
@@ -55,8 +57,8 @@ def budget(task: argparse.Namespace, bits: float) -> None:
         if sparsity:
             options = {"sparsity": sparsity, "quantize": str(scheme)}
             title = f"{100 * sparsity:.0f} % zeros + {scheme}"
-            run(task, title, **options, solver="admm", refine=task.refine)
-    run(task, "--target-bits", target_bits=bits, solver="admm", refine=task.refine)
+            run(task, title, **options, refine=task.refine)
+    run(task, "--target-bits", target_bits=bits, refine=task.refine)
 
 
 def main() -> int:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 import halve
 from halve.checkpoint import Checkpoint
+from halve.runtime.cpu import packed_experts as packed_experts_module
+from halve.runtime.cpu.kernels import kernels
+from halve.runtime.cpu.operations import Product, multiply_all
 from halve.runtime.cpu.packed_experts import PackedExperts, packed_experts
 from halve.runtime.cpu.packed_linear import PackedLinear
 from tests.integration.test_resume import digests
@@ -29,6 +32,8 @@ ROWS = (
 STACKED = ("gpt_oss", "granitemoe")
 # Wide enough for a mask to take fewer bytes than a layout.
 SIZES = {"moe_intermediate_size": 64, "intermediate_size": 64}
+# Length and batch: from one row an expert to more than the kernels multiply packed.
+SHAPES = ((1, 1), (3, 5), (120, 4))
 prune = partial(halve.prune, solver="magnitude", device="cpu")
 
 
@@ -111,6 +116,49 @@ def test_a_packed_mixture_computes_what_the_dense_one_does(row, both):
         for model in (dense, packed)
     )
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("row", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("grid", [None, "int4"])
+@torch.no_grad()
+def test_experts_in_one_call_are_those_one_by_one(row, grid, both, monkeypatch):
+    model = load(both(row, grid, dtype=torch.bfloat16)[1])
+    calls = []
+
+    def counted(kernel, products):
+        calls.append(multiply_all(kernel, products))
+        return calls[-1]
+
+    monkeypatch.setattr(packed_experts_module, "multiply_all", counted)
+    together = [model(some_ids(*shape)).logits for shape in SHAPES]
+    assert calls and calls[0]
+    assert not calls[-1], "many rows an expert are unpacked instead"
+    monkeypatch.setattr(packed_experts_module, "multiply_all", lambda *_: False)
+    for shape, logits in zip(SHAPES, together, strict=True):
+        assert torch.equal(model(some_ids(*shape)).logits, logits)
+
+
+def test_products_that_do_not_fit_are_not_computed(both):
+    (module, *_) = packed_modules(load(both("qwen3_moe")[1]))
+    layer = next(m for m in module.modules() if isinstance(m, PackedLinear))
+    kernel = kernels()
+    assert kernel is not None
+    x = torch.ones(2, layer.in_features)
+    y = torch.zeros(2, layer.out_features)
+    bias = torch.zeros(layer.out_features)
+    assert multiply_all(kernel, [Product(layer, x, y, bias)])
+    assert y.any()
+    for bad in (
+        Product(layer, x[:, 1:].contiguous(), y, None),
+        Product(layer, x, y[:, 1:].contiguous(), None),
+        Product(layer, x, y, bias[1:]),
+        Product(layer, x, y, bias.double()),
+        Product(layer, x.bfloat16(), y.bfloat16(), None),
+        Product(None, x, y, None),
+    ):
+        y.zero_()
+        assert not multiply_all(kernel, [bad])
+        assert not y.any()
 
 
 @pytest.mark.parametrize("way", ["int4", "int3"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.formats.bitmask import BitmaskMatrix
-from halve.runtime.cpu.kernels import Kernels, kernels, supports
+from halve.runtime.cpu.kernels import kernels, supports
 from halve.runtime.cpu.tiles import FUSED_ROWS, linear_by_tiles
 
 # Other modules define their operators in it, too.
@@ -72,7 +72,7 @@ def _packed_linear_cpu(
     if kernel is None:
         return packed_linear_reference(x, values, mask, offsets, bias, columns)
     rows = x.reshape(-1, columns)
-    if rows.shape[0] <= _most_fused(kernel, values.dtype):
+    if rows.shape[0] <= most_fused_rows(values.dtype):
         contiguous = rows.contiguous()
         y = kernel.packed_linear(contiguous, values, mask, offsets, bias, columns)
     else:
@@ -83,13 +83,14 @@ def _packed_linear_cpu(
     return y.view(*x.shape[:-1], mask.shape[0])
 
 
-def _most_fused(kernel: Kernels, dtype: torch.dtype) -> int:
+def most_fused_rows(dtype: torch.dtype) -> int:
     """Return the most rows of input that are multiplied by the packed weights.
 
     The kernel for bfloat16 keeps up with torch's product for longer than the others.
     """
-    is_fast = dtype == torch.bfloat16 and kernel.name == "avx512bf16"
-    return 2 * FUSED_ROWS if is_fast else FUSED_ROWS
+    kernel = kernels()
+    is_fast = kernel is not None and kernel.name == "avx512bf16"
+    return 2 * FUSED_ROWS if is_fast and dtype == torch.bfloat16 else FUSED_ROWS
 
 
 def packed_linear_indexed_reference(

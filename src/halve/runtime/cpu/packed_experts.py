@@ -8,7 +8,7 @@ which an expert may have any number of tokens: `torch.compile` sees one opaque n
 known shape.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,6 +20,8 @@ from torch.nn import functional
 from halve._compat.transformers import experts_traits, gate_experts
 from halve.formats import slice_module
 from halve.models import ExpertLayer, ExpertLayers
+from halve.runtime.cpu.kernels import kernels, supports
+from halve.runtime.cpu.operations import Product, multiply_all
 from halve.runtime.cpu.operators import library
 from halve.runtime.cpu.packed_linear import PackedLinear
 
@@ -34,7 +36,9 @@ _handles = count()
 _WEIGHT, _BIAS = "weight", "bias"
 # Choices that are computed together, at least: with fewer, calls from Python would cost
 # more than they compute; with more, what is between products would leave the cache.
-_PART = 64
+_PART = 256
+# Experts, each with the positions of its tokens among those that are computed together.
+Runs = list[tuple[int, slice]]
 
 
 class PackedExperts(nn.Module):
@@ -144,40 +148,77 @@ class PackedExperts(nn.Module):
             weighted.index_copy_(0, some, (outputs * scale[start:stop]).to(dtype))
         return weighted.view(*index.shape, -1).sum(1).to(hidden.dtype)
 
-    def _outputs(self, runs: list[tuple[int, slice]], inputs: Tensor) -> Tensor:
+    def _outputs(self, runs: Runs, inputs: Tensor) -> Tensor:
         """Return the outputs of some experts for their inputs, [choices, width]."""
-        first = [self._multiply(x, runs, inputs) for x in self.layers.layers[:-1]]
+        first = self._multiply(self.layers.layers[:-1], runs, inputs)
         joined = torch.cat(first, dim=-1) if len(first) > 1 else first[0]
         if self.traits.has_gate:
             inner = gate_experts(self.family, joined)
         else:
             inner = self.family.act_fn(joined)
-        outputs = self._multiply(self.layers.layers[-1], runs, inner)
+        (outputs,) = self._multiply(self.layers.layers[-1:], runs, inner)
         return (
             self.family.post_expert_norm(outputs) if self.traits.has_norm else outputs
         )
 
     def _multiply(
-        self, layer: ExpertLayer, runs: list[tuple[int, slice]], inputs: Tensor
-    ) -> Tensor:
-        """Return the outputs of a layer of all experts, in the order of its inputs."""
-        outputs = [self._product(layer, n, inputs[rows]) for n, rows in runs]
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        self, layers: Sequence[ExpertLayer], runs: Runs, inputs: Tensor
+    ) -> list[Tensor]:
+        """Return for each layer the outputs of all experts, in the order of inputs."""
+        together = self._multiply_together(layers, runs, inputs)
+        if together is not None:
+            return together
+        return [
+            torch.cat([self._product(x, n, inputs[rows]) for n, rows in runs])
+            for x in layers
+        ]
+
+    def _multiply_together(
+        self, layers: Sequence[ExpertLayer], runs: Runs, inputs: Tensor
+    ) -> list[Tensor] | None:
+        """Return the same from one call of the kernels; None if they cannot do it.
+
+        Each product by itself wakes the threads, which costs as much as a token's
+        product with a small matrix.
+        """
+        kernel = kernels() if _run_together(inputs) else None
+        if kernel is None:
+            return None
+        inputs = inputs.contiguous()
+        outputs = [inputs.new_empty(len(inputs), x.shape[0]) for x in layers]
+        products = (
+            Product(self._module(x, n), inputs[rows], y[rows], self._bias(x, n))
+            for x, y in zip(layers, outputs, strict=True)
+            for n, rows in runs
+        )
+        return outputs if multiply_all(kernel, products) else None
+
+    def _module(self, layer: ExpertLayer, number: int) -> nn.Module | None:
+        """Return the module of a layer of an expert; None if it is a slice."""
+        if layer.name not in self.stacked:
+            return getattr(getattr(self, str(number)), layer.name)
+        return getattr(self, slice_module(layer.name, number), None)
+
+    def _bias(self, layer: ExpertLayer, number: int) -> Tensor | None:
+        """Return the bias of a layer of an expert."""
+        if layer.name not in self.stacked:
+            return getattr(self._module(layer, number), _BIAS)
+        biases = getattr(self, f"{layer.fused}_{_BIAS}", None)
+        return None if biases is None else biases[number]
 
     def _product(self, layer: ExpertLayer, number: int, inputs: Tensor) -> Tensor:
         """Return the outputs of a layer of one expert."""
-        if layer.name not in self.stacked:
-            return getattr(getattr(self, str(number)), layer.name)(inputs)
-        biases = getattr(self, f"{layer.fused}_{_BIAS}", None)
-        bias = None if biases is None else biases[number]
-        packed = getattr(self, slice_module(layer.name, number), None)
-        if isinstance(packed, PackedLinear):
-            return packed(inputs, bias)
-        if packed is not None:  # dense, as `halve bench` compares it
-            return packed(inputs) if bias is None else packed(inputs) + bias
-        weight = getattr(self, layer.fused)[number]
-        weight = weight.T if layer.transposed else weight
-        return functional.linear(inputs, weight, bias)
+        module = self._module(layer, number)
+        bias = self._bias(layer, number)
+        if isinstance(module, PackedLinear):
+            return module(inputs, bias)
+        if module is None:
+            weight = getattr(self, layer.fused)[number]
+            weight = weight.T if layer.transposed else weight
+            return functional.linear(inputs, weight, bias)
+        # Dense, as `halve bench` compares it.
+        own = layer.name not in self.stacked
+        return module(inputs) if own or bias is None else module(inputs) + bias
 
     @property
     def family(self) -> Any:  # noqa: ANN401
@@ -230,6 +271,16 @@ class PackedExperts(nn.Module):
         return f"{self.layers.count}, {shapes}"
 
 
+def _run_together(inputs: Tensor) -> bool:
+    """Whether products of some inputs can be computed in one call."""
+    return (
+        inputs.device.type == "cpu"
+        and supports(inputs.dtype)
+        and not inputs.requires_grad
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def _runs(chosen: Tensor, experts: int) -> Iterator[tuple[int, slice]]:
     """Yield each expert that has tokens, and their positions.
 
@@ -245,11 +296,9 @@ def _runs(chosen: Tensor, experts: int) -> Iterator[tuple[int, slice]]:
         start += size
 
 
-def _parts(
-    runs: Iterable[tuple[int, slice]],
-) -> Iterator[list[tuple[int, slice]]]:
+def _parts(runs: Iterable[tuple[int, slice]]) -> Iterator[Runs]:
     """Yield consecutive runs that are computed together."""
-    part: list[tuple[int, slice]] = []
+    part: Runs = []
     for run in runs:
         part.append(run)
         if run[1].stop - part[0][1].start >= _PART:
