@@ -63,11 +63,12 @@ _ALL = 1e6
 # Name -> what the statistics of an expert are made of; the first is that of every run.
 STATISTICS = {
     "shrunk": Weighting(),
-    "routed only": Weighting(pseudo_tokens=0),
-    "all tokens": Weighting(pseudo_tokens=_ALL),
+    "shrunk, one token a column": Weighting(1, 1),
+    "routed only": Weighting(0, 0),
+    "all tokens": Weighting(_ALL, _ALL),
     "shrunk, last by g": Weighting(last=True),
     "shrunk, all by g": Weighting(first=True, last=True),
-    "routed only, all by g": Weighting(pseudo_tokens=0, first=True, last=True),
+    "routed only, all by g": Weighting(0, 0, first=True, last=True),
 }
 
 

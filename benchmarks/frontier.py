@@ -55,7 +55,7 @@ def budget(task: argparse.Namespace, bits: float) -> None:
     run(task, f"{grid}", **dense, refine=task.refine)
     for sparsity, scheme in schemes_for_bits(bits, 128, True):
         if sparsity:
-            options = {"sparsity": sparsity, "quantize": str(scheme)}
+            options = {"sparsity": sparsity, "quantize": f"int{scheme.bits}"}
             title = f"{100 * sparsity:.0f} % zeros + {scheme}"
             run(task, title, **options, refine=task.refine)
     run(task, "--target-bits", target_bits=bits, refine=task.refine)

@@ -8,10 +8,11 @@ pass of its own, and one expert's Gram matrices are in memory at a time.
 An expert that few tokens are sent to has an ill-conditioned Gram matrix, or none. Its
 statistic is therefore shrunk towards that of all tokens of the block:
 
-    X_e^T X_e + columns * X^T X / tokens,
+    X_e^T X_e + a * columns * X^T X / tokens,
 
-as if the router had sent it one more token for each column, of the average kind. With
-many tokens of its own that changes nothing.
+as if the router had sent it a tokens more for each column, of the average kind. With
+many tokens of its own that changes nothing. Inputs of an expert's last matrix differ
+more from those of other tokens: a is smaller there (`benchmarks/rare_experts.py`).
 
 The router's weights are kept as well: whole experts are scored by them
 (`select.experts`), and rows can be weighed by them (`Weighting`).
@@ -56,13 +57,16 @@ class Weighting:
     g is divided by its root mean square, so that sums keep their size.
 
     Attributes:
-        pseudo_tokens: Tokens of the block's mean that are added, as a multiple of the
-            columns; 0 for an expert's own tokens alone.
+        pseudo_tokens: Tokens of the block's mean that are added to the inputs of all
+            layers but the last, as a multiple of the columns; 0 for an expert's own
+            tokens alone.
+        inner_pseudo_tokens: The same for the last layer.
         first: Whether inputs of all layers but the last are multiplied by g.
         last: Whether inputs of the last layer are.
     """
 
-    pseudo_tokens: float = 1
+    pseudo_tokens: float = 0.3
+    inner_pseudo_tokens: float = 0.1
     first: bool = False
     last: bool = False
 
@@ -443,7 +447,7 @@ class _Expert:
         for inputs, _ in self.routed.rows(tokens):
             statistic.add(self._between(self.layers, inputs))
         statistic.finish(stream.ranks.all_reduce_)
-        pseudo_tokens = WEIGHTING.pseudo_tokens * group.inner
+        pseudo_tokens = WEIGHTING.inner_pseudo_tokens * group.inner
         return Prior(statistic, pseudo_tokens / max(count, 1))
 
     @torch.no_grad()
