@@ -4,7 +4,6 @@ import ast
 import re
 import runpy
 import signal
-import tomllib
 from pathlib import Path
 
 import click
@@ -106,37 +105,6 @@ def test_the_api_page_documents_everything_public():
     errors = {name for name in halve.__all__ if issubclass_of_exception(name)}
     assert "halve.errors" in documented
     assert names >= set(halve.__all__) - errors
-
-
-def test_versions_that_are_written_twice_agree():
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))[
-        "project"
-    ]
-    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text("utf-8"))
-    assert citation["version"] == project["version"]
-    assert citation["license"] == project["license"]
-    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text("utf-8"))
-    pinned = (REPOSITORY / "constraints.txt").read_text("utf-8")
-    assert f"\nruff=={hooks['repos'][0]['rev'].removeprefix('v')}\n" in pinned
-
-
-def test_a_release_without_an_address_or_a_version_is_refused():
-    tool = runpy.run_path(str(REPOSITORY / "tools/check_release.py"))
-    found = "\n".join(tool["faults"]("v9.9.9"))
-    assert "The tag is v9.9.9" in found
-    assert "is the version of no release" in found
-
-
-def test_workflows_run_targets_and_files_that_exist():
-    targets = (REPOSITORY / "Makefile").read_text("utf-8")
-    for path in (REPOSITORY / ".github/workflows").glob("*.yml"):
-        jobs = yaml.safe_load(path.read_text("utf-8"))["jobs"]
-        steps = [step for job in jobs.values() for step in job.get("steps", ())]
-        commands = "\n".join(step.get("run", "") for step in steps)
-        for target in re.findall(r"make ([\w-]+)", commands):
-            assert f"\n{target}: " in targets or f"\n{target}:\n" in targets, target
-        for file in re.findall(r"(?:tools|examples|tests)/[\w/]+\.py", commands):
-            assert (REPOSITORY / file).is_file(), file
 
 
 def issubclass_of_exception(name):
