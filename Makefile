@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test lower-bounds check bench bench-quality bench-frontier bench-real \
-  bench-ranks bench-scale bench-all gpu fuzz format clean
+  bench-ranks bench-scale bench-all gpu fuzz docs format clean
 
 demo: $(READY)
 	$(BIN)/halve demo
@@ -71,6 +71,11 @@ fuzz: $(READY)
 	for reader in $(READERS); do \
 	  $(BIN)/python -m tests.fuzz $$reader --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
+
+# The site, in build/site; a broken link or an unknown name fails it.
+docs: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff format .

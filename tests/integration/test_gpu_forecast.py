@@ -108,7 +108,7 @@ def test_a_gpu_that_is_too_small_is_warned_of(pico, gpu):
 
 
 def test_the_limit_is_that_of_the_host(pico, gpu, monkeypatch):
-    monkeypatch.setattr(forecast_module, "_resident", lambda: 0)
+    monkeypatch.setattr(forecast_module, "resident_memory", lambda: 0)
     plan = make_plan(pico("llama"), OPTIONS)
     libraries = forecast_module._LIBRARIES + forecast_module._CUDA_LIBRARIES
     stored = max(

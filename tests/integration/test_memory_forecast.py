@@ -84,7 +84,7 @@ def test_an_impossible_limit_is_refused_with_the_largest_use(pico, text, tmp_pat
 def test_a_limit_moves_hidden_states_and_changes_no_byte(
     pico, text, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(forecast_module, "_resident", lambda: 0)
+    monkeypatch.setattr(forecast_module, "resident_memory", lambda: 0)
     options: dict[str, Any] = {"samples": 8, "seq_len": 64}
     least = forecast_run(make_plan(pico("opt"), PruneOptions(**options)), 0).peak
     files: list[object] = []
@@ -105,7 +105,7 @@ WIDE = {"opt": {"ffn_dim": 1024}, "llama": {"intermediate_size": 1024}}
 
 
 def test_a_tight_limit_defers_the_widest_inputs(pico, monkeypatch):
-    monkeypatch.setattr(forecast_module, "_resident", lambda: 0)
+    monkeypatch.setattr(forecast_module, "resident_memory", lambda: 0)
     plan = make_plan(
         pico("opt", **WIDE["opt"]), PruneOptions(**SIZES, solver="sparsegpt")
     )
@@ -120,7 +120,7 @@ def test_a_tight_limit_defers_the_widest_inputs(pico, monkeypatch):
 
 
 def test_a_tenth_of_a_limit_is_left_free_where_possible(pico, monkeypatch):
-    monkeypatch.setattr(forecast_module, "_resident", lambda: 0)
+    monkeypatch.setattr(forecast_module, "resident_memory", lambda: 0)
     plan = make_plan(pico("opt"), PruneOptions(**SIZES, solver="sparsegpt"))
     least = forecast_run(plan, 0).peak
     left = plan_memory(plan, 2 * least, None).activations

@@ -436,7 +436,7 @@ def test_processes_spill_where_one_of_them_has_to():
 
 
 def test_experts_are_spilled_where_a_block_does_not_fit(pico, monkeypatch):
-    monkeypatch.setattr(forecast_module, "_resident", lambda: 0)
+    monkeypatch.setattr(forecast_module, "resident_memory", lambda: 0)
     wide = {"intermediate_size": 256, "num_local_experts": 24}
     plan = make_plan(pico("mixtral", **wide), PruneOptions(**SIZES, solver="sparsegpt"))
     held, spilled = (forecast_run(plan, 0, spilled=s) for s in (False, True))

@@ -186,7 +186,9 @@ def _sources(part: Part) -> list[Path]:
     return [
         path
         for path in sorted(root.rglob("*.py"))
-        if not any(name in f"/{path.relative_to(root)}" for name in _NOT_SOURCES)
+        if not any(
+            name in f"/{path.relative_to(root).as_posix()}" for name in _NOT_SOURCES
+        )
         and _is_held_out(path.relative_to(root).as_posix()) == (part == "evaluation")
     ]
 

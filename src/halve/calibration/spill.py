@@ -3,7 +3,10 @@
 Weights of experts that memory has no room for are spilled in the same way.
 """
 
+import errno
+import mmap
 import os
+import shutil
 import tempfile
 from math import prod
 from pathlib import Path
@@ -12,11 +15,12 @@ import torch
 from torch import Tensor
 
 from halve.errors import OutputError
+from halve.system import total_memory
 
 
 def default_activation_memory() -> int:
     """Return the default limit in bytes: a quarter of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return total_memory() // 4
 
 
 def allocate_hidden(
@@ -70,9 +74,28 @@ def spill_weight(weight: Tensor, folder: Path | None = None) -> Tensor:
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
     """Return an uninitialised tensor in a memory-mapped file without a name."""
+    count = prod(shape)
     with tempfile.TemporaryFile(dir=folder, prefix="hidden-") as file:
-        # Reserved now: writing to a mapped file on a full disk kills the process.
-        os.posix_fallocate(file.fileno(), 0, max(prod(shape) * dtype.itemsize, 1))
-        name = f"/proc/self/fd/{file.fileno()}"
-        mapped = torch.from_file(name, shared=True, size=prod(shape), dtype=dtype)
+        nbytes = max(count * dtype.itemsize, 1)
+        _reserve(file.fileno(), nbytes, folder)
+        name = Path(f"/proc/self/fd/{file.fileno()}")
+        if name.exists():
+            mapped = torch.from_file(str(name), shared=True, size=count, dtype=dtype)
+        else:  # the same, but it holds a descriptor as long as the tensor lives
+            mapped = torch.frombuffer(
+                mmap.mmap(file.fileno(), nbytes), dtype=dtype, count=count
+            )
         return mapped.view(shape)
+
+
+def _reserve(descriptor: int, nbytes: int, folder: Path | None) -> None:
+    """Extend an empty file, and reserve its space on the disk where the system can.
+
+    Writing to a mapped file on a full disk kills the process.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+        return
+    if shutil.disk_usage(folder or tempfile.gettempdir()).free < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.truncate(descriptor, nbytes)

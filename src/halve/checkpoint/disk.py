@@ -11,6 +11,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from halve.system import IS_WINDOWS
+
 
 def make_folder(path: Path) -> None:
     """Create a folder whose parent exists; an existing one is left as it is."""
@@ -46,8 +48,14 @@ def truncate(path: Path, size: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force the contents of a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Force the contents of a file or folder to the disk.
+
+    Windows syncs files that are open for writing, and cannot sync folders: there a
+    power failure may undo a rename.
+    """
+    if IS_WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -55,8 +63,13 @@ def sync(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file or folder, atomically."""
-    source.rename(target)
+    """Rename a file or folder, atomically; a file or an empty folder is replaced.
+
+    Windows replaces files alone, so that there an empty folder is removed first.
+    """
+    if IS_WINDOWS and target.is_dir():
+        target.rmdir()
+    source.replace(target)
 
 
 def remove(path: Path) -> None:

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 _BESIDE, _WITHIN = ".partial", ".halve.partial"
+# Of the file that is locked beside a work folder, on Windows.
+LOCK_SUFFIX = ".lock"
 # What `mkfs` leaves on a volume that holds nothing.
 _OF_THE_DISK = frozenset({"lost+found"})
 
@@ -30,7 +32,7 @@ def is_being_filled(out: Path) -> bool:
 
 def foreign_names(out: Path) -> list[str]:
     """Return what an output folder holds that is neither a run's nor the disk's."""
-    known = _OF_THE_DISK | {_WITHIN}
+    known = _OF_THE_DISK | {_WITHIN, f"{_WITHIN}{LOCK_SUFFIX}"}
     return sorted(path.name for path in out.iterdir() if path.name not in known)
 
 

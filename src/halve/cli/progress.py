@@ -125,6 +125,6 @@ class _Peak(ProgressColumn):
 
 def _peak_memory() -> int:
     # Not at the top: `runtime` imports torch.
-    from halve.runtime.peak_memory import peak_memory
+    from halve.system import peak_memory
 
     return peak_memory()

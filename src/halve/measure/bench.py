@@ -26,7 +26,7 @@ from halve.records import BenchRecord
 from halve.runtime.blockwise_model import choose_device
 from halve.runtime.cpu.kernels import TORCH as NO_KERNEL
 from halve.runtime.cpu.kernels import kernels
-from halve.runtime.machine import cpu_name
+from halve.system import cpu_name
 
 # Prompt and generated tokens that llama-bench measures by default.
 _PROMPT = 512

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from halve.records import Footprint
-from halve.runtime.peak_memory import peak_memory
+from halve.system import peak_memory
 
 
 def footprint(

@@ -31,7 +31,7 @@ from halve.pruning.run import (
 from halve.pruning.select.selection import OwnCandidates
 from halve.pruning.write import write_block, write_outside_blocks
 from halve.records import BlockRecord, FinishedBlock
-from halve.runtime.peak_memory import peak_memory
+from halve.system import peak_memory
 
 
 def prune_blocks(

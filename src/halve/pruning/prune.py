@@ -45,7 +45,7 @@ from halve.records import (
 from halve.runtime.blockwise_model import BlockwiseModel, choose_device
 from halve.runtime.machine import this_machine
 from halve.runtime.oom_backoff import with_smaller_batches
-from halve.runtime.peak_memory import peak_memory
+from halve.system import peak_memory
 
 # Name of the ledger's entry for the batch size, where it is not the default one.
 _BATCH = "batch"

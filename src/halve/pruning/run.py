@@ -17,9 +17,10 @@ from halve.pruning.rules import ruled_candidates, skipped_matrices
 from halve.pruning.select.candidates import candidates
 from halve.pruning.tune.block_reconstruction import TuneOptions
 from halve.runtime.blockwise_model import BlockwiseModel
-from halve.runtime.memory_left import free_host_nbytes, gpu_nbytes
+from halve.runtime.memory_left import gpu_nbytes
 from halve.runtime.read_ahead import ReadAhead
 from halve.runtime.stream import Stream
+from halve.system import available_memory
 
 # One in so many parts of a GPU's memory is left free for fragments.
 _GPU_MARGIN = 10
@@ -102,7 +103,7 @@ def overlaps_files(run: Run) -> bool:
     """
     if not run.overlaps or run.model.device.type != "cuda":
         return False
-    return free_host_nbytes() >= _BLOCKS_ON_HOST * run.model.block_nbytes()
+    return available_memory() >= _BLOCKS_ON_HOST * run.model.block_nbytes()
 
 
 def start_streams(run: Run, windows: Tensor) -> Streams:

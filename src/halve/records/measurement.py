@@ -18,7 +18,7 @@ MEASUREMENTS_FORMAT = 1
 # What a measurement may hold.
 Result = PerplexityRecord | ComparisonRecord | BenchRecord | SamplesRecord | TasksRecord
 # Kind of a measurement -> the kinds of its record.
-_RECORDS: dict[str, tuple[type, ...]] = {
+RESULTS: dict[str, tuple[type, ...]] = {
     "eval": (ComparisonRecord, PerplexityRecord),
     "bench": (BenchRecord,),
     "samples": (SamplesRecord,),
@@ -28,7 +28,7 @@ _RECORDS: dict[str, tuple[type, ...]] = {
 
 def kind_of(result: Result) -> str:
     """Return the kind of a measurement that holds a result."""
-    return next(kind for kind, types in _RECORDS.items() if isinstance(result, types))
+    return next(kind for kind, types in RESULTS.items() if isinstance(result, types))
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Measurement:
     finished: str
 
     def __post_init__(self) -> None:
-        if not any(_fits(kind, self.record) for kind in _RECORDS.get(self.kind, ())):
+        if not any(_fits(kind, self.record) for kind in RESULTS.get(self.kind, ())):
             raise ValueError(f"a measurement of kind {self.kind[:20]!r}")
 
     @property
     def result(self) -> Result:
         """The record as one of the classes above."""
-        kinds = _RECORDS[self.kind]
+        kinds = RESULTS[self.kind]
         kind = next(kind for kind in kinds if _fits(kind, self.record))
         return from_dict(kind, self.record)
 

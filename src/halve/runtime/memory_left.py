@@ -1,7 +1,4 @@
-"""How much memory there is, and how much of it is left, on a GPU and on the host."""
-
-import os
-from pathlib import Path
+"""How much memory a GPU has, and how much of it is left."""
 
 import torch
 
@@ -19,14 +16,3 @@ def free_gpu_nbytes(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + cached
-
-
-def free_host_nbytes() -> int:
-    """Return the bytes of memory that the host can give without swapping."""
-    path = Path("/proc/meminfo")
-    if path.is_file():
-        for line in path.read_text("ascii").splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) * 2**10  # given in KiB
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

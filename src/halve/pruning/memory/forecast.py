@@ -4,12 +4,9 @@ The peak is the process itself, the hidden states that stay in memory, and the l
 phase (`phases`).
 """
 
-import os
-import resource
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from halve.calibration import default_activation_memory
 from halve.calibration_stats import CrossGram, GramMatrix
@@ -29,6 +26,7 @@ from halve.pruning.select.candidates import candidates
 from halve.pruning.tune.block_reconstruction import tuning_passes
 from halve.runtime.blockwise_model import choose_device
 from halve.runtime.stream import Stream
+from halve.system import resident_memory
 
 # What libraries load and allocate once a run is under way (kernels of BLAS and oneDNN,
 # tokenizer, text), measured: benchmarks/memory.py.
@@ -139,7 +137,7 @@ def forecast_run(
     """
     work = _workload(plan, deferred, spilled)
     return Forecast(
-        process=_resident() + _LIBRARIES,
+        process=resident_memory() + _LIBRARIES,
         activations=tuple(_activations(work)),
         budget=default_activation_memory() if budget is None else budget,
         deferred=work.deferred_nbytes(),
@@ -182,15 +180,6 @@ def forecast_host(
 def _workload(plan: Plan, deferred: bool, spilled: bool) -> Workload:
     solvers = [c.solver for c in candidates(plan.options, plan.layout.dtype)]
     return Workload(plan, solvers, deferred, spilled)
-
-
-def _resident() -> int:
-    """Return the bytes of this process that are in memory now."""
-    status = Path("/proc/self/statm")
-    if status.is_file():
-        return int(status.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    # Where there is no /proc: the peak so far, which macOS reports in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _activations(work: Workload) -> Iterator[tuple[int, int]]:

@@ -233,7 +233,7 @@ def _kernels(
 @cache
 def compile_few(architecture: str, dtype: torch.dtype, n_tiles: int) -> bytes:
     """Compile the kernels; needs no GPU."""
-    source = (files("halve.runtime.cuda") / "few.cu").read_text()
+    source = (files("halve.runtime.cuda") / "few.cu").read_text("utf-8")
     options = [
         f"-DN_TILES={n_tiles}",
         f"-DHALF={int(dtype == torch.float16)}",
