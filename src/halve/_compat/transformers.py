@@ -163,10 +163,12 @@ def experts_traits(module: Any) -> ExpertsTraits | None:  # noqa: ANN401
     decorator of nearly all classes of experts, leaves on a module, since transformers
     5.0. When it breaks: read that decorator; without them mixtures are refused.
     """
-    names = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+    names = ("has_gate", "has_bias", "is_transposed")
     if not all(isinstance(getattr(module, name, None), bool) for name in names):
         return None
-    return ExpertsTraits(*(getattr(module, name) for name in names))
+    # transformers 5.10 knows no norm after an expert, and no model of it has one.
+    has_norm = bool(getattr(module, "has_post_expert_norm", False))
+    return ExpertsTraits(*(getattr(module, name) for name in names), has_norm)
 
 
 def gate_experts(module: Any, joined: Any) -> Any:  # noqa: ANN401
