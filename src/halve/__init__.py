@@ -9,8 +9,9 @@
     halve.pack("out", "out-packed")
     halve.report("out")
 
-Names are loaded on first use, so `import halve` is fast. After it, transformers' own
-`from_pretrained` loads packed models and runs them with Halve's kernels.
+Names are loaded on first use, so `import halve` is fast. transformers' own
+`from_pretrained` loads packed models and runs them with Halve's kernels, wherever Halve
+is installed; with TORCH_DEVICE_BACKEND_AUTOLOAD=0, only after `import halve`.
 """
 
 from importlib import import_module

@@ -245,8 +245,8 @@ def pack(
     """Store each matrix of a pruned model as a bit mask and its nonzero weights.
 
     The new folder holds the same model in fewer bytes: at 50 % zeros, 16-bit matrices
-    take 56.3 % of their dense size. It loads in transformers after `import halve` and
-    runs without being unpacked; without Halve, transformers refuses it. A matrix
+    take 56.3 % of their dense size. It loads in transformers where Halve is installed,
+    and runs without being unpacked; without Halve, transformers refuses it. A matrix
     that packing would not shrink (under about 6 % zeros in 16 bits) stays dense, as do
     embeddings, norms and the head. Every matrix is read back from the files and
     compared bit for bit.
