@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from halve.api import (
         bench,
         compare,
+        evaluate_tasks,
         generate,
         inspect,
         pack,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         PruneOptions,
         ReportOptions,
         RunOptions,
+        TaskOptions,
     )
     from halve.pruning import DryRun, Forecast
     from halve.pruning.plan import Plan
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
         PerplexityRecord,
         Progress,
         PruneRecord,
+        TasksRecord,
         Verification,
     )
     from halve.runtime.generation import load
@@ -102,10 +105,13 @@ _HOMES = {
     "RunOptions": "halve.options",
     "SourceError": "halve.errors",
     "TargetMissedError": "halve.errors",
+    "TaskOptions": "halve.options",
+    "TasksRecord": "halve.records",
     "UnsupportedModelError": "halve.errors",
     "Verification": "halve.records",
     "bench": "halve.api",
     "compare": "halve.api",
+    "evaluate_tasks": "halve.api",
     "generate": "halve.api",
     "inspect": "halve.api",
     "load": "halve.runtime.generation",
@@ -147,10 +153,13 @@ __all__ = [
     "RunOptions",
     "SourceError",
     "TargetMissedError",
+    "TaskOptions",
+    "TasksRecord",
     "UnsupportedModelError",
     "Verification",
     "bench",
     "compare",
+    "evaluate_tasks",
     "generate",
     "inspect",
     "load",
