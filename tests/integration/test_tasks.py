@@ -116,6 +116,7 @@ def test_figures_are_those_of_the_stock_command(
     [score] = stock["dense"]
     assert score.metric == "acc_norm"
     assert 0.3 < score.value < 1
+    assert score.stderr is not None
     assert 0 < score.stderr < 0.2
 
     packed, dense = folders

@@ -114,10 +114,11 @@ def score_tasks(
     """
     from lm_eval import simple_evaluate
 
+    evaluate: Any = simple_evaluate  # its decorator hides its parameters
     options = tasks.options
     opened = _language_model(model, options.batch_size, device, trust_remote_code)
     try:
-        results = simple_evaluate(
+        results = evaluate(
             opened,
             tasks=list(tasks.names),
             num_fewshot=options.num_fewshot,
@@ -140,10 +141,11 @@ def _language_model(
     """Return a model as lm-evaluation-harness calls it."""
     from lm_eval.models.huggingface import HFLM
 
+    wrap: Any = HFLM  # its decorator hides its parameters
     loaded = load(model, device, trust_remote_code)
     tokenizer = load_tokenizer(resolve_model(model), trust_remote_code)
     with _without_warnings("lm_eval.models.huggingface"):
-        return HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
+        return wrap(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
 
 
 @contextmanager
