@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_fused_layers_are_joined_from_parts_in_any_order(name, folders, tmp_path
     shards = parts.shards()
     assert [shard.id for shard in shards] == ["q", "k", "v"]
     for shard in shards:
-        assert torch.equal(shard.dense(), dense[shard.id])
+        assert torch.equal(shard.dense(), dense[str(shard.id)])
 
 
 def test_missing_parts_are_told(folders):
@@ -111,7 +112,7 @@ def vllm_python():
 
 def generated(folder):
     """Return the tokens that transformers generates."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokens = []
     for ids in map(torch.tensor, PROMPTS):
         found = model.generate(

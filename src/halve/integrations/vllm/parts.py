@@ -4,7 +4,7 @@ vLLM fuses layers, such as q, k and v, and calls a weight loader with each store
 of each of them, in any order. Nothing here imports vLLM.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,14 @@ from torch import Tensor
 from halve.errors import CheckpointError
 from halve.formats import FORMATS, PackedMatrix
 
+# What vLLM calls one of the matrices of a fused layer; None for the only one.
+ShardId = str | int | None
 # Order in which the outputs of fused layers follow each other, beside numbers.
 _ORDER = {"q": 0, "k": 1, "v": 2}
+
+
+def _place(id: ShardId) -> int:
+    return _ORDER[id] if isinstance(id, str) else id or 0
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,12 @@ class Shard:
     """One of the matrices that a layer of vLLM fuses, or its only one.
 
     Attributes:
-        id: What vLLM calls it: `q`, `k`, `v`, a number, or None for the only one.
+        id: `q`, `k`, `v`, a number, or None for the only one.
         format: Key of `halve.formats.FORMATS`; "" for a dense matrix.
         matrix: The matrix, packed or dense.
     """
 
-    id: Hashable
+    id: ShardId
     format: str
     matrix: PackedMatrix | Tensor
 
@@ -49,12 +55,12 @@ class Parts:
     """
 
     name: str
-    tensors: dict[Hashable, dict[str, Tensor]] = field(default_factory=dict)
+    tensors: dict[ShardId, dict[str, Tensor]] = field(default_factory=dict)
 
     def loader(self, suffix: str) -> Callable[..., None]:
         """Return a weight loader for the tensors whose names end in a suffix."""
 
-        def load(parameter: Any, tensor: Tensor, shard: Hashable = None) -> None:  # noqa: ANN401
+        def load(parameter: Any, tensor: Tensor, shard: ShardId = None) -> None:  # noqa: ANN401
             self.tensors.setdefault(shard, {})[suffix] = tensor
 
         return load
@@ -65,10 +71,10 @@ class Parts:
         Raises:
             CheckpointError: Parts are missing, or inconsistent.
         """
-        order = sorted(self.tensors, key=lambda id: _ORDER.get(str(id), id or 0))
+        order = sorted(self.tensors, key=_place)
         return [self._joined(id, self.tensors[id]) for id in order]
 
-    def _joined(self, id: Hashable, parts: dict[str, Tensor]) -> Shard:
+    def _joined(self, id: ShardId, parts: dict[str, Tensor]) -> Shard:
         name = self.name if id is None else f"{self.name}, {id}"
         by_name = {name + suffix: tensor for suffix, tensor in parts.items()}
         for key, format in FORMATS.items():
