@@ -89,4 +89,4 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lower-bounds build dist
+	rm -rf $(VENV) $(VENV)-lower-bounds $(VENV)-vllm build dist

@@ -2,6 +2,7 @@
 
 import lzma
 import os
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 
 from tests.tables import save_pico
 
-PYTHON = Path(__file__).parent / "data/python.txt.xz"
+ROOT = Path(__file__).parents[1]
+PYTHON = ROOT / "tests/data/python.txt.xz"
 
 torch.set_num_threads(1)  # pytest-xdist uses the other cores
 
@@ -44,3 +46,24 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "python.txt"
     path.write_bytes(lzma.decompress(PYTHON.read_bytes()))
     return path
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return an environment for processes that find Halve's entry points.
+
+    They are those of pyproject.toml, whether this Halve is installed or not.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    metadata = folder / "halve-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: halve\nVersion: 0\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {at}" for name, at in points.items())]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    paths = [str(folder), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
+    return environment

@@ -32,7 +32,10 @@ What is given on the command line counts first, then the file, then the preset.
 """
 TABLE = "| option | keyword | type | default | description |\n|---|---|---|---|---|"
 # Command -> the functions that take its options, where their name is not the command's.
-FUNCTIONS = {"eval": ["perplexity", "compare"], "prune": ["prune", "plan"]}
+FUNCTIONS = {
+    "eval": ["perplexity", "compare", "evaluate_tasks"],
+    "prune": ["prune", "plan"],
+}
 
 
 def reference() -> str:

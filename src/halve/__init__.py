@@ -9,8 +9,9 @@
     halve.pack("out", "out-packed")
     halve.report("out")
 
-Names are loaded on first use, so `import halve` is fast. After it, transformers' own
-`from_pretrained` loads packed models and runs them with Halve's kernels.
+Names are loaded on first use, so `import halve` is fast. transformers' own
+`from_pretrained` loads packed models and runs them with Halve's kernels, wherever Halve
+is installed; with TORCH_DEVICE_BACKEND_AUTOLOAD=0, only after `import halve`.
 """
 
 from importlib import import_module
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from halve.api import (
         bench,
         compare,
+        evaluate_tasks,
         generate,
         inspect,
         pack,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
         PruneOptions,
         ReportOptions,
         RunOptions,
+        TaskOptions,
     )
     from halve.pruning import DryRun, Forecast
     from halve.pruning.plan import Plan
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
         PerplexityRecord,
         Progress,
         PruneRecord,
+        TasksRecord,
         Verification,
     )
     from halve.runtime.generation import load
@@ -103,10 +107,13 @@ _HOMES = {
     "RunOptions": "halve.options",
     "SourceError": "halve.errors",
     "TargetMissedError": "halve.errors",
+    "TaskOptions": "halve.options",
+    "TasksRecord": "halve.records",
     "UnsupportedModelError": "halve.errors",
     "Verification": "halve.records",
     "bench": "halve.api",
     "compare": "halve.api",
+    "evaluate_tasks": "halve.api",
     "generate": "halve.api",
     "inspect": "halve.api",
     "load": "halve.runtime.generation",
@@ -149,10 +156,13 @@ __all__ = [
     "RunOptions",
     "SourceError",
     "TargetMissedError",
+    "TaskOptions",
+    "TasksRecord",
     "UnsupportedModelError",
     "Verification",
     "bench",
     "compare",
+    "evaluate_tasks",
     "generate",
     "inspect",
     "load",

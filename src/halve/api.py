@@ -6,7 +6,7 @@ keywords, or both; then the keywords override the object's fields.
 """
 
 import inspect as introspection
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,10 +24,12 @@ from halve.evaluation import compare_passage, evaluate
 from halve.measure import (
     BenchModels,
     check_keepable,
+    find_tasks,
     inspect_model,
     keep_measurement,
     read_task_scores,
     run_bench,
+    score_tasks,
     verify_output,
     write_random_model,
 )
@@ -45,6 +47,8 @@ from halve.options import (
     ReportKeywords,
     ReportOptions,
     RunOptions,
+    TaskKeywords,
+    TaskOptions,
 )
 from halve.packing import pack_model, unpack_model
 from halve.patterns import parse_pattern
@@ -78,6 +82,7 @@ _Options = TypeVar(
     BenchOptions,
     GenerateOptions,
     ReportOptions,
+    TaskOptions,
 )
 
 
@@ -245,8 +250,8 @@ def pack(
     """Store each matrix of a pruned model as a bit mask and its nonzero weights.
 
     The new folder holds the same model in fewer bytes: at 50 % zeros, 16-bit matrices
-    take 56.3 % of their dense size. It loads in transformers after `import halve` and
-    runs without being unpacked; without Halve, transformers refuses it. A matrix
+    take 56.3 % of their dense size. It loads in transformers where Halve is installed,
+    and runs without being unpacked; without Halve, transformers refuses it. A matrix
     that packing would not shrink (under about 6 % zeros in 16 bits) stays dense, as do
     embeddings, norms and the head. Every matrix is read back from the files and
     compared bit for bit.
@@ -361,6 +366,54 @@ def compare(
         Twice that of `perplexity`, in memory and time.
     """
     return compare_models(model, reference, _merged(options or EvalOptions(), keywords))
+
+
+@_takes(TaskOptions)
+def evaluate_tasks(
+    model: str | Path,
+    tasks: str | Sequence[str],
+    reference: str | Path | None = None,
+    *,
+    options: TaskOptions | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    **keywords: Unpack[TaskKeywords],
+) -> TasksRecord:
+    """Score a model in tasks by lm-evaluation-harness (`pip install 'halve[tasks]'`).
+
+    The figures are those of its own command on the same folder, `lm_eval --model hf
+    --model_args pretrained=MODEL --tasks TASKS`.
+
+    Args:
+        model: A folder, dense or packed, or a name on the Hub.
+        tasks: Names of tasks or groups, as `lm_eval ls tasks` lists them; separated by
+            commas, or in a sequence.
+        reference: The model to compare it with, usually the dense one.
+        options: Examples in the prompt, and further tasks; by default `TaskOptions()`.
+        device: `cpu`, `cuda` or `auto`.
+        trust_remote_code: Allow Python code that comes with the model to run.
+        **keywords: Fields of `TaskOptions`, which override those of the object.
+
+    Returns:
+        The score of each task with its standard error, of the model and of the
+        reference; `recovery` is a score as a fraction of the reference's.
+
+    Raises:
+        SourceError: There is no such task, or it cannot be run, for instance since its
+            data set cannot be downloaded.
+        HalveError: lm-evaluation-harness is not installed, or whatever `load` raises.
+
+    Cost:
+        Memory for one whole model at a time; a packed one stays packed.
+    """
+    merged = _merged(options or TaskOptions(), keywords)
+    found = find_tasks(tasks, merged)
+    scores = [
+        score_tasks(each, found, device, trust_remote_code)
+        for each in (model, reference)
+        if each is not None
+    ]
+    return TasksRecord(*scores)
 
 
 @_takes(BenchOptions)

@@ -22,6 +22,7 @@ PANELS = (
     TARGET := "Target",
     TEXT := "Text",
     MODEL := "Random model",
+    TASKS := "Tasks",
     MEASUREMENT := "Measurement",
     SAMPLING := "Sampling",
     SOLVER := "Solver",

@@ -30,6 +30,8 @@ from halve.options import (
     PruneOptions,
     RunKeywords,
     RunOptions,
+    TaskKeywords,
+    TaskOptions,
 )
 from halve.records import Progress
 from halve.solvers import SOLVERS
@@ -41,6 +43,7 @@ KEYWORDS = {
     EvalKeywords: (EvalOptions,),
     BenchKeywords: (BenchOptions,),
     GenerateKeywords: (GenerateOptions,),
+    TaskKeywords: (TaskOptions,),
 }
 # Function -> the options classes whose fields it accepts, or a part of them.
 FUNCTIONS = {
@@ -48,6 +51,7 @@ FUNCTIONS = {
     "plan": (PruneOptions, RunOptions),
     "perplexity": (EvalOptions,),
     "compare": (EvalOptions,),
+    "evaluate_tasks": (TaskOptions,),
     "bench": (BenchOptions,),
     "generate": (GenerateOptions,),
 }
@@ -58,6 +62,7 @@ CLASSES = (
     PackOptions,
     BenchOptions,
     GenerateOptions,
+    TaskOptions,
 )
 NAMES = {"Progress": Progress}
 
@@ -87,7 +92,9 @@ def test_a_signature_shows_every_option_with_its_default(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_unknown_keywords_are_refused(name):
-    positional = ["model", "other"][: 1 + (name in ("prune", "compare", "generate"))]
+    positional = ["model", "other"][
+        : 1 + (name in ("prune", "compare", "evaluate_tasks", "generate"))
+    ]
     with pytest.raises(TypeError, match="sparsety"):
         getattr(halve, name)(*positional, sparsety="50%")
 

@@ -386,7 +386,7 @@ def test_the_metadata_of_a_card():
     assert card.text.lstrip().startswith(CARD_MARK)
     packed = ModelCard(render_card(CASES["packed"]))
     assert packed.data.to_dict()["library_name"] == "halve"
-    assert "import halve" in packed.text
+    assert "pip install halve" in packed.text
     assert "license" not in packed.data.to_dict()
 
 

@@ -483,14 +483,18 @@ assert "halve" not in sys.modules
 """
 
 
-def test_transformers_without_halve_rejects_a_packed_model(made):
-    """It must not fill the matrices with random numbers and continue."""
+def test_transformers_without_halve_rejects_a_packed_model(made, installed):
+    """It must not fill the matrices with random numbers and continue.
+
+    torch's switch keeps an installed Halve from being found (test_autoload.py).
+    """
     _, pruned, packed = made()
     done = subprocess.run(
         [sys.executable, "-c", PLAIN, pruned, packed],
         check=False,
         capture_output=True,
         text=True,
+        env={**installed, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
     )
     assert done.returncode != 0
     assert done.stdout.split() == ["a", "model"]  # the first, and not the second

@@ -9,8 +9,12 @@ are tested there too:
 
 integrations/transformers/hook.py
     Importing anything of transformers that loads checkpoints imports a module of the
-    name `transformers.quantizers`; a finder in `sys.meta_path` waits for that.
-    transformers has no plug-in discovery. If the module moves: change `_AWAITED`.
+    name `transformers.quantizers`; a finder in `sys.meta_path` waits for that, or for
+    `transformers.modeling_utils`. transformers has no plug-in discovery. If the modules
+    move: change `_QUANTIZERS` and `_MODELS`.
+halve_autoload
+    Since torch 2.5, `import torch` calls the entry points of the group
+    `torch.backends`. If it no longer does: users have to `import halve`.
 integrations/transformers/quantizer.py
     `from_pretrained` calls `HfQuantizer._process_model_before_weight_loading` with
     `checkpoint_files`, and `_process_model_after_weight_loading`; `dequantize` calls

@@ -1,15 +1,26 @@
 """`halve eval`."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
+from halve.cli.eval_tasks import (
+    check_task_options,
+    print_task_scores,
+    run_tasks,
+    task_scores_as_json,
+)
 from halve.cli.options import Json, Keep, Model, Quiet, check_model, with_options
-from halve.option import TEXT, Option
-from halve.options import EvalOptions
+from halve.option import TASKS, TEXT, Option
+from halve.options import EvalOptions, TaskOptions
 
 if TYPE_CHECKING:
     from halve.cli.progress import Step
-    from halve.records import ComparisonRecord, PerplexityRecord, Progress
+    from halve.records import (
+        ComparisonRecord,
+        PerplexityRecord,
+        Progress,
+        TasksRecord,
+    )
 
 EXAMPLES = """
 **Examples**
@@ -19,53 +30,105 @@ EXAMPLES = """
 `halve eval ./opt-125m-half --data wikitext2 --against facebook/opt-125m`
 
 `halve eval ./llama-24 --data text.txt --seq-len 1024 --segments 100 --json`
+
+`halve eval ./llama-24 --tasks arc_easy,hellaswag --against ./llama --keep`
 """
+
+
+@dataclass(frozen=True)
+class EvalOutput:
+    """Where results go; options of the command line alone."""
+
+    keep: Keep = False
+    as_json: Json = False
+    quiet: Quiet = False
 
 
 @with_options(panels=True)
 def command(
     model: Model,
     options: EvalOptions,
+    *,
+    tasks: Annotated[
+        str | None,
+        Option(
+            "Tasks of lm-evaluation-harness, separated by commas: report scores in "
+            "these, and no perplexity.",
+            TASKS,
+            metavar="NAMES",
+        ),
+    ] = None,
+    task_options: TaskOptions,
     against: Annotated[
         str | None,
         Option(
             "Another model, usually the dense one: also report how far the predictions "
-            "of MODEL diverge from it.",
+            "of MODEL diverge from it, or how much of its scores is left.",
             TEXT,
             metavar="DENSE",
         ),
     ] = None,
-    keep: Keep = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    output: EvalOutput,
 ) -> None:
-    """Measure a model's perplexity, block by block, even if it exceeds memory."""
-    check_model(against)
-    from halve.api import compare, perplexity
-    from halve.cli.console import print_next
-    from halve.cli.progress import progress_bar
-    from halve.measure import check_keepable, keep_measurement
-    from halve.records import PerplexityRecord
-    from halve.records.codec import to_json
+    """Measure a model's perplexity, block by block, even if it exceeds memory.
 
-    folder = check_keepable(model) if keep else None
-    with progress_bar(quiet) as show:
-        options = replace(options, progress=lambda p: show(_step(p, model, against)))
-        record = (
-            perplexity(model, options=options)
-            if not against
-            else compare(model, against, options=options)
-        )
+    With --tasks, measure its scores in tasks of lm-evaluation-harness.
+    """
+    check_model(against)
+    check_task_options(tasks, options, task_options, output.keep)
+    from halve.cli.console import print_next
+    from halve.measure import check_keepable, keep_measurement
+
+    folder = check_keepable(model) if output.keep else None
+    if tasks is None:
+        record = _measure(model, against, options, output.quiet)
+    else:
+        record = run_tasks((model, against), tasks, options, task_options, output.quiet)
     if folder is not None:
         keep_measurement(folder, record, against)
-    if as_json:
-        print(to_json(asdict(record)))
+    if output.as_json:
+        print(_as_json(record))
+    else:
+        _print(record, model, against)
+        print_next(("bench", model), *([("report", model)] if output.keep else []))
+
+
+def _measure(
+    model: str, against: str | None, options: EvalOptions, quiet: bool
+) -> "PerplexityRecord | ComparisonRecord":
+    """Return the perplexity of a model, or its divergence from another."""
+    from halve.api import compare, perplexity
+    from halve.cli.progress import progress_bar
+
+    with progress_bar(quiet) as show:
+        options = replace(options, progress=lambda p: show(_step(p, model, against)))
+        if against is None:
+            return perplexity(model, options=options)
+        return compare(model, against, options=options)
+
+
+def _as_json(record: "PerplexityRecord | ComparisonRecord | TasksRecord") -> str:
+    from halve.records import TasksRecord
+    from halve.records.codec import to_json
+
+    if isinstance(record, TasksRecord):
+        return task_scores_as_json(record)
+    return to_json(asdict(record))
+
+
+def _print(
+    record: "PerplexityRecord | ComparisonRecord | TasksRecord",
+    model: str,
+    against: str | None,
+) -> None:
+    from halve.records import PerplexityRecord, TasksRecord
+
+    if isinstance(record, TasksRecord):
+        print_task_scores(record, model, against)
     elif isinstance(record, PerplexityRecord):
         _print_perplexity(record, model)
     else:
         _print_comparison(record, model, against)
-    if not as_json:
-        print_next(("bench", model), *([("report", model)] if keep else []))
 
 
 def _step(progress: "Progress", model: str, against: str | None) -> "Step":

@@ -20,7 +20,7 @@ from halve.formats.interface import (
     TensorHeader,
     split,
 )
-from halve.formats.registry import FORMATS, STACK
+from halve.formats.registry import FORMATS, STACK, companion_suffixes
 from halve.formats.stack import StackedMatrices, slice_module, slice_name
 from halve.formats.storage import packed_size, store, store_stack, would_shrink
 from halve.formats.version import (
@@ -47,6 +47,7 @@ __all__ = [
     "TensorHeader",
     "check_readable",
     "check_version",
+    "companion_suffixes",
     "declared_entry",
     "packed_size",
     "quantization_config",

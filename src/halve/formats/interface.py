@@ -193,12 +193,14 @@ class Format(Reader):
         version: Version of docs/format.md that a checkpoint with such a matrix has.
         companions: Suffixes of the tensors that are always beside the one under the
             parameter's name.
+        optional: Suffixes of further tensors that a matrix may have.
         layout: Suffixes of those companions whose data `join` needs, beside the headers
             of the others, to find the dense shape. Each holds a few integers.
     """
 
     version: ClassVar[int] = 1
     companions: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
     layout: ClassVar[tuple[str, ...]]
 
     @abstractmethod

@@ -46,6 +46,7 @@ class Quantized(Format):
     name: ClassVar[str] = "quantized"
     version: ClassVar[int] = 2
     companions: ClassVar[tuple[str, ...]] = (SCALES, LAYOUT)
+    optional: ClassVar[tuple[str, ...]] = (MASK, OFFSETS, ZEROS)
     layout: ClassVar[tuple[str, ...]] = (LAYOUT,)
 
     def recognizes(self, name: str, headers: Mapping[str, TensorHeader]) -> bool:

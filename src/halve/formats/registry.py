@@ -18,6 +18,12 @@ def written_formats() -> list[Format]:
     return [FORMATS[name] for name in WRITTEN]
 
 
+def companion_suffixes() -> tuple[str, ...]:
+    """Return the suffixes of all tensors that may be beside a packed parameter."""
+    suffixes = (f.companions + f.optional for f in FORMATS.values())
+    return tuple(dict.fromkeys(suffix for each in suffixes for suffix in each))
+
+
 def version_of(name: str) -> int:
     """Return the version of docs/format.md that specifies a format, or stacks."""
     return STACK.version if name == STACK.name else FORMATS[name].version

@@ -6,6 +6,7 @@ from halve.measure.lm_eval import read_task_scores
 from halve.measure.measurements import check_keepable, keep_measurement
 from halve.measure.random_models import write_random_model
 from halve.measure.speed import TORCH, bench_cases, measure_speed
+from halve.measure.tasks import find_tasks, score_tasks
 from halve.measure.verification import verify_output
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "BenchModels",
     "bench_cases",
     "check_keepable",
+    "find_tasks",
     "inspect_model",
     "keep_measurement",
     "measure_speed",
     "read_task_scores",
     "run_bench",
+    "score_tasks",
     "verify_output",
     "write_random_model",
 ]

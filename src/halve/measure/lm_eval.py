@@ -6,7 +6,7 @@ value `METRIC,FILTER` for each metric and filter, and `METRIC_stderr,FILTER`; `c
 `group_subtasks` with their tasks, and are left out: their scores are means of those.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def read_task_scores(path: str | Path) -> tuple[TaskScore, ...]:
     """
     try:
         fields = dict(read_json(Path(path)))
-        scores = tuple(_scores(fields))
+        scores = task_scores(fields)
     except (OSError, *PARSE_ERRORS) as error:
         raise SourceError(
             f"{path} cannot be read as results of lm-evaluation-harness "
@@ -44,7 +44,12 @@ def read_task_scores(path: str | Path) -> tuple[TaskScore, ...]:
     return scores
 
 
-def _scores(fields: dict[str, Any]) -> Iterator[TaskScore]:
+def task_scores(fields: Mapping[str, Any]) -> tuple[TaskScore, ...]:
+    """Return one score for each task in results, sorted by task."""
+    return tuple(_scores(fields))
+
+
+def _scores(fields: Mapping[str, Any]) -> Iterator[TaskScore]:
     groups = {name for name, tasks in fields.get("group_subtasks", {}).items() if tasks}
     for task, values in sorted(fields["results"].items()):
         found = _metric(values)
@@ -65,7 +70,7 @@ def _metric(values: dict[str, Any]) -> tuple[str, float, float | None] | None:
 
 
 def _score(
-    fields: dict[str, Any], task: str, found: tuple[str, float, float | None]
+    fields: Mapping[str, Any], task: str, found: tuple[str, float, float | None]
 ) -> TaskScore:
     metric, value, stderr = found
     shots = fields.get("n-shot", {}).get(task)

@@ -16,6 +16,7 @@ from halve.options.prune import PruneKeywords, PruneOptions
 from halve.options.report import ReportKeywords, ReportOptions
 from halve.options.run import RunKeywords, RunOptions
 from halve.options.shared import Activations, Device, TrustRemoteCode, check_device
+from halve.options.tasks import TaskKeywords, TaskOptions
 
 __all__ = [
     "PRESETS",
@@ -36,6 +37,8 @@ __all__ = [
     "ReportOptions",
     "RunKeywords",
     "RunOptions",
+    "TaskKeywords",
+    "TaskOptions",
     "TrustRemoteCode",
     "check_device",
     "preset_options",

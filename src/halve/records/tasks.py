@@ -37,3 +37,19 @@ class TasksRecord:
 
     model: tuple[TaskScore, ...]
     reference: tuple[TaskScore, ...] = ()
+
+    def dense(self, score: TaskScore) -> TaskScore | None:
+        """Return the dense model's score of the same task and metric, if known."""
+        same = (score.task, score.metric)
+        return next((s for s in self.reference if (s.task, s.metric) == same), None)
+
+    def recovery(self, score: TaskScore) -> float | None:
+        """Return a score as a fraction of the dense model's.
+
+        None where that is not known or zero, or where a smaller score is the better
+        one, as with a perplexity.
+        """
+        dense = self.dense(score)
+        if dense is None or not dense.value or not score.higher_is_better:
+            return None
+        return score.value / dense.value

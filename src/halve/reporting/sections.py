@@ -5,7 +5,6 @@ recorded is left out, never guessed.
 """
 
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 from halve.records import (
@@ -15,7 +14,6 @@ from halve.records import (
     PassageToken,
     PerplexityRecord,
     PruneRecord,
-    TaskScore,
 )
 from halve.reporting.facts import Facts, Measured
 from halve.reporting.figures import (
@@ -37,6 +35,7 @@ from halve.reporting.heat import (
 )
 from halve.reporting.numbers import count, percent, significant, with_error
 from halve.reporting.provenance import machine_line
+from halve.reporting.tasks import TASK_COLUMNS, task_rows
 
 # A section for the template.
 Section = dict[str, Any]
@@ -241,36 +240,11 @@ def tasks_section(facts: Facts) -> Section | None:
     """Return the scores in tasks, and how much of the dense model's is left."""
     if facts.tasks is None:
         return None
-    record = facts.tasks.result
-    dense = {(s.task, s.metric): s for s in record.reference}
-    pairs = [(score, dense.get((score.task, score.metric))) for score in record.model]
-    rows = [_task_row(score, other) for score, other in pairs]
-    both = [
-        (score, other)
-        for score, other in pairs
-        if other is not None and other.value and score.higher_is_better
-    ]
-    if len(both) > 1:
-        means = [fmean(each.value for each in side) for side in zip(*both, strict=True)]
-        cells = (percent(means[1]), percent(means[0]), percent(means[0] / means[1]))
-        rows.append((f"mean of the {len(both)} that both have", "", "", *cells))
-    return {"rows": rows, "note": "By lm-evaluation-harness, with standard errors."}
-
-
-def _task_row(score: TaskScore, dense: TaskScore | None) -> tuple[str, ...]:
-    recovery = ""
-    if dense is not None and dense.value and score.higher_is_better:
-        recovery = percent(score.value / dense.value)
-    shots = "" if score.shots is None else str(score.shots)
-    before = "" if dense is None else _score(dense)
-    return score.task, score.metric, shots, before, _score(score), recovery
-
-
-def _score(score: TaskScore) -> str:
-    is_fraction = 0 <= score.value <= 1 and score.metric.startswith(("acc", "exact"))
-    factor, unit = (100, " %") if is_fraction else (1, "")
-    error = None if score.stderr is None else factor * score.stderr
-    return with_error(factor * score.value, error, unit)
+    return {
+        "rows": task_rows(facts.tasks.result),
+        "columns": TASK_COLUMNS,
+        "note": "By lm-evaluation-harness, with standard errors.",
+    }
 
 
 def limits(facts: Facts) -> list[str]:
