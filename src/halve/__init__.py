@@ -4,6 +4,7 @@
     halve.plan("facebook/opt-125m", sparsity="2:4")
     halve.prune("facebook/opt-125m", "out", sparsity="2:4", calibration="wikitext2")
     halve.perplexity("out", data="wikitext2")
+    halve.recover("out", "facebook/opt-125m", "out2", calibration="wikitext2")
     halve.inspect("out")
     halve.verify("out")
     halve.pack("out", "out-packed")
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         perplexity,
         plan,
         prune,
+        recover,
         report,
         unpack,
         verify,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
         EvalOptions,
         GenerateOptions,
         PruneOptions,
+        RecoverOptions,
         ReportOptions,
         RunOptions,
     )
@@ -65,9 +68,11 @@ if TYPE_CHECKING:
         PerplexityRecord,
         Progress,
         PruneRecord,
+        RecoverRecord,
         Verification,
     )
     from halve.runtime.generation import load
+    from halve.runtime.keep_zeros import keep_zeros
 
     __version__: str
 
@@ -97,6 +102,8 @@ _HOMES = {
     "PruneOptions": "halve.options",
     "PruneRecord": "halve.records",
     "QuantizationError": "halve.errors",
+    "RecoverOptions": "halve.options",
+    "RecoverRecord": "halve.records",
     "ReportOptions": "halve.options",
     "RunOptions": "halve.options",
     "SourceError": "halve.errors",
@@ -107,11 +114,13 @@ _HOMES = {
     "compare": "halve.api",
     "generate": "halve.api",
     "inspect": "halve.api",
+    "keep_zeros": "halve.runtime.keep_zeros",
     "load": "halve.runtime.generation",
     "pack": "halve.api",
     "perplexity": "halve.api",
     "plan": "halve.api",
     "prune": "halve.api",
+    "recover": "halve.api",
     "report": "halve.api",
     "unpack": "halve.api",
     "verify": "halve.api",
@@ -142,6 +151,8 @@ __all__ = [
     "PruneOptions",
     "PruneRecord",
     "QuantizationError",
+    "RecoverOptions",
+    "RecoverRecord",
     "ReportOptions",
     "RunOptions",
     "SourceError",
@@ -152,11 +163,13 @@ __all__ = [
     "compare",
     "generate",
     "inspect",
+    "keep_zeros",
     "load",
     "pack",
     "perplexity",
     "plan",
     "prune",
+    "recover",
     "report",
     "unpack",
     "verify",

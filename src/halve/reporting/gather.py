@@ -8,7 +8,7 @@ import yaml
 
 from halve.errors import CheckpointError, RecordError, SourceError
 from halve.model_path import local_folder
-from halve.records import PackRecord, PruneRecord, parse_record
+from halve.records import OutputRecord, PackRecord, PruneRecord, parse_record
 from halve.records.stored import (
     PARSE_ERRORS,
     RECORD,
@@ -89,9 +89,9 @@ def _check_files(folder: Path, digests: dict[str, str]) -> None:
             )
 
 
-def _source(record: PackRecord) -> PruneRecord | None:
-    """Return the record of pruning that a packed output carries, if it has one."""
-    source: Any = record.source
+def _source(record: OutputRecord) -> PruneRecord | None:
+    """Return the record of pruning that an output made of another carries, if any."""
+    source: Any = None if isinstance(record, PruneRecord) else record.source
     try:
         while source is not None:
             parsed = parse_record(json.dumps(source))
