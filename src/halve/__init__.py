@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from halve.integrations.notebook import ProgressBar
+    from halve.integrations.transformers.keep_zeros_callback import KeepZerosCallback
     from halve.options import (
         BenchOptions,
         EvalOptions,
@@ -91,6 +92,7 @@ _HOMES = {
     "HalveError": "halve.errors",
     "HalveWarning": "halve.errors",
     "Inspection": "halve.records",
+    "KeepZerosCallback": "halve.integrations.transformers.keep_zeros_callback",
     "NumericalError": "halve.errors",
     "OutputError": "halve.errors",
     "PackRecord": "halve.records",
@@ -140,6 +142,7 @@ __all__ = [
     "HalveError",
     "HalveWarning",
     "Inspection",
+    "KeepZerosCallback",
     "NumericalError",
     "OutputError",
     "PackRecord",

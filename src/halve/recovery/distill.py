@@ -169,7 +169,7 @@ def _judge(job: Distillation, run: Run) -> None:
     values = job.student.as_stored()
     with job.student.holding(values):
         divergence = _held_out_divergence(job)
-    is_best = run.states and divergence < run.lowest.divergence
+    is_best = bool(run.states) and divergence < run.lowest.divergence
     run.states.append(StateRecord(run.step, divergence))
     if is_best:
         run.best = values

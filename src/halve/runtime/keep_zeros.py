@@ -8,6 +8,7 @@ beside the optimizer, such as merging an adapter. Each has its hook.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from halve.errors import HalveError
 
-# A path within a model that was wrapped for training -> without what wrappers add.
-_WRAPPERS = (
-    "module.",
-    "_fsdp_wrapped_module.",
-    "_orig_mod.",
-    "_checkpoint_wrapped_module.",
-)
+# What FSDP, torch.compile and checkpointing put into the paths of a model.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -111,11 +107,18 @@ class KeptZeros:
     def _hold(self) -> None:
         for each in self.held.values():
             self._hold_gradient(each)
+            # It refers to this object, which therefore lives as long as the model ...
             hook = each.layer.register_state_dict_pre_hook(
-                lambda *_, each=each: each.apply()
+                lambda *_, kept=self, each=each: each.apply()
             )
             self._handles.append(hook)
-        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        # ... and no longer, though the hook of all optimizers outlives both.
+        after_step = WeakMethod(self._after_step)
+        self._handles.append(
+            register_optimizer_step_post_hook(
+                lambda optimizer, *_: _call(after_step, optimizer)
+            )
+        )
 
     def _hold_gradient(self, each: HeldWeight) -> None:
         """Set the gradient of zeros to zero, which clipping by norm would count."""
@@ -125,7 +128,7 @@ class KeptZeros:
             )
             self._handles.append(hook)
 
-    def _after_step(self, optimizer: Any, *_: Any) -> None:  # noqa: ANN401
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for each in self.held.values():
             if id(each.weight) in stepped:
@@ -136,6 +139,13 @@ class KeptZeros:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _call(method: WeakMethod[Any], optimizer: torch.optim.Optimizer) -> None:
+    """Call a method unless its object is gone."""
+    bound = method()
+    if bound is not None:
+        bound(optimizer)
 
 
 def keep_zeros(model: nn.Module) -> KeptZeros:
@@ -192,6 +202,7 @@ def _own_weights(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _plain(name: str) -> str:
+    """Return a parameter's name without what wrappers put into it."""
     for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "") if wrapper != "module." else name
-    return name.removeprefix("module.")
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")  # of DistributedDataParallel, and DeepSpeed
