@@ -224,3 +224,16 @@ def test_the_state_is_not_in_the_output(pruned, text, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     names = {n for path in out.glob("*.safetensors") for n in load_file(path)}
     assert names == set(Checkpoint.open(model).tensors)
+
+
+def test_a_report_tells_of_recovery(pruned, text, tmp_path):
+    dense, model = pruned("2:4, bfloat16")
+    options = OPTIONS | {"calibration": str(text)}
+    halve.recover(model, dense, tmp_path / "out", **options)
+    halve.pack(tmp_path / "out", tmp_path / "packed")
+    sources = {"out": "out-source", "packed": "packed-source-source"}
+    for name, source in sources.items():
+        page = halve.report(tmp_path / name).read_text()
+        assert "held-out divergence" in page
+        assert f"halve recover {source} --against" in page
+        assert "--lr 0.002" in page
