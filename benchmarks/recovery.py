@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(tempfile.mkdtemp()))
     task = parser.parse_args()
     if task.model == "smollm2":
-        task.model = str(fetch_real_model())
+        task.model = str(fetch_real_model(task.work / "smollm2-135m"))
     return task
 
 

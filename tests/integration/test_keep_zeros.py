@@ -116,7 +116,7 @@ def test_under_the_trainer(callback, model, tmp_path):
     )
     ids = list(range(8))
     rows: Any = [{"input_ids": ids, "labels": ids}] * 2
-    callbacks = [halve.KeepZerosCallback()] if callback else []
+    callbacks: Any = [halve.KeepZerosCallback()] if callback else []
     if not callback:
         halve.keep_zeros(model)
     start = model.lm_head.weight.detach().clone()
@@ -154,7 +154,7 @@ def test_a_model_without_zeros_is_refused():
 
 
 def test_weights_that_are_all_zeros_are_free():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with torch.no_grad():
         model[0].weight[0] = 0
         model[1].weight.zero_()

@@ -105,7 +105,7 @@ def test_a_packed_model_recovers_to_the_same_weights(row, pruned, text, tmp_path
 
 def test_what_is_stopped_resumes_to_the_same_bytes(pruned, text, tmp_path):
     dense, model = pruned("2:4, bfloat16")
-    options = OPTIONS | {"calibration": str(text)}
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
     halve.recover(model, dense, tmp_path / "whole", **options)
     for count in (1, 3, 4):
         out = tmp_path / f"out-{count}"
@@ -120,7 +120,11 @@ def test_what_is_stopped_resumes_to_the_same_bytes(pruned, text, tmp_path):
 
 def test_steps_are_decided_once_by_the_time(pruned, text, tmp_path):
     dense, model = pruned("50%, float32")
-    options = OPTIONS | {"calibration": str(text), "steps": None, "minutes": 0.004}
+    options: dict[str, Any] = OPTIONS | {
+        "calibration": str(text),
+        "steps": None,
+        "minutes": 0.004,
+    }
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         halve.recover(model, dense, out, progress=stop_at(1), **options)
@@ -131,7 +135,11 @@ def test_steps_are_decided_once_by_the_time(pruned, text, tmp_path):
 
 def test_what_is_not_improved_comes_out_as_it_was(pruned, text, tmp_path):
     dense, model = pruned("2:4, bfloat16")
-    options = OPTIONS | {"calibration": str(text), "learning_rate": 3.0, "steps": 2}
+    options: dict[str, Any] = OPTIONS | {
+        "calibration": str(text),
+        "learning_rate": 3.0,
+        "steps": 2,
+    }
     with pytest.warns(halve.HalveWarning, match="weights of the input"):
         record = halve.recover(model, dense, tmp_path / "out", **options)
     assert record.best_step == 0
@@ -195,9 +203,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("row", REFUSED)
 def test_wrong_options_are_refused(row, pruned, text, tmp_path):
     changes, remedy = REFUSED[row]
-    options = OPTIONS | {"calibration": str(text)} | changes
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)} | changes
     with pytest.raises(HalveError, match=remedy):
-        halve.recover(*pruned("50%, float32"), tmp_path / "out", **options)
+        dense, model = pruned("50%, float32")
+        halve.recover(model, dense, tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -210,7 +219,10 @@ def test_other_vocabularies_are_refused(pruned, pico, text, tmp_path):
 
 def test_damaged_weights_are_reported(pruned, text, tmp_path, monkeypatch):
     dense, model = pruned("50%, float32")
-    options = OPTIONS | {"calibration": str(text), "learning_rate": 1e30}
+    options: dict[str, Any] = OPTIONS | {
+        "calibration": str(text),
+        "learning_rate": 1e30,
+    }
     with pytest.raises(NumericalError, match="not finite"):
         halve.recover(model, dense, tmp_path / "out", **options)
 
@@ -218,7 +230,7 @@ def test_damaged_weights_are_reported(pruned, text, tmp_path, monkeypatch):
 def test_the_state_is_not_in_the_output(pruned, text, tmp_path):
     dense, model = pruned("50%, float32")
     out = tmp_path / "out"
-    options = OPTIONS | {"calibration": str(text)}
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
     halve.recover(model, dense, out, **options)
     assert not list(out.glob("state*"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -228,7 +240,7 @@ def test_the_state_is_not_in_the_output(pruned, text, tmp_path):
 
 def test_a_report_tells_of_recovery(pruned, text, tmp_path):
     dense, model = pruned("2:4, bfloat16")
-    options = OPTIONS | {"calibration": str(text)}
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
     halve.recover(model, dense, tmp_path / "out", **options)
     halve.pack(tmp_path / "out", tmp_path / "packed")
     sources = {"out": "out-source", "packed": "packed-source-source"}

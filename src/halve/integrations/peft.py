@@ -6,9 +6,13 @@ Needs PEFT, which is imported by this module only.
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft import LoraConfig  # pyright: ignore[reportMissingImports]
+from peft.tuners.lora.layer import (  # pyright: ignore[reportMissingImports]
+    Linear as LoraLinear,
+)
+from peft.tuners.tuners_utils import (  # pyright: ignore[reportMissingImports]
+    check_adapters_to_merge,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -46,8 +50,8 @@ def sparse_lora(config: LoraConfig, keep_zeros: bool = True) -> LoraConfig:
         the backward pass computes it again.
     """
     layer = SparseLora if keep_zeros else PackedLora
-    kinds = (PackedLinear, nn.Linear, Conv1D) if keep_zeros else (PackedLinear,)
-    register_lora_layers(config, dict.fromkeys(kinds, layer))
+    dense = (nn.Linear, Conv1D) if keep_zeros else ()
+    register_lora_layers(config, {kind: layer for kind in (PackedLinear, *dense)})
     return config
 
 

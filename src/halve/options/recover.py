@@ -52,7 +52,7 @@ class RecoverOptions(Options):
             CALIBRATION,
             minimum=1,
         ),
-    ] = 2048
+    ] = 1024
     seq_len: Annotated[
         int | None,
         Option("Length of a window.", CALIBRATION, unit="tokens", unset=LENGTH),
@@ -111,7 +111,7 @@ class RecoverOptions(Options):
             details="It rises over the first tenth of the steps and falls to a "
             "twentieth along a cosine.",
         ),
-    ] = 0.01
+    ] = 0.002
     device: Device = "auto"
     trust_remote_code: TrustRemoteCode = False
     progress: "Callable[[Progress], None]" = lambda progress: None

@@ -25,7 +25,7 @@ from halve.layout import Layout, make_layout
 from halve.options import RecoverOptions
 from halve.records import RecoverRecord, now, recorded_grids, versions
 from halve.recovery.distill import Distillation, distill
-from halve.recovery.saved_state import Run
+from halve.recovery.saved_state import Run, saved_nbytes
 from halve.recovery.student import load_student
 from halve.recovery.windows import RecoveryWindows, recovery_windows
 from halve.recovery.write import Output, write_shards
@@ -87,7 +87,7 @@ def recover_model(
     if is_finished(out, identity):
         return read_record(out, RecoverRecord.from_json)
     find_side_files(source)  # refused, if they cannot be copied, before a folder exists
-    check_space(out, job.layout.output_bytes)
+    check_space(out, job.layout.output_bytes + saved_nbytes(job.layout.prunable))
     with open_workspace(out, identity) as workspace:
         if workspace.is_complete:
             workspace.publish()

@@ -5,6 +5,7 @@ zero alone, but momentum that was gathered before moves it), and whatever writes
 beside the optimizer, such as merging an adapter. Each has its hook.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from halve.errors import HalveError
+from halve.errors import HalveError, HalveWarning
 
 # What FSDP, torch.compile and checkpointing put into the paths of a model.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
@@ -40,16 +41,30 @@ class HeldWeight:
         """The weight as the module has it now: wrappers replace parameters."""
         return getattr(self.layer, self.leaf)
 
-    @torch.no_grad()
     def apply(self) -> None:
-        """Set the held weights to zero, in place."""
-        set_zeros(self.weight, self.zeros)
+        """Set the held weights to zero, in place; warn if only a part is here."""
+        if self.weight.shape == self.zeros.shape:
+            set_zeros(self.weight, self.zeros)
+            return
+        warnings.warn(
+            "Weights are divided among processes, so their zeros are not held by "
+            "themselves; call KeptZeros.apply(model) after each step, as its "
+            "documentation shows.",
+            HalveWarning,
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()
 def set_zeros(tensor: Tensor, zeros: Tensor) -> None:
     """Set elements of a tensor to zero, in place."""
     tensor.masked_fill_(zeros.to(tensor.device), 0)
+
+
+def _clear_gradient(weight: Tensor, zeros: Tensor) -> None:
+    """Set the gradient of zeros to zero, if the whole weight is here."""
+    if weight.grad is not None and weight.grad.shape == zeros.shape:
+        set_zeros(weight.grad, zeros)
 
 
 @dataclass
@@ -71,8 +86,8 @@ class KeptZeros:
     def apply(self, model: nn.Module | None = None) -> None:
         """Set all held weights to zero.
 
-        To be called after an optimizer's step where weights are divided among
-        processes, with the whole weights at hand: within
+        To be called after an optimizer's step where FSDP1 or DeepSpeed divide weights
+        among processes, with the whole weights at hand: within
         `FSDP.summon_full_params(model, writeback=True)`, or
         `deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)`.
 
@@ -124,7 +139,7 @@ class KeptZeros:
         """Set the gradient of zeros to zero, which clipping by norm would count."""
         if each.weight.requires_grad:
             hook = each.weight.register_post_accumulate_grad_hook(
-                lambda weight, zeros=each.zeros: set_zeros(weight.grad, zeros)
+                lambda weight, zeros=each.zeros: _clear_gradient(weight, zeros)
             )
             self._handles.append(hook)
 
@@ -157,9 +172,10 @@ def keep_zeros(model: nn.Module) -> KeptZeros:
 
     Their zeros get no gradient, are set again after each step of any optimizer of torch
     that has them among its parameters, and before the state of the model is saved:
-    what was merged into a weight in the meantime leaves them zero. Weights on several
-    devices are no matter; for weights that FSDP or DeepSpeed divides among processes
-    see `KeptZeros.apply`.
+    what was merged into a weight in the meantime leaves them zero. Weights may be on
+    several devices, in DistributedDataParallel, and divided by `fully_shard` (FSDP2)
+    if that was called before; for those that FSDP1 or DeepSpeed divides see
+    `KeptZeros.apply`.
 
     Args:
         model: Any model of torch, before or after an optimizer is made for it.
