@@ -40,7 +40,7 @@ def folders(pico, tmp_path_factory):
 
 def adapted(folder: Any, family: str, **options: Any) -> Any:
     """Return a model with an adapter whose B is not zero."""
-    from halve.integrations.peft import sparse_lora  # noqa: PLC0415
+    from halve.integrations.lora import sparse_lora  # noqa: PLC0415
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = peft.LoraConfig(r=2, target_modules=TARGETS[family])
@@ -140,7 +140,7 @@ def test_what_would_lose_the_zeros_is_refused(folders):
 
 
 def test_a_saved_adapter_is_loaded_over_packed_layers(folders, tmp_path):
-    from halve.integrations.peft import sparse_lora  # noqa: PLC0415
+    from halve.integrations.lora import sparse_lora  # noqa: PLC0415
 
     model = adapted(folders("llama", "packed"), "llama")
     expected = logits(model)

@@ -248,4 +248,4 @@ def test_a_report_tells_of_recovery(pruned, text, tmp_path):
         page = halve.report(tmp_path / name).read_text()
         assert "held-out divergence" in page
         assert f"halve recover {source} --against" in page
-        assert "--lr 0.002" in page
+        assert "--seq-len 24" in page

@@ -112,7 +112,7 @@ class HalveQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> Any:  # noqa: ANN401  (declared None in the base)
-        """True: adapters over packed layers can be trained (`halve.integrations.peft`).
+        """True: adapters over packed layers can be trained (`halve.integrations.lora`).
 
         Packed weights themselves have no gradients. Trainer refuses to train a model
         without adapters in any case.

@@ -142,10 +142,9 @@ class SparseLora(_PackedTarget):
 
     def _delta(self, adapter: str) -> Tensor:
         """Return M * sBA, [out_features, in_features], float32."""
-        product = (
-            self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float()
-        )
-        return (self.scaling[adapter] * product).masked_fill(self._zeros(), 0)
+        parts: Any = self.lora_B[adapter].weight, self.lora_A[adapter].weight
+        product = self.scaling[adapter] * (parts[0].float() @ parts[1].float())
+        return product.masked_fill(self._zeros(), 0)
 
     @torch.no_grad()
     def _zeros(self) -> Tensor:
