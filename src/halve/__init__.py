@@ -4,6 +4,7 @@
     halve.plan("facebook/opt-125m", sparsity="2:4")
     halve.prune("facebook/opt-125m", "out", sparsity="2:4", calibration="wikitext2")
     halve.perplexity("out", data="wikitext2")
+    halve.recover("out", "facebook/opt-125m", "out2", calibration="wikitext2")
     halve.inspect("out")
     halve.verify("out")
     halve.pack("out", "out-packed")
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         perplexity,
         plan,
         prune,
+        recover,
         report,
         unpack,
         verify,
@@ -50,11 +52,13 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from halve.integrations.notebook import ProgressBar
+    from halve.integrations.transformers.keep_zeros_callback import KeepZerosCallback
     from halve.options import (
         BenchOptions,
         EvalOptions,
         GenerateOptions,
         PruneOptions,
+        RecoverOptions,
         ReportOptions,
         RunOptions,
         TaskOptions,
@@ -69,10 +73,12 @@ if TYPE_CHECKING:
         PerplexityRecord,
         Progress,
         PruneRecord,
+        RecoverRecord,
         TasksRecord,
         Verification,
     )
     from halve.runtime.generation import load
+    from halve.runtime.keep_zeros import keep_zeros
 
     __version__: str
 
@@ -91,6 +97,7 @@ _HOMES = {
     "HalveError": "halve.errors",
     "HalveWarning": "halve.errors",
     "Inspection": "halve.records",
+    "KeepZerosCallback": "halve.integrations.transformers.keep_zeros_callback",
     "NumericalError": "halve.errors",
     "OutputError": "halve.errors",
     "PackRecord": "halve.records",
@@ -103,6 +110,8 @@ _HOMES = {
     "PruneRecord": "halve.records",
     "QuantizationError": "halve.errors",
     "RecordError": "halve.errors",
+    "RecoverOptions": "halve.options",
+    "RecoverRecord": "halve.records",
     "ReportOptions": "halve.options",
     "RunOptions": "halve.options",
     "SourceError": "halve.errors",
@@ -116,11 +125,13 @@ _HOMES = {
     "evaluate_tasks": "halve.api",
     "generate": "halve.api",
     "inspect": "halve.api",
+    "keep_zeros": "halve.runtime.keep_zeros",
     "load": "halve.runtime.generation",
     "pack": "halve.api",
     "perplexity": "halve.api",
     "plan": "halve.api",
     "prune": "halve.api",
+    "recover": "halve.api",
     "report": "halve.api",
     "unpack": "halve.api",
     "verify": "halve.api",
@@ -140,6 +151,7 @@ __all__ = [
     "HalveError",
     "HalveWarning",
     "Inspection",
+    "KeepZerosCallback",
     "NumericalError",
     "OutputError",
     "PackRecord",
@@ -152,6 +164,8 @@ __all__ = [
     "PruneRecord",
     "QuantizationError",
     "RecordError",
+    "RecoverOptions",
+    "RecoverRecord",
     "ReportOptions",
     "RunOptions",
     "SourceError",
@@ -165,11 +179,13 @@ __all__ = [
     "evaluate_tasks",
     "generate",
     "inspect",
+    "keep_zeros",
     "load",
     "pack",
     "perplexity",
     "plan",
     "prune",
+    "recover",
     "report",
     "unpack",
     "verify",

@@ -27,6 +27,7 @@ PANELS = (
     SAMPLING := "Sampling",
     SOLVER := "Solver",
     CALIBRATION := "Calibration",
+    TRAINING := "Training",
     FEW_BITS := "Few bits",
     RESOURCES := "Resources",
     OUTPUT := "Output",

@@ -112,6 +112,10 @@ class Checkpoint:
                 tensors[info.name] = read_packed(self.folder, info).unpack()
         return tensors
 
+    def read_stored(self, name: str) -> dict[str, Tensor]:
+        """Return the stored tensors that make up a tensor, as they are in the files."""
+        return read_tensors(self.folder, self.tensors[name].stored)
+
     def describe_packed(self, name: str) -> PackedMatrix:
         """Return a matrix of Halve's formats whose tensors are on the meta device."""
         packed = describe_packed(self.folder, self.tensors[name])

@@ -40,6 +40,10 @@ from halve.errors import OutputError
 
 Describe = Callable[[Path], dict[str, Any]]
 
+# The decision of the ledger that names the saved state, and its files.
+_STATE = "state"
+_STATE_FILES = ("state-0.safetensors", "state-1.safetensors")
+
 
 class Workspace:
     """The locked folder of a run; use `open_workspace` to get one.
@@ -102,6 +106,32 @@ class Workspace:
         self._ledger.add_decision(name, decision)
         self.decisions[name] = decision
 
+    def save_state(self, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Write what a later run resumes from, in the place of what was saved before.
+
+        Two files take turns, so that one is whole at any time. `finish` removes them.
+
+        Args:
+            tensors: The state.
+            note: Values that belong to it; JSON.
+        """
+        before = self.decisions.get(_STATE)
+        file = _STATE_FILES[0 if before is None else 1 - before["number"]]
+        digest = write_shard(self.folder / file, tensors)
+        number = _STATE_FILES.index(file)
+        self.decide(_STATE, {"number": number, "sha256": digest, "note": note})
+
+    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the state that was saved last, and its note; None if there is none."""
+        decision = self.decisions.get(_STATE)
+        if decision is None:
+            return None
+        path = self.folder / _STATE_FILES[decision["number"]]
+        if not _is_intact(path, decision["sha256"]):
+            return None
+        state = Checkpoint.of_files([path])
+        return state.read(state.tensors), decision["note"]
+
     def add_side_files(
         self,
         source: Path,
@@ -129,6 +159,7 @@ class Workspace:
         Args:
             record: The text of `halve.json`.
         """
+        self._remove_states()
         write_text(self.folder / RECORD, record)
         self.publish()
 
@@ -182,6 +213,13 @@ class Workspace:
         self._ledger.start(self.identity)
         with write_errors(self.folder):
             disk.sync(self.folder)
+
+    def _remove_states(self) -> None:
+        """Remove what was saved to resume from: everything else is written."""
+        with write_errors(self.folder):
+            for path in (self.folder / file for file in _STATE_FILES):
+                if path.exists():
+                    disk.remove(path)
 
     def _remove_temporary_files(self) -> None:
         """Remove the files that a killed run did not rename into place."""

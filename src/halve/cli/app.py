@@ -19,6 +19,7 @@ from halve.cli import (
     inspect,
     pack,
     prune,
+    recover,
     report,
     serve,
     verify,
@@ -49,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("prune", cls=_Command, epilog=prune.EXAMPLES)(prune.command)
+app.command("recover", cls=_Command, epilog=recover.EXAMPLES)(recover.command)
 app.command("eval", cls=_Command, epilog=evaluate.EXAMPLES)(evaluate.command)
 app.command("pack", cls=_Command, epilog=pack.PACK_EXAMPLES)(pack.pack)
 app.command("unpack", cls=_Command, epilog=pack.UNPACK_EXAMPLES)(pack.unpack)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_RESUMABLE = ("prune", "pack", "unpack")
+_RESUMABLE = ("prune", "pack", "unpack", "recover")
 
 
 class Interrupted(BaseException):

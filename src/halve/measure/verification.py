@@ -24,7 +24,7 @@ from halve.records import (
     Finding,
     MatrixRecord,
     MatrixStorage,
-    PackRecord,
+    OutputRecord,
     PruneRecord,
     Verification,
 )
@@ -103,7 +103,7 @@ class _Record:
     rule_findings: tuple[Finding, ...]
 
     @classmethod
-    def of(cls, record: PruneRecord | PackRecord) -> "_Record":
+    def of(cls, record: OutputRecord) -> "_Record":
         is_pruned = isinstance(record, PruneRecord)
         return cls(
             dict(record.shards),

@@ -13,6 +13,7 @@ from halve.options.generate import GenerateKeywords, GenerateOptions
 from halve.options.pack import PackOptions
 from halve.options.presets import PRESETS, preset_options
 from halve.options.prune import PruneKeywords, PruneOptions
+from halve.options.recover import RecoverKeywords, RecoverOptions
 from halve.options.report import ReportKeywords, ReportOptions
 from halve.options.run import RunKeywords, RunOptions
 from halve.options.shared import Activations, Device, TrustRemoteCode, check_device
@@ -33,6 +34,8 @@ __all__ = [
     "PackOptions",
     "PruneKeywords",
     "PruneOptions",
+    "RecoverKeywords",
+    "RecoverOptions",
     "ReportKeywords",
     "ReportOptions",
     "RunKeywords",

@@ -9,7 +9,7 @@ from halve.records.evaluation import ComparisonRecord, PerplexityRecord
 from halve.records.inspection import Inspection, MatrixInspection
 from halve.records.origin import MachineRecord, ModelRecord
 from halve.records.pack import MatrixStorage, PackRecord
-from halve.records.parse import parse_record, recorded_grids
+from halve.records.parse import OutputRecord, parse_record, recorded_grids
 from halve.records.progress import FinishedBlock, Progress
 from halve.records.provenance import now, versions
 from halve.records.prune import (
@@ -24,6 +24,7 @@ from halve.records.prune import (
     PruneRecord,
     TrialRecord,
 )
+from halve.records.recover import RecoverRecord, StateRecord
 from halve.records.samples import (
     ContinuationRecord,
     GeneratedToken,
@@ -55,14 +56,17 @@ __all__ = [
     "MixRecord",
     "MixTrialRecord",
     "ModelRecord",
+    "OutputRecord",
     "PackRecord",
     "PairRecord",
     "PassageToken",
     "PerplexityRecord",
     "Progress",
     "PruneRecord",
+    "RecoverRecord",
     "SamplesRecord",
     "SpeedRecord",
+    "StateRecord",
     "TaskScore",
     "TasksRecord",
     "TrialRecord",

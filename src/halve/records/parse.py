@@ -5,18 +5,24 @@ from typing import Any
 
 from halve.records.pack import PackRecord
 from halve.records.prune import PruneRecord
+from halve.records.recover import RecoverRecord
 from halve.records.version import parse_fields
 
+# The record of an output, by any verb that writes one.
+OutputRecord = PruneRecord | PackRecord | RecoverRecord
+# Kind -> record; all others are those of packing and unpacking.
+_KINDS = {"prune": PruneRecord, "recover": RecoverRecord}
 
-def parse_record(text: str) -> PruneRecord | PackRecord:
-    """Parse the `halve.json` of a pruned, packed or unpacked model.
+
+def parse_record(text: str) -> OutputRecord:
+    """Parse the `halve.json` of a pruned, packed, unpacked or recovered model.
 
     Raises:
         RecordError: The record has another format.
-        ValueError, TypeError, LookupError: It is neither kind of record.
+        ValueError, TypeError, LookupError: It is no such record.
     """
     kind = parse_fields(text)["kind"]
-    return (PruneRecord if kind == "prune" else PackRecord).from_json(text)
+    return _KINDS.get(kind, PackRecord).from_json(text)
 
 
 def recorded_grids(source: dict[str, Any] | None) -> dict[str, Any]:

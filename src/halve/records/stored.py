@@ -12,9 +12,7 @@ from pathlib import Path, PurePosixPath
 from halve.errors import CheckpointError, RecordError
 from halve.records.checksum import has_valid_checksum
 from halve.records.measurement import Measurement, parse_measurements
-from halve.records.pack import PackRecord
-from halve.records.parse import parse_record
-from halve.records.prune import PruneRecord
+from halve.records.parse import OutputRecord, parse_record
 from halve.records.version import parse_fields
 from halve.untrusted import read_bytes
 
@@ -29,7 +27,7 @@ _MEASURE_AGAIN = "Remove the file, and measure again with --keep."
 PARSE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
-def read_output_record(folder: Path) -> PruneRecord | PackRecord:
+def read_output_record(folder: Path) -> OutputRecord:
     """Read the `halve.json` of an output.
 
     Raises:
@@ -51,7 +49,7 @@ def read_output_record(folder: Path) -> PruneRecord | PackRecord:
         return _parse(path, data)
 
 
-def _parse(path: Path, data: bytes) -> PruneRecord | PackRecord:
+def _parse(path: Path, data: bytes) -> OutputRecord:
     """Return a record, checked for its format, its checksum, and its contents."""
     try:
         parse_fields(data.decode())
@@ -71,7 +69,7 @@ def _check_checksum(path: Path, data: bytes) -> None:
         )
 
 
-def _check_paths(record: PruneRecord | PackRecord) -> None:
+def _check_paths(record: OutputRecord) -> None:
     """Raise ValueError if a recorded file would lie outside of the folder."""
     if any(Path(name).name != name for name in record.shards):
         raise ValueError("a path in the place of a file name")

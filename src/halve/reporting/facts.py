@@ -12,6 +12,7 @@ from halve.records import (
     PackRecord,
     PerplexityRecord,
     PruneRecord,
+    RecoverRecord,
     SamplesRecord,
     TasksRecord,
 )
@@ -81,6 +82,7 @@ class Facts:
         sizes: Bytes of its tensors.
         measurements: What was measured of it, in the order in which it was kept.
         license: Licence that the dense model's card names; empty if there is none.
+        recovered: How it was recovered after pruning; None if it was not.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Facts:
     sizes: Sizes
     measurements: tuple[Measurement, ...] = ()
     license: str = ""
+    recovered: RecoverRecord | None = None
 
     def __post_init__(self) -> None:
         if not all(isfinite(number) for number in _numbers(self.to_dict())):

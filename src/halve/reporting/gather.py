@@ -1,14 +1,20 @@
 """From an output folder to the facts about it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from halve.errors import CheckpointError, RecordError, SourceError
 from halve.model_path import local_folder
-from halve.records import PackRecord, PruneRecord, parse_record
+from halve.records import (
+    OutputRecord,
+    PackRecord,
+    PruneRecord,
+    RecoverRecord,
+    parse_record,
+)
 from halve.records.stored import (
     PARSE_ERRORS,
     RECORD,
@@ -65,8 +71,10 @@ def gather_facts(out: str | Path, dense: str | None = None) -> Facts:
     record = read_output_record(folder)
     digests = record.shards | record.files
     _check_files(folder, digests)
-    pruned = record if isinstance(record, PruneRecord) else _source(record)
+    history = list(_history(record))
+    pruned = next((each for each in history if isinstance(each, PruneRecord)), None)
     packed = record if isinstance(record, PackRecord) else None
+    recovered = next((r for r in history if isinstance(r, RecoverRecord)), None)
     return Facts(
         name=folder.resolve().name,
         record_sha256=sha256(folder / RECORD),
@@ -78,6 +86,7 @@ def gather_facts(out: str | Path, dense: str | None = None) -> Facts:
         license=_license(
             dense or (pruned.model.name if pruned and pruned.model else "")
         ),
+        recovered=recovered,
     )
 
 
@@ -89,18 +98,15 @@ def _check_files(folder: Path, digests: dict[str, str]) -> None:
             )
 
 
-def _source(record: PackRecord) -> PruneRecord | None:
-    """Return the record of pruning that a packed output carries, if it has one."""
-    source: Any = record.source
+def _history(record: OutputRecord) -> Iterator[OutputRecord]:
+    """Yield a record, and those of the outputs that it was made of, newest first."""
+    yield record
     try:
-        while source is not None:
-            parsed = parse_record(json.dumps(source))
-            if isinstance(parsed, PruneRecord):
-                return parsed
-            source = parsed.source
+        while not isinstance(record, PruneRecord) and record.source is not None:
+            record = parse_record(json.dumps(record.source))
+            yield record
     except (RecordError, *PARSE_ERRORS):
-        return None
-    return None
+        return
 
 
 def _license(dense: str) -> str:

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from halve.option import options_of
-from halve.options import PruneOptions
+from halve.options import PruneOptions, RecoverOptions
 from halve.quantities import duration, size
-from halve.records import MachineRecord, PruneRecord
+from halve.records import MachineRecord, PruneRecord, RecoverRecord
 from halve.reporting.facts import Facts, dense_name
-from halve.reporting.numbers import count, percent
+from halve.reporting.numbers import count, percent, significant
 
 # Decided by `auto` where they were not given.
 _RESOLVED = {"device": "cpu"}
@@ -17,25 +17,34 @@ _RESOLVED = {"device": "cpu"}
 
 def commands(facts: Facts) -> list[str]:
     """Return the commands that make an output from the dense model, if recorded."""
-    pruned, packed = facts.pruned, facts.packed
-    if pruned is None:
+    if facts.pruned is None:
         return []
-    if packed is None:
-        return [prune_command(pruned, facts.name)]
-    # The folder between the two is not recorded.
-    between = f"{facts.name}-source"
-    words = ["halve", packed.kind, between, "-o", facts.name]
-    return [prune_command(pruned, between), shlex.join(words)]
+    found: list[str] = []
+    # From the last to the first. The folders between them are not recorded.
+    out = facts.name
+    if facts.packed is not None:
+        words = ["halve", facts.packed.kind, f"{out}-source", "-o", out]
+        found.append(shlex.join(words))
+        out = f"{out}-source"
+    if facts.recovered is not None:
+        found.append(_recover_command(facts.recovered, f"{out}-source", out))
+        out = f"{out}-source"
+    return [prune_command(facts.pruned, out), *reversed(found)]
+
+
+def _recover_command(record: RecoverRecord, model: str, out: str) -> str:
+    words = ["halve", "recover", model, "--against", record.against, "-o", out]
+    return shlex.join([*words, *_flags(record.identity, RecoverOptions)])
 
 
 def prune_command(record: PruneRecord, out: str) -> str:
     """Return the command that prunes the model so, from what differs from defaults."""
     words = ["halve", "prune", dense_name(record) or "MODEL", "-o", out]
-    return shlex.join([*words, *_flags(record.identity)])
+    return shlex.join([*words, *_flags(record.identity, PruneOptions)])
 
 
-def _flags(identity: dict[str, Any]) -> Iterator[str]:
-    for field, option in options_of(PruneOptions):
+def _flags(identity: dict[str, Any], options: type) -> Iterator[str]:
+    for field, option in options_of(options):
         value = identity.get(field.name, field.default)
         default = field.default
         if isinstance(default, tuple) and isinstance(value, list):
@@ -54,6 +63,8 @@ def _flags(identity: dict[str, Any]) -> Iterator[str]:
 def provenance(facts: Facts) -> list[tuple[str, str]]:
     """Return names and values of what is recorded of how an output was made."""
     rows = [] if facts.pruned is None else list(_of_pruning(facts.pruned))
+    if facts.recovered is not None:
+        rows += _of_recovery(facts.recovered)
     if facts.packed is not None:
         packed = facts.packed
         form = "packed" if packed.kind == "pack" else "unpacked"
@@ -90,6 +101,16 @@ def _of_pruning(record: PruneRecord) -> Iterator[tuple[str, str]]:
             "Peak memory",
             f"{size(record.bytes_peak)} measured, {size(foreseen)} predicted{share}",
         )
+
+
+def _of_recovery(record: RecoverRecord) -> Iterator[tuple[str, str]]:
+    yield "Recovered", f"{record.finished}, {_versions(record)}"
+    yield (
+        "Recovery",
+        f"step {record.best_step} of {record.steps}, on {record.identity['samples']} "
+        f"windows of {record.identity['calibration']}; held-out divergence "
+        f"{significant(record.before)} before, {significant(record.after)} after",
+    )
 
 
 def machine_line(machine: MachineRecord) -> str:

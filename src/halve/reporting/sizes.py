@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from halve.errors import CheckpointError
-from halve.records import PackRecord, PruneRecord
+from halve.records import OutputRecord, PackRecord, PruneRecord, RecoverRecord
 from halve.records.stored import REMEDY
 from halve.reporting.facts import Parts, Sizes
 
@@ -20,7 +20,7 @@ _SLICE = re.compile(r"\[\d+\]")
 
 
 def measure_sizes(
-    folder: Path, record: PruneRecord | PackRecord, pruned: PruneRecord | None
+    folder: Path, record: OutputRecord, pruned: PruneRecord | None
 ) -> Sizes:
     """Count the bytes of an output, and of the same model when dense.
 
@@ -36,13 +36,13 @@ def measure_sizes(
     prunable = sum(m.rows * m.columns for m in record.all_matrices)
     dense = (
         _dense_of_packed(stored, record)
-        if isinstance(record, PackRecord)
+        if isinstance(record, PackRecord | RecoverRecord)
         else _dense_of_pruned(stored, record, prunable)
     )
     return Sizes(stored, dense, prunable)
 
 
-def _stored(folder: Path, record: PruneRecord | PackRecord) -> Parts:
+def _stored(folder: Path, record: OutputRecord) -> Parts:
     matrices = {_SLICE.sub("", m.tensor) for m in record.all_matrices}
     heads = {m.tensor for m in record.heads}
     counts: Counter[str] = Counter()
@@ -81,7 +81,7 @@ def _bits(dtype: str) -> int:
     return int(match[1]) if match else 8  # BOOL takes a byte
 
 
-def _dense_of_packed(stored: Parts, record: PackRecord) -> Parts:
+def _dense_of_packed(stored: Parts, record: PackRecord | RecoverRecord) -> Parts:
     heads = sum(m.dense_bytes - m.stored_bytes for m in record.heads)
     return Parts(stored.embeddings + heads, record.dense_bytes, stored.rest)
 

@@ -112,8 +112,12 @@ class HalveQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> Any:  # noqa: ANN401  (declared None in the base)
-        """False: packed weights have no gradients."""
-        return False
+        """True: adapters over packed layers can be trained (`halve.integrations.lora`).
+
+        Packed weights themselves have no gradients. Trainer refuses to train a model
+        without adapters in any case.
+        """
+        return True
 
     @property
     def is_compileable(self) -> bool:
