@@ -7,9 +7,9 @@ from pathlib import Path
 
 # Triton decides when it is imported whether kernels run in its interpreter, on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# SciPy's OpenBLAS decides when it is loaded how many threads wait for work, busily: with
-# one for each core, those of all workers together take most of the processor's time.
-# Commands that tests start inherit this.
+# SciPy's OpenBLAS decides when it is loaded how many threads wait for work, and busily.
+# With one for each core, those of all workers take most of the processor's time, and
+# commands that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
