@@ -8,6 +8,10 @@ from pathlib import Path
 
 # Triton decides when it is imported whether kernels run in its interpreter, on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# SciPy's OpenBLAS decides when it is loaded how many threads wait for work, and busily.
+# With one for each core, those of all workers take most of the processor's time, and
+# commands that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -16,6 +20,9 @@ from tests.tables import save_pico
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / "tests/data/python.txt.xz"
+# Bytes of it that `text` has. Tokenizing all of them takes longer than pruning a tiny
+# model; these are cut into two pieces when they are tokenized, as long texts are.
+ENOUGH = 80_000
 
 torch.set_num_threads(1)  # pytest-xdist uses the other cores
 
@@ -44,7 +51,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     It is Halve's source as it was once: figures of tests do not move with the code.
     """
     path = tmp_path_factory.mktemp("text") / "python.txt"
-    path.write_bytes(lzma.decompress(PYTHON.read_bytes()))
+    path.write_bytes(lzma.decompress(PYTHON.read_bytes())[:ENOUGH])
     return path
 
 

@@ -1,9 +1,5 @@
 """Every kernel that this CPU can run agrees with a plain product."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +10,8 @@ from halve.errors import HalveError
 from halve.formats.bitmask import pack
 from halve.runtime.cpu.kernels import kernels
 from halve.runtime.cpu.operators import FUSED_ROWS, dense_linear, packed_linear
+from tests.contracts.selected_kernel import print_selected_kernel
+from tests.separate_process import SeparateProcess
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = (
@@ -214,40 +212,32 @@ def test_an_unknown_kernel_is_rejected_with_a_list_of_the_known_ones():
         loaded.select("mmx")
 
 
-def run_with_kernel(name):
-    code = (
-        "import torch; from halve.formats.bitmask import pack\n"
-        "from halve.runtime.cpu.operators import packed_linear\n"
-        "p = pack(torch.eye(3))\n"
-        "for _ in range(2):\n"
-        "    x = torch.ones(1, 3)\n"
-        "    y = packed_linear(x, p.values, p.mask, p.offsets, None, 3)\n"
-        "from halve.runtime.cpu.kernels import kernels\n"
-        "print(y.sum().item(), kernels().name if kernels() else 'none')\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"HALVE_KERNEL": name},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def run_with_kernel(tmp_path):
+    """Return a function that runs two products where `HALVE_KERNEL` is set."""
+
+    def run(name):
+        variables = {"HALVE_KERNEL": name}
+        out = tmp_path / "out"
+        return SeparateProcess(out, print_selected_kernel, variables=variables).finish()
+
+    return run
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_environment_selects_the_kernel(name):
+def test_the_environment_selects_the_kernel(name, run_with_kernel):
     done = run_with_kernel(name)
     assert done.stdout.split() == ["3.0", name], done.stderr
 
 
-def test_without_kernels_it_works_and_warns_once():
+def test_without_kernels_it_works_and_warns_once(run_with_kernel):
     done = run_with_kernel("torch")
     assert done.stdout.split() == ["3.0", "none"]
     assert done.stderr.count("without Halve's kernels") == 1
 
 
 @needs_kernels
-def test_a_kernel_that_does_not_exist_is_an_error():
+def test_a_kernel_that_does_not_exist_is_an_error(run_with_kernel):
     done = run_with_kernel("mmx")
     assert done.returncode == 1
     assert "HalveError: There is no kernel 'mmx' for this CPU." in done.stderr

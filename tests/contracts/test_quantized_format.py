@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,14 @@ over_schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+@cache  # making them takes most of the time, and no test changes them
 def quantized(scheme, shape, sparsity, dtype):
     """Return a random matrix rounded to a grid, with zeros, and the grid."""
     if not scheme.symmetric and scheme.bits == 8 and dtype == torch.bfloat16:
         pytest.skip("no such grid: its values have nine significant bits")
-    torch.manual_seed(0)
-    weight = torch.randn(shape)
-    weight[torch.rand(shape) < sparsity] = 0
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    weight[torch.rand(shape, generator=generator) < sparsity] = 0
     params = fit_quant_params(scheme.exact_in(dtype), weight)
     rounded = params.fake_quantize(weight)
     return rounded.masked_fill_(weight == 0, 0).to(dtype), params
@@ -119,6 +121,7 @@ def test_the_grid_of_a_quantized_matrix_is_found_again(scheme, dtype):
 @over_schemes
 def test_no_grid_is_found_where_a_weight_lies_off_it(scheme):
     weight, params = quantized(scheme, (5, 65), 0.2, torch.float32)
+    weight = weight.clone()
     weight[2, 3] += 0.01 * params.scale.abs().max()
     assert recover_quant_params(params.grid, weight) is None
     assert pack(weight, params) is None

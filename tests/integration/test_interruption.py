@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import halve
 from halve.checkpoint import Workspace
 from halve.cli import main
 from tests.integration.test_resume import digests
+from tests.separate_process import start_halve
 from tests.tables import BUNDLED
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -132,58 +132,45 @@ def test_an_ignored_signal_stays_ignored(command, tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+# A run that can be stopped while it works on the second of six blocks.
+LONG = ["prune", str(BUNDLED), "--solver", "sparsegpt", "--calibration", "stdlib"]
+LONG += ["--samples", "4", "--seq-len", "64"]
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_exit_code_of_a_separate_process(number, tmp_path):
     out = tmp_path / "out"
-    arguments = ["prune", str(BUNDLED), "-o", str(out), "--solver", "sparsegpt"]
-    arguments += ["--calibration", "stdlib", "--samples", "4", "--seq-len", "64"]
-    process = _start(arguments)
-    _wait_for(process, "block 2 of 6: solving")
+    arguments = [*LONG, "-o", str(out)]
+    process = start_halve(tmp_path / "process", arguments)
+    process.wait_for("block 2 of 6: solving")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == SIGNALS[number]
-    assert errors.strip().splitlines()[-1].endswith(f": halve {' '.join(arguments)}")
-    assert "Traceback" not in errors
+    ended = process.finish()
+    assert ended.returncode == SIGNALS[number]
+    message = ended.stderr.strip().splitlines()[-1]
+    assert message.endswith(f": halve {' '.join(arguments)}")
+    assert "Traceback" not in ended.stderr
     assert not out.exists()
     assert (out.with_name("out.partial") / "ledger.jsonl").is_file()
 
 
-def _start(arguments) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "halve", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _wait_for(process: subprocess.Popen[str], message: str) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if message in line:
-            return
-    raise AssertionError(f"it never printed {message!r}")
-
-
 def test_a_second_run_with_the_same_output_is_refused(tmp_path):
     """The lock excludes other processes, and ends with the process that holds it."""
-    out = tmp_path / "out"
-    arguments = ["prune", str(BUNDLED), "-o", str(out), "--solver", "sparsegpt"]
-    arguments += ["--calibration", "stdlib", "--samples", "4", "--seq-len", "64"]
-    first = _start(arguments)
-    _wait_for(first, "block 2 of 6: solving")
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    out = folder / "out"
+    arguments = [*LONG, "-o", out]
+    first = start_halve(tmp_path / "first", arguments)
+    first.wait_for("block 2 of 6: solving")
     first.send_signal(signal.SIGSTOP)
-    before = _contents(tmp_path)
-    second = _start(arguments)
-    _, errors = second.communicate(timeout=120)
+    before = _contents(folder)
+    second = start_halve(tmp_path / "second", arguments).finish()
     assert second.returncode == 1
-    assert "Another run is writing to" in errors
-    assert str(out) in errors
-    assert _contents(tmp_path) == before
-    first.kill()
-    first.communicate()
-    third = _start(arguments)
-    third.communicate(timeout=120)
+    assert "Another run is writing to" in second.stderr
+    assert str(out) in second.stderr
+    assert _contents(folder) == before
+    first.send_signal(signal.SIGKILL)
+    assert first.finish().returncode == -signal.SIGKILL
+    third = start_halve(tmp_path / "third", arguments).finish()
     assert third.returncode == 0
     assert halve.verify(out).sound
 

@@ -1,6 +1,5 @@
 """A packed checkpoint is a transformers model that runs packed."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from halve.runtime.cpu import dense_linear as layers
 from halve.runtime.cpu.dense_linear import DenseLinear
 from halve.runtime.cpu.operators import dense_linear
 from halve.runtime.cpu.packed_linear import PackedLinear
+from tests.separate_process import start_halve
 from tests.tables import BUNDLED
 
 FAMILIES = ("opt", "gpt2", "bloom", "llama", "gpt_neox", "phi3", "falcon", "gemma2")
@@ -259,19 +259,13 @@ def test_importing_halve_does_not_import_torch():
     assert done.stdout.split() == ["False", "True"]
 
 
-def test_without_kernels_it_generates_the_same_and_warns(bundled):
-    command = [sys.executable, "-m", "halve", "generate", bundled / "packed", PROMPT]
-    command += ["--max-new-tokens", "8"]
+def test_without_kernels_it_generates_the_same_and_warns(bundled, tmp_path):
+    command = ["generate", bundled / "packed", PROMPT, "--max-new-tokens", "8"]
     runs = [
-        subprocess.run(
-            command,
-            env=os.environ | {"HALVE_KERNEL": kernel},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        start_halve(tmp_path / f"{kernel} ", command, {"HALVE_KERNEL": kernel}).finish()
         for kernel in ("", "torch")
     ]
+    assert [run.returncode for run in runs] == [0, 0]
     assert runs[0].stdout == runs[1].stdout
     assert "Warning" not in runs[0].stderr
     assert runs[1].stderr.count("without Halve's kernels (HALVE_KERNEL is torch)") == 1
