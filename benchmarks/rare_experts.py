@@ -161,7 +161,7 @@ def main() -> int:
     tables = [
         measure(
             matrix,
-            model.get_submodule(f"{BLOCKS}{matrix}").weight.detach(),
+            model.get_parameter(f"{BLOCKS}{matrix}.weight").detach(),
             inputs[f"{BLOCKS}{matrix}"],
             route(inputs[routed_by[matrix]]),
         )

@@ -168,7 +168,7 @@ def experts_traits(module: Any) -> ExpertsTraits | None:  # noqa: ANN401
         return None
     # transformers 5.10 knows no norm after an expert, and no model of it has one.
     has_norm = bool(getattr(module, "has_post_expert_norm", False))
-    return ExpertsTraits(*(getattr(module, name) for name in names), has_norm)
+    return ExpertsTraits(**{n: getattr(module, n) for n in names}, has_norm=has_norm)
 
 
 def gate_experts(module: Any, joined: Any) -> Any:  # noqa: ANN401

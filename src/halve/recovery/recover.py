@@ -30,8 +30,8 @@ from halve.recovery.student import load_student
 from halve.recovery.windows import RecoveryWindows, recovery_windows
 from halve.recovery.write import Output, write_shards
 from halve.runtime.blockwise_model import BlockwiseModel
-from halve.runtime.peak_memory import peak_memory
 from halve.runtime.whole_model import whole_model
+from halve.system import peak_memory
 
 # Options that change no result.
 _NOT_IDENTITY = ("progress", "trust_remote_code", "device")
