@@ -387,8 +387,9 @@ def test_every_way_prunes_experts_and_resumes(row, way, pico, text, tmp_path):
     assert digests(whole) == digests(stopped)
     assert not halve.verify(whole).findings
     wanted = 0.63 if way == "allocated" else 0.5
-    # Rounding to a grid adds zeros.
-    assert wanted - 1e-4 < record.sparsity < wanted + 2e-3
+    # Rounding to a grid adds zeros: those of the weights that are kept and small.
+    added = 5e-3 if way == "quantized" else 2e-3
+    assert wanted - 1e-4 < record.sparsity < wanted + added
     if way == "refined":
         assert all(b.refined and b.refined[1] <= b.refined[0] for b in record.blocks)
     evaluated = halve.perplexity(whole, data=str(text), seq_len=32, segments=4)

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness: its own command and `halve eval` agree."""
 
 import json
+import lzma
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from halve.errors import HalveError, SourceError
 from halve.measure import read_task_scores
 from halve.records import TasksRecord
 from halve.records.stored import read_measurements
+from tests.conftest import PYTHON
 from tests.tables import BUNDLED
 
 has_lm_eval = pytest.mark.skipif(
@@ -47,10 +49,11 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 
 
 @pytest.fixture(scope="module")
-def tasks(text, tmp_path_factory):
+def tasks(tmp_path_factory):
     """Return a folder with a task: which line of Python follows some others?"""
     folder = tmp_path_factory.mktemp("tasks")
-    lines = [line for line in text.read_text().splitlines(True) if line.strip()]
+    text = lzma.decompress(PYTHON.read_bytes()).decode()
+    lines = [line for line in text.splitlines(True) if line.strip()]
     questions = []
     for at in range(100, 2100, 100):
         answer = at // 100 % 4
