@@ -138,6 +138,21 @@ def test_experts_in_one_call_are_those_one_by_one(row, grid, both, monkeypatch):
         assert torch.equal(model(some_ids(*shape)).logits, logits)
 
 
+def test_biases_alone_get_gradients(both):
+    """Also where inputs want none, so that no product may leave autograd."""
+    (module, *_) = packed_modules(load(both("gpt_oss")[1]))
+    biases = [p for n, p in module.named_parameters() if n.endswith("bias")]
+    assert biases
+    for bias in biases:
+        bias.requires_grad_()
+    width = module.layers.layers[0].shape[1]
+    index = torch.tensor([[0, 1], [1, 2]])
+    weights = torch.full((2, 2), 0.5)
+    module(torch.randn(2, width), index, weights).sum().backward()
+    for bias in biases:
+        assert bias.grad is not None and bias.grad.any()
+
+
 def test_products_that_do_not_fit_are_not_computed(both):
     (module, *_) = packed_modules(load(both("qwen3_moe")[1]))
     layer = next(m for m in module.modules() if isinstance(m, PackedLinear))

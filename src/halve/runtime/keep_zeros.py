@@ -87,7 +87,7 @@ class KeptZeros:
         """Set all held weights to zero.
 
         To be called after an optimizer's step where FSDP1 or DeepSpeed divide weights
-        among processes, with the whole weights at hand: within
+        among processes, while full weights are gathered: within
         `FSDP.summon_full_params(model, writeback=True)`, or
         `deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)`.
 

@@ -276,7 +276,7 @@ def _run_together(inputs: Tensor) -> bool:
     return (
         inputs.device.type == "cpu"
         and supports(inputs.dtype)
-        and not inputs.requires_grad
+        and not torch.is_grad_enabled()  # a bias may want a gradient
         and not torch.is_autocast_enabled("cpu")
     )
 
