@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halve.checkpoint import Checkpoint, TensorInfo
 from halve.formats import store, store_stack
-from halve.grids import QuantParams
+from halve.grids import QuantParams, grid_shortfall, recorded_scheme
 from halve.models import (
     Matrix,
     MetaModel,
@@ -20,6 +20,8 @@ from halve.models import (
     match_names,
     prunable_matrices,
 )
+from halve.patterns import describe
+from halve.records import MatrixStorage
 
 # Classes of embeddings and output heads that packed layers can replace.
 _HEADS = (nn.Embedding, nn.Linear)
@@ -65,6 +67,50 @@ class PlannedMatrix:
         """Number of weights."""
         rows, columns = self.matrix.shape
         return rows * columns
+
+    def as_rows(self, tensor: Tensor) -> Tensor:
+        """Return the part of its tensor that it is, [rows, columns]."""
+        return self.matrix.as_rows(self.place.view(tensor))
+
+
+def whole_tensor(info: TensorInfo) -> PlannedMatrix:
+    """Return an embedding or an output head as a matrix of its tensor."""
+    rows, columns = info.shape
+    return PlannedMatrix(
+        Place(info.name), Matrix(info.name, (rows, columns), False, True)
+    )
+
+
+def describe_storage(
+    info: TensorInfo,
+    planned: PlannedMatrix,
+    weight: Tensor,
+    grid: dict[str, Any] | None,
+) -> MatrixStorage:
+    """Return the record of a matrix that was written.
+
+    Args:
+        info: The written tensor that holds it.
+        planned: The matrix.
+        weight: Its values, dense, [rows, columns].
+        grid: The grid that the input's record names; left out if `weight` is not on it.
+    """
+    rows, columns = weight.shape
+    zeros = weight == 0
+    scheme = recorded_scheme(grid)
+    lies = scheme is not None and grid_shortfall(scheme, weight) is None
+    return MatrixStorage(
+        tensor=planned.name,
+        rows=rows,
+        columns=columns,
+        sparsity=float(zeros.double().mean()),
+        minus_zeros=int((zeros & weight.signbit()).sum()),
+        dense_bytes=weight.numel() * weight.itemsize,
+        stored_bytes=info.slice_bytes(planned.place.index),
+        packed=info.format is not None,
+        pattern=describe(weight),
+        grid=asdict(scheme) if scheme is not None and lies else None,
+    )
 
 
 def group_by_tensor(

@@ -28,20 +28,20 @@ from halve.formats import VERSION, packed_size, quantization_config
 from halve.grids import (
     QuantParams,
     QuantScheme,
-    grid_shortfall,
     recorded_scheme,
     recover_quant_params,
 )
 from halve.layout import (
     Layout,
     PlannedMatrix,
+    describe_storage,
     group_by_tensor,
     make_layout,
     pack_tensor,
+    whole_tensor,
 )
-from halve.models import Matrix, Place, build_meta_model
+from halve.models import build_meta_model
 from halve.options import PackOptions
-from halve.patterns import describe
 from halve.records import (
     MatrixStorage,
     PackRecord,
@@ -160,7 +160,7 @@ class _Conversion:
         self.rewriting = rewriting
         self.grids = grids
         self.heads = {
-            name: [_planned_head(layout, name)]
+            name: [whole_tensor(layout.tensors[name])]
             for name in layout.heads
             if name in grids
         }
@@ -192,7 +192,7 @@ class _Conversion:
     def _shrinks(self, planned: list[PlannedMatrix], tensor: Tensor) -> bool:
         """Whether a tensor is smaller packed; counted first, since packing is slow."""
         sizes = [
-            packed_size(_as_rows(matrix, tensor), self._scheme(matrix))
+            packed_size(matrix.as_rows(tensor), self._scheme(matrix))
             for matrix in planned
         ]
         known = [size for size in sizes if size is not None]
@@ -271,46 +271,16 @@ class _Conversion:
                 )
             info = written.tensors[name]
             for planned in self.matrices.get(name, ()):
-                matrices.append(asdict(self._storage(info, planned, tensor)))
+                matrices.append(self._storage(info, planned, tensor))
             for planned in self.heads.get(name, ()):
-                heads.append(asdict(self._storage(info, planned, tensor)))
+                heads.append(self._storage(info, planned, tensor))
         return {"matrices": matrices, "heads": heads}
 
     def _storage(
         self, info: TensorInfo, planned: PlannedMatrix, dense: Tensor
-    ) -> MatrixStorage:
-        weight = _as_rows(planned, dense)
-        rows, columns = weight.shape
-        zeros = weight == 0
-        return MatrixStorage(
-            tensor=planned.name,
-            rows=rows,
-            columns=columns,
-            sparsity=float(zeros.double().mean()),
-            minus_zeros=int((zeros & weight.signbit()).sum()),
-            dense_bytes=weight.numel() * weight.itemsize,
-            stored_bytes=info.slice_bytes(planned.place.index),
-            packed=info.format is not None,
-            pattern=describe(weight),
-            grid=self._grid(planned, weight),
-        )
-
-    def _grid(self, planned: PlannedMatrix, weight: Tensor) -> dict[str, Any] | None:
-        """Return the grid that the input records, if the matrix lies on it."""
-        scheme = self._scheme(planned)
-        lies = scheme is not None and grid_shortfall(scheme, weight) is None
-        return asdict(scheme) if scheme is not None and lies else None
-
-
-def _planned_head(layout: Layout, name: str) -> PlannedMatrix:
-    """Return an embedding or an output head as a matrix of its tensor."""
-    rows, columns = layout.tensors[name].shape
-    return PlannedMatrix(Place(name), Matrix(name, (rows, columns), False, True))
-
-
-def _as_rows(planned: PlannedMatrix, tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that is a matrix, [rows, columns]."""
-    return planned.matrix.as_rows(planned.place.view(tensor))
+    ) -> dict[str, Any]:
+        grid = self.grids.get(planned.name)
+        return asdict(describe_storage(info, planned, planned.as_rows(dense), grid))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from halve.checkpoint import Checkpoint, TensorInfo, Workspace, parse_note
 from halve.errors import OutputError, TargetMissedError
-from halve.grids import grid_shortfall, recorded_scheme
-from halve.layout import Layout, PlannedMatrix, group_by_tensor, pack_tensor
-from halve.models import Matrix, Place
-from halve.patterns import describe
+from halve.layout import (
+    Layout,
+    PlannedMatrix,
+    describe_storage,
+    group_by_tensor,
+    pack_tensor,
+    whole_tensor,
+)
+from halve.models import Place
 from halve.records import MatrixStorage
 from halve.runtime.blockwise_model import BlockwiseModel
 
@@ -81,7 +86,7 @@ class _Writer:
         blocks = output.layout.blocks
         self.matrices = group_by_tensor(m for b in blocks for m in b.matrices)
         self.heads = {
-            name: _head(self.checkpoint.tensors[name])
+            name: whole_tensor(self.checkpoint.tensors[name])
             for name in output.layout.heads
             if name in output.grids
         }
@@ -119,13 +124,19 @@ class _Writer:
             after = written.read([name])[name]
             info = written.tensors[name]
             for planned in self.matrices.get(name, ()):
-                rows = _as_rows(planned, before), _as_rows(planned, after)
+                rows = planned.as_rows(before), planned.as_rows(after)
                 self._check(path, planned, *rows)
-                matrices.append(asdict(self._storage(info, planned, rows[1])))
+                matrices.append(self._storage(info, planned, rows[1]))
             if name in self.heads:
                 head = self.heads[name]
-                heads.append(asdict(self._storage(info, head, after)))
+                heads.append(self._storage(info, head, after))
         return {"matrices": matrices, "heads": heads}
+
+    def _storage(
+        self, info: TensorInfo, planned: PlannedMatrix, weight: Tensor
+    ) -> dict[str, Any]:
+        grid = self.output.grids.get(planned.name)
+        return asdict(describe_storage(info, planned, weight, grid))
 
     def _check(
         self, path: Path, planned: PlannedMatrix, before: Tensor, after: Tensor
@@ -142,27 +153,6 @@ class _Writer:
                 "This is a bug in Halve; report it with the name of the model.",
             )
 
-    def _storage(
-        self, info: TensorInfo, planned: PlannedMatrix, weight: Tensor
-    ) -> MatrixStorage:
-        """Return the record of a matrix, [rows, columns]."""
-        rows, columns = weight.shape
-        zeros = weight == 0
-        scheme = recorded_scheme(self.output.grids.get(planned.name))
-        lies = scheme is not None and grid_shortfall(scheme, weight) is None
-        return MatrixStorage(
-            tensor=planned.name,
-            rows=rows,
-            columns=columns,
-            sparsity=float(zeros.double().mean()),
-            minus_zeros=int((zeros & weight.signbit()).sum()),
-            dense_bytes=weight.numel() * weight.itemsize,
-            stored_bytes=info.slice_bytes(planned.place.index),
-            packed=info.format is not None,
-            pattern=describe(weight),
-            grid=asdict(scheme) if scheme is not None and lies else None,
-        )
-
 
 def _changed(output: Output) -> dict[str, list[tuple[Place, Tensor]]]:
     """Return tensor -> the places in it that change, and their new values."""
@@ -171,16 +161,3 @@ def _changed(output: Output) -> dict[str, list[tuple[Place, Tensor]]]:
         place = output.model.places[name]
         changed.setdefault(place.tensor, []).append((place, values))
     return changed
-
-
-def _head(info: TensorInfo) -> PlannedMatrix:
-    """Return an embedding or an output head as a matrix of its tensor."""
-    rows, columns = info.shape
-    return PlannedMatrix(
-        Place(info.name), Matrix(info.name, (rows, columns), False, True)
-    )
-
-
-def _as_rows(planned: PlannedMatrix, tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that is a matrix, [rows, columns]."""
-    return planned.matrix.as_rows(planned.place.view(tensor))
