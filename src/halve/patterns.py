@@ -94,7 +94,7 @@ class Exact:
 
 
 def _too_few(weight: Tensor, expected: int) -> str | None:
-    zeros = int((weight == 0).sum())
+    zeros = weight.numel() - int(weight.count_nonzero())
     if zeros >= expected:
         return None
     return f"{zeros} of {weight.numel()} weights are zero, not {expected}"

@@ -103,11 +103,7 @@ def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str,
     written = Checkpoint.of_files([path])
     records: dict[str, MatrixRecord] = {}
     for tensor, matrices in group_by_tensor(planned.matrices).items():
-        value = written.read([tensor])[tensor]  # one in memory at a time
-        for matrix in matrices:
-            weight = matrix.matrix.as_rows(matrix.place.view(value))
-            selected = pruned.selected_by_name[matrix.name]
-            records[matrix.name] = _checked_record(path, matrix, selected, weight)
+        records |= _checked_records(written, tensor, matrices, pruned)
     refined = pruned.refined and (pruned.refined.before, pruned.refined.after)
     record = BlockRecord(
         name=planned.name,
@@ -121,6 +117,29 @@ def _verify(planned: PlannedBlock, pruned: PrunedBlock, path: Path) -> dict[str,
     return asdict(record)
 
 
+def _checked_records(
+    written: Checkpoint,
+    tensor: str,
+    matrices: list[PlannedMatrix],
+    pruned: PrunedBlock,
+) -> dict[str, MatrixRecord]:
+    """Read a tensor back, check its matrices, and return their records by name.
+
+    The tensor may be all experts of a block; it is released before the next is read.
+    """
+    value = written.read([tensor])[tensor]
+    path = written.folder / written.tensors[tensor].shard
+    return {
+        matrix.name: _checked_record(
+            path,
+            matrix,
+            pruned.selected_by_name[matrix.name],
+            matrix.as_rows(value),
+        )
+        for matrix in matrices
+    }
+
+
 def _checked_record(
     path: Path, matrix: PlannedMatrix, selected: Selected, weight: Tensor
 ) -> MatrixRecord:
@@ -131,7 +150,7 @@ def _checked_record(
             "This is a bug in Halve; report it with the name of the model.",
         )
     rows, columns = matrix.matrix.shape
-    sparsity = float((weight == 0).double().mean())
+    sparsity = (weight.numel() - int(weight.count_nonzero())) / weight.numel()
     grid = selected.candidate.grid
     return MatrixRecord(
         tensor=matrix.name,
