@@ -6,7 +6,7 @@ token to the four nearest centres. Each of four experts is pruned by SparseGPT t
 with n of its tokens, for n of 0.5, 1, 2 and 4 times the columns, and judged by the
 relative error of its outputs on other tokens of its own. Its Gram matrix is that of its
 own tokens (routed only); of as many tokens of the block, on average (all tokens); and
-the one that every run uses, shrunk towards the block's mean by one token a column.
+the one that every run uses, shrunk towards the block's mean (`WEIGHTING`).
 
 Exits with 1 if shrinking lowers the mean error over all matrices by less than 15 % at
 0.5 or 1 tokens a column, or raises it by more than 1 % anywhere.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from halve.patterns import NM, Pattern, parse_pattern
 from halve.solvers import SOLVERS, Hessian, Needs, Solution, Solver
-from halve.solvers.hessian import ALL_NEEDS
+from halve.solvers.hessian import ALL_NEEDS, all_needs
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,16 @@ class Problem:
     inputs: Tensor
 
     def solve(
-        self, solver: str, pattern: Pattern | str, damping: float = 0.01, **options
+        self,
+        solver: str,
+        pattern: Pattern | str,
+        damping: float = 0.01,
+        ridge: float = 0.0,
+        **options,
     ) -> Solution:
         """Solve it with a row of the table of solvers."""
-        return self.solve_with(SOLVERS[solver](**options), pattern, damping)
+        row = SOLVERS[solver](**options)
+        return self.solve_with(row, pattern, damping, ridge=ridge)
 
     def solve_with(
         self,
@@ -30,18 +36,22 @@ class Problem:
         pattern: Pattern | str,
         damping: float = 0.01,
         zeros: Tensor | None = None,
+        ridge: float = 0.0,
     ) -> Solution:
         """Solve it with a solver."""
         if isinstance(pattern, str):
             pattern = parse_pattern(pattern)
-        hessian = self.hessian(solver.needs, damping)
+        needs = all_needs(solver.needs, corrects=False, ridge=ridge)
+        hessian = self.hessian(needs, damping, ridge)
         return solver.solve(hessian, self.weight, pattern, zeros)
 
-    def hessian(self, needs: Needs = ALL_NEEDS, damping: float = 0.01) -> Hessian:
+    def hessian(
+        self, needs: Needs = ALL_NEEDS, damping: float = 0.01, ridge: float = 0.0
+    ) -> Hessian:
         """Return the Hessian of its inputs, from the statistic that suffices."""
         statistic = needs.statistic(self.inputs.shape[1], torch.device("cpu"))
         statistic.add(self.inputs)
-        return Hessian.of(statistic, damping, needs)
+        return Hessian.of(statistic, damping, needs, ridge)
 
     def error(self, solution: Tensor) -> float:
         """Return the squared output error relative to the output, in float64."""

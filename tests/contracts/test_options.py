@@ -127,6 +127,15 @@ def test_choices_are_the_names_that_exist():
     assert set(named) == set(options.QUANTIZE_CHOICES)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_published_solvers_are_as_published_by_default(solver):
+    defaults = PruneOptions(solver=solver)
+    assert defaults.corrects == (solver == "admm")
+    assert defaults.diagonal_ridge == (1 if solver == "admm" else 0)
+    chosen = PruneOptions(solver=solver, ridge=0.2, sequential=True)
+    assert (chosen.diagonal_ridge, chosen.corrects) == (0.2, True)
+
+
 @pytest.mark.parametrize("command", app.registered_commands, ids=lambda c: c.name)
 def test_the_flags_of_a_command_differ(command):
     declared = command_options(command.callback.__wrapped__)
@@ -143,6 +152,7 @@ def test_the_flags_of_a_command_differ(command):
         (BenchOptions, {"batches": (4, 0)}, ("batches", "0", "--batch")),
         (BenchOptions, {"threads": 10**9}, ("threads", "--threads")),
         (PruneOptions, {"damping": 2.0}, ("damping", "2.0", "--damping")),
+        (PruneOptions, {"ridge": -1.5}, ("ridge", "-1.5", "--ridge")),
         (PruneOptions, {"seq_len": 0}, ("seq_len", "0", "--seq-len")),
         (PruneOptions, {"group_size": 64}, ("group_size", "--quantize")),
         (PruneOptions, {"target_bits": 3.0, "quantize": "int4"}, ("--target-bits",)),

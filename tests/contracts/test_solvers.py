@@ -233,12 +233,60 @@ def test_n_m_does_not_depend_on_the_block_size(block_size):
 
 
 @over_patterns
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
 @pytest.mark.parametrize("solver", ["sparsegpt", "admm"])
-def test_reported_error_is_the_error(solver, text):
+def test_reported_error_is_the_error(solver, ridge, text):
+    """Without the ridge, which is only there while a matrix is solved."""
     problem = correlated()
-    solution = problem.solve(solver, text)
+    solution = problem.solve(solver, text, ridge=ridge)
     expected = problem.error(solution.weight)
     assert solution.outcome.error == pytest.approx(expected, rel=1e-3)
+
+
+def unexplained(problem: Problem, damping: float = 0.01) -> torch.Tensor:
+    """Return the fraction of each input's mean square that others do not explain.
+
+    By regression: 1 / [H^-1]_jj is what is left of input j.
+    """
+    gram = problem.inputs.double().T @ problem.inputs.double()
+    gram += damping * gram.diagonal().mean() * torch.eye(len(gram))
+    fractions = []
+    for j in range(len(gram)):
+        others = torch.arange(len(gram)) != j
+        square = gram[others][:, others]
+        left = gram[j, j] - gram[j, others] @ torch.linalg.solve(
+            square, gram[j, others]
+        )
+        fractions.append(left / (problem.inputs[:, j].double() ** 2).sum())
+    return torch.stack(fractions)
+
+
+@over_patterns
+@pytest.mark.parametrize("solver", ["sparsegpt", "admm"])
+def test_a_ridge_is_as_if_inputs_had_more_of_what_others_do_not_explain(solver, text):
+    problem, damping = correlated(), 0.01
+    gram = problem.inputs.double().T @ problem.inputs.double()
+    ridges = unexplained(problem) ** 2 * gram.diagonal()
+    inputs = torch.linalg.cholesky(gram + ridges.diag()).T.float()
+    raised = Problem(problem.weight, inputs)
+    same = damping * float(gram.diagonal().mean() / (gram.diagonal() + ridges).mean())
+    wanted = raised.solve(solver, text, damping=same).weight
+    found = problem.solve(solver, text, ridge=1.0).weight
+    assert float(((wanted == 0) == (found == 0)).float().mean()) > 0.995
+    assert raised.error(found) == pytest.approx(raised.error(wanted), rel=1e-3)
+    plain = problem.solve(solver, text).weight
+    assert not torch.allclose(plain, found, rtol=1e-3)
+
+
+def test_a_ridge_leaves_dead_inputs_and_those_that_others_explain():
+    problem = correlated()
+    inputs = problem.inputs.clone()
+    inputs[:, 3] = 0
+    inputs[:, 5] = inputs[:, 6]
+    hessian = Problem(problem.weight, inputs).hessian(damping=1e-4, ridge=1.0)
+    fractions = hessian.ridges / hessian.diagonal
+    assert hessian.ridges[3] == 0
+    assert fractions[5] < 1e-4 < 10 * fractions[torch.arange(160) > 6].min()
 
 
 @pytest.mark.parametrize("solver", ["sparsegpt", "admm"])

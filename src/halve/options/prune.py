@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from halve.grids import QuantScheme
     from halve.patterns import Pattern
 
-# Solvers that correct their targets by default, because it lowers their error. The
-# others follow their papers, which do not.
-_SEQUENTIAL = ("auto", "admm")
+# Solvers that by default correct their targets and add a ridge, because they lose less
+# then. The others follow their papers, which do neither.
+_TUNED = ("auto", "admm")
 # One calibration window in this many is held out where something is selected.
 _HELD_OUT = 16
 # Blocks of fewer bits have an int4 head by default, others an int8 one: so it loses
@@ -115,6 +115,17 @@ class PruneOptions(Options):
             details="From 0 to 1.",
         ),
     ] = 0.01
+    ridge: Annotated[
+        float | None,
+        Option(
+            "Caution against other texts: factor of what is added to the diagonal of "
+            "Gram matrices where inputs explain each other badly.",
+            SOLVER,
+            unset="1 for auto and admm, 0 for the others",
+            details="Solutions rely less on correlations that may be of the "
+            "calibration text alone.",
+        ),
+    ] = None
     block_size: Annotated[
         int,
         Option(
@@ -342,8 +353,15 @@ class PruneOptions(Options):
         if self.leaves_weights:
             return False
         if self.sequential is None:
-            return self.solver in _SEQUENTIAL
+            return self.solver in _TUNED
         return self.sequential
+
+    @property
+    def diagonal_ridge(self) -> float:
+        """Factor of the ridges on the diagonal of Gram matrices (`Hessian.ridges`)."""
+        if self.ridge is None:
+            return 1.0 if self.solver in _TUNED else 0.0
+        return self.ridge
 
     @property
     def has_dense(self) -> bool:
@@ -387,6 +405,7 @@ class PruneOptions(Options):
         for name in ("samples", "block_size", "group_size", "seq_len", "epochs"):
             self._check_positive(name)
         self._check_damping()
+        self._check_ridge()
         self._check_target_bits()
         self._check_allocation(parsed)
         self._check_rules()
@@ -483,6 +502,13 @@ class PruneOptions(Options):
                 "Set damping to a value between 0 and 1, such as 0.01 (--damping).",
             )
 
+    def _check_ridge(self) -> None:
+        if not 0 <= self.diagonal_ridge < float("inf"):
+            raise HalveError(
+                f"ridge is {self.ridge}, which is not a number of 0 or more.",
+                "Set ridge to 0 for none, or to a number such as 1 (--ridge).",
+            )
+
 
 class PruneKeywords(RunKeywords, total=False):
     """The fields of `PruneOptions` and `RunOptions` as keywords."""
@@ -495,6 +521,7 @@ class PruneKeywords(RunKeywords, total=False):
     seed: int
     bos: str
     damping: float
+    ridge: float | None
     block_size: int
     device: str
     packed: bool

@@ -8,6 +8,7 @@ from halve.calibration_stats import Statistic
 from halve.pruning.select.selection import Candidate, OwnCandidates, combined_needs
 from halve.pruning.tune.block_reconstruction import TuneOptions
 from halve.solvers import Needs
+from halve.solvers.hessian import all_needs
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class BlockOptions:
         candidates: Ways to prune a matrix; of several, the one with the lowest error on
             held-out inputs is selected.
         damping: Fraction of the mean diagonal that is added to Gram matrices.
+        ridge: Factor of what is added to them for each column (`Hessian.ridges`).
         corrects: Whether the groups of a block are pruned in order, for error-corrected
             targets; else all at once, for the outputs of the dense matrices on the same
             inputs.
@@ -33,6 +35,7 @@ class BlockOptions:
 
     candidates: tuple[Candidate, ...]
     damping: float
+    ridge: float
     corrects: bool
     refining: TuneOptions | None
     budget: int
@@ -51,7 +54,7 @@ class BlockOptions:
         """What solvers and corrections read of the inputs."""
         own = (candidate for ways in self.own.values() for candidate in ways)
         needs = combined_needs((*self.candidates, *own))
-        return needs | Needs.FACTOR if self.corrects else needs
+        return all_needs(needs, self.corrects, self.ridge)
 
     @property
     def statistic(self) -> type[Statistic]:

@@ -133,6 +133,7 @@ def block_options(run: Run) -> BlockOptions:
     return BlockOptions(
         candidates=candidates(options, run.plan.layout.dtype),
         damping=options.damping,
+        ridge=options.diagonal_ridge,
         corrects=options.corrects,
         refining=tuning,
         budget=run.budget,

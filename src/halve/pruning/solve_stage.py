@@ -63,7 +63,9 @@ def _solve_group(
     owners: Owners,
 ) -> dict[str, Selected]:
     """Prune this rank's matrices of a group, and install the solutions in the block."""
-    hessian = Hessian.of(group_inputs.statistic, options.damping, options.needs)
+    hessian = Hessian.of(
+        group_inputs.statistic, options.damping, options.needs, options.ridge
+    )
     selected_by_name: dict[str, Selected] = {}
     with _naming_group(state, group_inputs.group):
         hessian.prepare(options.needs)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from halve.calibration_stats import ColumnNorms, GramMatrix, NoStatistics, Statistic
 from halve.errors import NumericalError
@@ -72,6 +73,21 @@ class Needs(Flag):
 ALL_NEEDS = ~Needs.NOTHING
 
 
+def all_needs(needs: Needs, corrects: bool, ridge: float) -> Needs:
+    """Return what is read of a Hessian, by solvers and by what surrounds them.
+
+    Args:
+        needs: Of the solvers.
+        corrects: Whether targets are corrected, which takes the factor.
+        ridge: Of the Hessian. The ridge of a column follows from a factor, and a
+            factor with ridges is not computed in place of X^T X.
+    """
+    if corrects:
+        needs |= Needs.FACTOR
+    inverts = needs & (Needs.FACTOR | Needs.DAMPED | Needs.SCALED)
+    return needs | Needs.FACTOR | Needs.DAMPED if ridge and inverts else needs
+
+
 class Hessian:
     """H = X^T X of one group of matrices, its damped forms and factors.
 
@@ -81,6 +97,7 @@ class Hessian:
 
     Attributes:
         damping: Fraction of the mean diagonal that is added to the diagonal.
+        ridge: Factor of `ridges`; 0 for none.
     """
 
     def __init__(
@@ -89,8 +106,10 @@ class Hessian:
         diagonal: Tensor | None,
         damping: float,
         overwrites_gram: bool,
+        ridge: float = 0.0,
     ) -> None:
         self.damping = damping
+        self.ridge = ridge
         self._gram = gram
         self._diagonal = diagonal
         self._overwrites_gram = overwrites_gram
@@ -98,7 +117,11 @@ class Hessian:
 
     @classmethod
     def of(
-        cls, statistic: Statistic, damping: float = 0.01, needs: Needs = ALL_NEEDS
+        cls,
+        statistic: Statistic,
+        damping: float = 0.01,
+        needs: Needs = ALL_NEEDS,
+        ridge: float = 0.0,
     ) -> "Hessian":
         """Take over what a statistic has accumulated; the statistic is empty then.
 
@@ -106,11 +129,13 @@ class Hessian:
             statistic: A `GramMatrix` for everything; `ColumnNorms` for the diagonal
                 alone; `NoStatistics` where nothing is read.
             damping: Fraction of the mean diagonal that is added to the diagonal.
-            needs: What will be read.
+            needs: What will be read; of `all_needs` where there is a ridge.
+            ridge: Factor of `ridges`.
         """
         if isinstance(statistic, GramMatrix):
             gram = statistic.take()
-            return cls(gram, gram.diagonal().clone(), damping, needs.overwrites_gram)
+            overwrites = needs.overwrites_gram
+            return cls(gram, gram.diagonal().clone(), damping, overwrites, ridge)
         if isinstance(statistic, ColumnNorms):
             return cls(None, statistic.squares, damping, False)
         return cls(None, None, damping, False)
@@ -175,15 +200,39 @@ class Hessian:
         return self._gram
 
     @cached_property
-    def damped(self) -> Tensor:
-        """H of the published code, up to its scale, on which no solution depends.
+    def ridges(self) -> Tensor | float:
+        """[columns], what is added to the diagonal beside damping; 0 without `ridge`.
 
-        The diagonal of a dead feature is 1, so that the matrix is invertible.
+        A solution makes up for a weight of feature j by weights of features that
+        correlate with it, and correlations differ between texts. Of the mean square d_j
+        of feature j, the others leave unexplained
+
+            u_j = 1 / (d_j [H^-1]_jj),
+
+        1 where it is uncorrelated and 0 where it follows from the others. What is added
+        is ridge u_j^2 d_j. Where u_j is small, correlations come from the weights (a
+        narrow matrix, a common component) and hold for any text, and a fixed fraction
+        of d_j would do harm there (docs/log.md). A heuristic, chosen by experiment.
+        """
+        if not self.ridge:
+            return 0.0
+        factor, _ = factorize(self.gram.clone(), self.damping, inverse_factor)
+        inverse_diagonal = vector_norm(factor, dim=0).square_()
+        unexplained = 1 / (self.diagonal * inverse_diagonal)
+        ridges = self.ridge * unexplained.square_() * self.diagonal
+        return ridges.masked_fill_(self.dead, 0)
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """H of the published code, up to its scale, and with ridges.
+
+        No solution depends on the scale. The diagonal of a dead feature is 1, so that
+        the matrix is invertible.
         """
         damped = self.gram.clone()
         diagonal = damped.diagonal()
         diagonal[self.dead] = 1
-        diagonal += added_damping(self.diagonal, self.damping)
+        diagonal += added_damping(self.diagonal, self.damping) + self.ridges
         return damped
 
     @cached_property
@@ -233,13 +282,17 @@ class Hessian:
     @cached_property
     def _factorized(self) -> tuple[Tensor, float]:
         if not self._overwrites_gram:
-            return factorize(self.gram.clone(), self.damping, inverse_factor)
+            ridges = self.ridges  # first: it takes the memory of a factor for a while
+            return factorize(self.gram.clone(), self.damping, inverse_factor, ridges)
         gram, self._gram = self.gram, None
         return factorize(gram, self.damping, inverse_factor)
 
 
 def factorize(
-    gram: Tensor, damping: float, attempt: Callable[[Tensor], Factor | None]
+    gram: Tensor,
+    damping: float,
+    attempt: Callable[[Tensor], Factor | None],
+    ridges: Tensor | float = 0.0,
 ) -> tuple[Factor, float]:
     """Factorize a damped Hessian, with ten times the damping until that succeeds.
 
@@ -249,6 +302,7 @@ def factorize(
         attempt: Given the damped Hessian, returns a factor, which may lie in its
             memory. Or returns None where it is not positive definite, and has then
             overwritten no more than the diagonal and what is above it.
+        ridges: [columns], what is added to the diagonal beside damping.
 
     Returns:
         The factor, and the damping with which it was found.
@@ -259,7 +313,7 @@ def factorize(
     diagonal = gram.diagonal().clone()
     for fraction in _dampings(damping):
         gram.diagonal().copy_(diagonal).masked_fill_(diagonal == 0, 1)
-        gram.diagonal().add_(added_damping(diagonal, fraction))
+        gram.diagonal().add_(added_damping(diagonal, fraction) + ridges)
         factor = attempt(gram)
         if factor is not None:
             return factor, fraction

@@ -19,6 +19,7 @@ minimum and maximum.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.linalg import solve_triangular, vector_norm
 
@@ -95,8 +96,9 @@ def _relative_error(
 ) -> float:
     """Return ||X (W - Z)^T||^2 / ||X W^T||^2, as `hessian.relative_error` does.
 
-    X^T X may be overwritten by U already. With damping d, H = X^T X + d I, so that
-    ||X M^T||^2 = trace M H M^T - d ||M||^2, and trace M H M^T = ||M U^-1||^2.
+    X^T X may be overwritten by U already. With damping and ridges d, [columns],
+    H = X^T X + diag(d), so that ||X M^T||^2 = trace M H M^T - ||M diag(d)^1/2||^2, and
+    trace M H M^T = ||M U^-1||^2.
 
     Args:
         hessian: Of the inputs.
@@ -105,6 +107,7 @@ def _relative_error(
         solution: Z, [rows, columns].
     """
     damping = added_damping(hessian.diagonal, hessian.factor_damping)
+    root = (hessian.ridges + torch.full_like(hessian.diagonal, damping)).sqrt_()
     on_cpu = weight.device.type == "cpu"
     size = _STRIP if on_cpu else _GPU_STRIP
     energy, height = 0.0, max(size // weight.shape[1], 1)
@@ -113,8 +116,9 @@ def _relative_error(
         weight.split(height), solution.split(height), strict=True
     ):
         dense = stored.float().masked_fill(hessian.dead, 0)
-        error -= damping * _squared_norm((dense - pruned).masked_fill_(hessian.dead, 0))
-        energy -= damping * _squared_norm(dense)
+        scaled = (dense - pruned).masked_fill_(hessian.dead, 0).mul_(root)
+        error -= _squared_norm(scaled)
+        energy -= _squared_norm(torch.mul(dense, root, out=scaled))
         if on_cpu:
             solve_triangular(hessian.factor, dense, upper=True, left=False, out=dense)
         else:

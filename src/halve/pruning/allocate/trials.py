@@ -97,6 +97,7 @@ class Trials:
         return BlockOptions(
             candidates=(candidate,),
             damping=options.damping,
+            ridge=0.0,
             corrects=False,
             refining=None,
             budget=self.budget,

@@ -34,6 +34,7 @@ from halve.runtime.blockwise_model import (
 )
 from halve.runtime.stream import Stream
 from halve.solvers import Needs, Solver
+from halve.solvers.hessian import all_needs
 
 # The only use of memory that is the host's where a GPU computes.
 FILES = "files"
@@ -97,7 +98,7 @@ class Workload:
     def needs(self) -> Needs:
         """What solvers and corrections together read of the inputs."""
         needs = reduce(or_, (solver.needs for solver in self.solvers))
-        return needs | Needs.FACTOR if self.corrects else needs
+        return all_needs(needs, self.corrects, self.plan.options.diagonal_ridge)
 
     @property
     def needs_grams(self) -> bool:
