@@ -200,8 +200,8 @@ class Hessian:
         return self._gram
 
     @cached_property
-    def ridges(self) -> Tensor | float:
-        """[columns], what is added to the diagonal beside damping; 0 without `ridge`.
+    def ridges(self) -> Tensor:
+        """[columns], what is added to the diagonal beside damping.
 
         A solution makes up for a weight of feature j by weights of features that
         correlate with it, and correlations differ between texts. Of the mean square d_j
@@ -215,7 +215,7 @@ class Hessian:
         of d_j would do harm there (docs/log.md). A heuristic, chosen by experiment.
         """
         if not self.ridge:
-            return 0.0
+            return torch.zeros_like(self.diagonal)
         factor, _ = factorize(self.gram.clone(), self.damping, inverse_factor)
         inverse_diagonal = vector_norm(factor, dim=0).square_()
         unexplained = 1 / (self.diagonal * inverse_diagonal)

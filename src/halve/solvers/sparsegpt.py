@@ -107,7 +107,7 @@ def _relative_error(
         solution: Z, [rows, columns].
     """
     damping = added_damping(hessian.diagonal, hessian.factor_damping)
-    root = (hessian.ridges + torch.full_like(hessian.diagonal, damping)).sqrt_()
+    root = (hessian.ridges + damping).sqrt_()
     on_cpu = weight.device.type == "cpu"
     size = _STRIP if on_cpu else _GPU_STRIP
     energy, height = 0.0, max(size // weight.shape[1], 1)
