@@ -122,7 +122,8 @@ def test_corrected_targets_are_those_of_the_cpu():
     drift = torch.randn(problem.weight.shape)
     expected = corrected_target(problem.hessian(), problem.weight, drift)
     with fake_gpu():
-        hessian = Hessian(problem.hessian().gram.to(GPU), None, 0.01, False)
+        gram = problem.hessian().gram.to(GPU)
+        hessian = Hessian(gram, gram.diagonal(), 0.01, False)
         found = corrected_target(hessian, problem.weight.to(GPU), drift.to(GPU))
         assert found.device == GPU
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
