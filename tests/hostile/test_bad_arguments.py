@@ -60,6 +60,8 @@ ARGUMENTS = {
     "negative damping": (("--damping", -1), ("damping", "-1")),
     "too much damping": (("--damping", 2), ("damping", "2")),
     "damping no number": (("--damping", "nan"), ("damping", "nan")),
+    "negative ridge": (("--ridge", -1), ("ridge", "-1")),
+    "ridge no number": (("--ridge", "nan"), ("ridge", "nan")),
     "unknown allocation": (("--allocation", "owl"), ("owl", "uniform", "error")),
     "allocation of n:m": (
         ("--allocation", "error", "--sparsity", "2:4"),
