@@ -92,6 +92,18 @@ def test_order_is_the_default_where_it_measures_better(solver, pico, text, tmp_p
         assert torch.equal(found["on"][path], found["off"][path]) == same
 
 
+@pytest.mark.parametrize(("solver", "default"), [("admm", 1), ("sparsegpt", 0)])
+def test_the_ridge_reaches_solvers(solver, default, pico, text, tmp_path):
+    """In whole runs, and what is left out is the solver's own."""
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "solver": solver}
+    found = {}
+    for name, ridge in (("left out", None), ("0", 0.0), ("1", 1.0)):
+        halve.prune(pico("opt"), tmp_path / name, ridge=ridge, **options)
+        found[name] = digests(tmp_path / name)
+    assert found["0"] != found["1"]
+    assert found["left out"] == found[str(default)]
+
+
 @over_rows
 def test_a_stage_ends_with_a_group_that_feeds_the_next(row, pico):
     """All do, but for the attention's output, which is added to the residual stream."""

@@ -97,7 +97,7 @@ class Trials:
         return BlockOptions(
             candidates=(candidate,),
             damping=options.damping,
-            ridge=0.0,
+            ridge=0.0,  # sparsegpt as published, in place of its Gram matrices
             corrects=False,
             refining=None,
             budget=self.budget,
