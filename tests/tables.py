@@ -1,7 +1,10 @@
 """Tables that tests are parametrized with: a new solver or family is one row here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import (
     AutoConfig,
@@ -10,6 +13,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from halve import sharding
 from halve.grids import BITS, QuantScheme
 
 BUNDLED = Path(__file__).parents[1] / "src/halve/data/pycode-opt"
@@ -296,3 +300,14 @@ def save_pico(
     model.save_pretrained(folder, max_shard_size=shard_size)
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let outputs have files of at most so many bytes.
+
+    With 0 each block has a file of its own, as in models with large blocks.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "_FILE_BYTES", size)
+        yield

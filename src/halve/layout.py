@@ -1,4 +1,4 @@
-"""Which tensors and prunable matrices go into which file of an output."""
+"""Which tensors and prunable matrices go into which shard of an output."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +22,7 @@ from halve.models import (
 )
 from halve.patterns import describe
 from halve.records import MatrixStorage
+from halve.sharding import divide
 
 # Classes of embeddings and output heads that packed layers can replace.
 _HEADS = (nn.Embedding, nn.Linear)
@@ -148,7 +149,7 @@ class PlannedBlock:
         index: Position in the model, from 0.
         name: Path of its module, such as `model.layers.3`.
         matrices: Matrices to prune, in the order of their modules.
-        shard: Output file that holds the block's tensors.
+        shard: The shard of the block's tensors.
     """
 
     index: int
@@ -184,8 +185,9 @@ class Layout:
 
     Attributes:
         blocks: Decoder blocks, in the order of the model.
-        shards: Output file -> names of its tensors. The files for everything outside
-            the blocks come first, then one for each block.
+        shards: Shard -> names of its tensors. Shards are what is committed at once:
+            first those of everything outside the blocks, then one for each block.
+        files: Output file -> the shards that it is made of.
         left_dense: Tensors of the blocks that have two dimensions or more and are not
             pruned.
         sources: File of the input -> digest, or size and modification time; a run
@@ -200,6 +202,7 @@ class Layout:
 
     blocks: tuple[PlannedBlock, ...]
     shards: dict[str, tuple[str, ...]]
+    files: dict[str, tuple[str, ...]]
     left_dense: tuple[str, ...]
     sources: dict[str, str]
     tensors: dict[str, TensorInfo]
@@ -233,6 +236,19 @@ class Layout:
         """Size of the output's tensors in bytes, if all are stored dense."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of disk while the output is written.
+
+        A file that is made of several shards is there beside them for a moment.
+        """
+        merged = [shards for shards in self.files.values() if len(shards) > 1]
+        sizes = [
+            sum(self.tensors[name].nbytes for s in shards for name in self.shards[s])
+            for shards in merged
+        ]
+        return self.output_bytes + max(sizes, default=0)
+
 
 def make_layout(checkpoint: Checkpoint, meta_model: MetaModel) -> Layout:
     """Lay out the files of an output.
@@ -251,13 +267,14 @@ def make_layout(checkpoint: Checkpoint, meta_model: MetaModel) -> Layout:
     )
     names = {parameter: place.tensor for parameter, place in tensors.places.items()}
     owners = _owners(meta_model, names)
-    shards = dict(_shards(checkpoint, owners, len(meta_model.blocks)))
-    files = list(shards)[-len(meta_model.blocks) :]
-    blocks = tuple(_blocks(meta_model, tensors, files))
+    shards, files = divide(checkpoint, owners, len(meta_model.blocks))
+    own = list(shards)[-len(meta_model.blocks) :]
+    blocks = tuple(_blocks(meta_model, tensors, own))
     unread = _unread(meta_model, names)
     return Layout(
         blocks=blocks,
         shards=shards,
+        files=files,
         left_dense=_left_dense(checkpoint, owners, blocks),
         sources=_sources(checkpoint),
         tensors=checkpoint.tensors,
@@ -306,46 +323,8 @@ def _owners(meta_model: MetaModel, names: dict[str, str]) -> dict[str, int]:
     }
 
 
-def _shards(
-    checkpoint: Checkpoint, owners: dict[str, int], depth: int
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield output files: tensors outside the blocks, in pieces, then the blocks.
-
-    The result does not depend on the files of the input. Large tensors come first, so
-    that the small ones fit into one piece.
-    """
-    blocks: list[list[str]] = [[] for _ in range(depth)]
-    outside: list[str] = []
-    for name in checkpoint.tensors:
-        (blocks[owners[name]] if name in owners else outside).append(name)
-    sizes = [sum(checkpoint.tensors[n].nbytes for n in names) for names in blocks]
-    outside.sort(key=lambda name: (-checkpoint.tensors[name].nbytes, name))
-    pieces = _pieces(checkpoint, outside, max(sizes))
-    contents = [*pieces, *blocks]
-    for number, names in enumerate(contents, start=1):
-        file = f"model-{number:05}-of-{len(contents):05}.safetensors"
-        yield file, tuple(names)
-
-
-def _pieces(checkpoint: Checkpoint, names: list[str], limit: int) -> list[list[str]]:
-    """Split a list of tensors into pieces of at most `limit` bytes.
-
-    A tensor that is larger than that is a piece by itself.
-    """
-    pieces: list[list[str]] = []
-    size = 0
-    for name in names:
-        extra = checkpoint.tensors[name].nbytes
-        if not pieces or size + extra > limit:
-            pieces.append([])
-            size = 0
-        pieces[-1].append(name)
-        size += extra
-    return pieces
-
-
 def _blocks(
-    meta_model: MetaModel, tensors: TensorMap, files: list[str]
+    meta_model: MetaModel, tensors: TensorMap, shards: list[str]
 ) -> Iterator[PlannedBlock]:
     for index, block in enumerate(meta_model.blocks):
         name = f"{meta_model.path}.{index}"
@@ -353,7 +332,7 @@ def _blocks(
             PlannedMatrix(tensors.places[f"{name}.{matrix.path}.weight"], matrix)
             for matrix in prunable_matrices(block, name, tensors.experts_of(name))
         )
-        yield PlannedBlock(index, name, matrices, files[index])
+        yield PlannedBlock(index, name, matrices, shards[index])
 
 
 def _left_dense(

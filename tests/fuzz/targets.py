@@ -264,6 +264,10 @@ def _records() -> tuple[str, str]:
 
 
 IDENTITY = {"a": "1"}
+_FILES = {
+    "a.safetensors": ("a.safetensors",),
+    "merged.safetensors": ("b.safetensors", "c.safetensors"),
+}
 
 
 def _as_record(data: bytes) -> Files:
@@ -303,7 +307,7 @@ def _read_ledger(folder: Path) -> object:
     partial.mkdir()
     for path in (folder / "ledger.jsonl", folder / "a.safetensors"):
         path.rename(partial / path.name)
-    with open_workspace(folder / "out", IDENTITY) as workspace:
+    with open_workspace(folder / "out", IDENTITY, _FILES) as workspace:
         notes = [c.note for c in workspace.committed.values()]
         return [parse_note(workspace.folder, BlockRecord, note) for note in notes]
 

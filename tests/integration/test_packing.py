@@ -17,7 +17,7 @@ from halve.cli import main
 from halve.errors import HalveError
 from halve.records import PackRecord
 from tests.integration.test_resume import Stopped, _stop_at_rename, digests, stop_at
-from tests.tables import save_pico
+from tests.tables import files_of_at_most, save_pico
 
 ROWS = ("opt", "gpt2", "bloom", "llama", "falcon", "phi3")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -108,9 +108,16 @@ def test_only_the_matrices_of_the_blocks_are_packed(row, made):
     for name in before.keys() - matrices:
         assert torch.equal(after[name], before[name]), name
     assert all(after[name].dim() == 1 for name in matrices)
-    index = json.loads((packed / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == after.keys()
-    total = sum(tensor.nbytes for tensor in after.values())
+
+
+def test_the_index_lists_every_part_and_counts_their_bytes(made, tmp_path):
+    _, pruned, packed = made()
+    with files_of_at_most(0):
+        halve.pack(pruned, tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    tensors = _tensors(packed)
+    assert index["weight_map"].keys() == tensors.keys()
+    total = sum(tensor.nbytes for tensor in tensors.values())
     assert index["metadata"]["total_size"] == total
 
 

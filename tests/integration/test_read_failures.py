@@ -131,14 +131,14 @@ def test_a_file_cut_between_header_and_data(model, monkeypatch):
     """Mapped, this would end in SIGBUS."""
     checkpoint = Checkpoint.open(model)
     name, info = next(iter(checkpoint.tensors.items()))
-    real = reader._spans
+    real = reader._parse_header
 
-    def spans_then_truncate(data):
+    def parse_then_truncate(data):
         found = real(data)
         os.truncate(model / info.shard, 8 + 64)
         return found
 
-    monkeypatch.setattr(reader, "_spans", spans_then_truncate)
+    monkeypatch.setattr(reader, "_parse_header", parse_then_truncate)
     with pytest.raises(CheckpointError, match=rf"{info.shard} .* become shorter"):
         checkpoint.read([name])
 

@@ -21,6 +21,7 @@ import halve
 from halve.checkpoint import disk
 from halve.errors import OutputError
 from tests.integration.test_resume import Stopped, digests
+from tests.tables import files_of_at_most
 
 OPERATIONS = [
     name
@@ -39,6 +40,9 @@ def half(operation, name, *arguments):
     """Fail after half of the data is written."""
     if name in DATA:
         operation(arguments[0], arguments[1][: len(arguments[1]) // 2])
+    if name == "write_pieces":
+        pieces = list(arguments[1])
+        operation(arguments[0], pieces[: len(pieces) // 2])
     if name == "save":
         operation(*arguments)
         os.truncate(arguments[0], arguments[0].stat().st_size // 2)
@@ -75,6 +79,7 @@ def fail_at(patch, count: int, manner, code: int) -> Attempted:
 
 
 PLAIN: dict[str, Any] = {"solver": "magnitude", "device": "cpu"}
+UNMERGED_ROW = "prune, to a file for each block"
 DECIDED_ROW = "prune, with a decision, packed"
 DECIDED: dict[str, Any] = {
     "solver": "sparsegpt",
@@ -86,6 +91,11 @@ DECIDED: dict[str, Any] = {
 }
 
 
+def _prune_unmerged(model: Path, out: Path) -> halve.PruneRecord:
+    with files_of_at_most(0):
+        return halve.prune(model, out, **PLAIN)
+
+
 @pytest.fixture
 def verb(pico, text, tmp_path):
     """Return a function that returns a row's command, to call with an output folder."""
@@ -93,6 +103,8 @@ def verb(pico, text, tmp_path):
     def call(row: str):
         if row == "prune":
             return partial(halve.prune, pico("llama"), **PLAIN)
+        if row == UNMERGED_ROW:
+            return partial(_prune_unmerged, pico("llama"))
         if row == DECIDED_ROW:
             return partial(halve.prune, pico("gpt2"), calibration=str(text), **DECIDED)
         source = tmp_path / "source"
@@ -104,6 +116,7 @@ def verb(pico, text, tmp_path):
 
 ROWS = {
     "prune": MANNERS,
+    UNMERGED_ROW: (before,),
     "pack": MANNERS,
     "unpack": (after,),
 }
@@ -145,7 +158,7 @@ def _check_message(message: str, operation: tuple[str, Path], out: Path) -> None
     name, path = operation
     assert "could not be written" in message
     assert str(out) in message
-    if name in {"write", "save", "append"}:
+    if name in {"write", "write_pieces", "save", "append"}:
         assert path.name.removeprefix(".").removesuffix(".tmp") in message
     assert "run the same command again" in message
 
@@ -171,7 +184,7 @@ class Disk:
     def follow(self, name: str, path: Path) -> None:
         """Update the state after an operation."""
         inode = path.stat().st_ino if path.exists() else 0
-        if name in {"write", "save"}:
+        if name in {"write", "write_pieces", "save"}:
             self.data.pop(inode, None)
         elif name == "make_folder":
             self.names.setdefault(inode, {})

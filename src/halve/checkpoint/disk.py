@@ -6,6 +6,7 @@ callers decide on their order, and on what happens when one fails.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -22,6 +23,12 @@ def make_folder(path: Path) -> None:
 def write(path: Path, data: bytes) -> None:
     """Create or overwrite a file."""
     path.write_bytes(data)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """Create or overwrite a file, piece by piece."""
+    with path.open("wb") as file:
+        file.writelines(pieces)
 
 
 def save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ A file is written under a temporary name, forced to the disk, and renamed.
 """
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from halve.checkpoint import disk
+from halve.checkpoint.safetensors_file import merge_files
 from halve.errors import CheckpointError, OutputError
 from halve.records.stored import sha256
 
@@ -94,6 +95,18 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a safetensors file, completely or not at all, and return its SHA-256."""
     contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
     replace_file(path, lambda temporary: disk.save(temporary, contents))
+    with write_errors(path):
+        return sha256(path)
+
+
+def merge_shards(path: Path, shards: Sequence[Path]) -> str:
+    """Write a safetensors file with all tensors of several; return its SHA-256.
+
+    Raises:
+        OutputError: It cannot be written, or a shard not be read back.
+    """
+    with read_back_errors(path):
+        replace_file(path, lambda new: disk.write_pieces(new, merge_files(shards)))
     with write_errors(path):
         return sha256(path)
 

@@ -10,10 +10,11 @@ SIGBUS, and mappings of a whole checkpoint count against the memory of the proce
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,8 @@ from halve.errors import CheckpointError
 # Bytes of a header. Ten thousand tensors take one megabyte, and 20 times that parsed.
 _MAX_HEADER = 2**24
 _SIZE_BYTES = 8  # a header is preceded by its size, little-endian
+_METADATA = "__metadata__"
+_CHUNK = 2**20  # bytes that are copied at a time
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -64,7 +67,7 @@ def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
         CheckpointError: The file is damaged or cannot be read.
     """
     with _opened(path) as file, path.open("rb") as data:
-        begin, spans = _spans(data)
+        begin, header = _parse_header(data)
         tensors: dict[str, Tensor] = {}
         for name in names:
             view = file.get_slice(name)
@@ -72,9 +75,59 @@ def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
             # The device is explicit because transformers loads models within
             # `torch.device("meta")`.
             tensor = torch.empty(shape, dtype=dtype, device="cpu")
-            _fill(tensor, data, begin + spans[name])
+            _fill(tensor, data, begin + header[name]["data_offsets"][0])
             tensors[name] = tensor
         return tensors
+
+
+def merge_files(paths: Sequence[Path]) -> Iterator[bytes]:
+    """Yield the bytes of one file with all tensors of several, in pieces.
+
+    Takes the memory of a piece, where the library would take that of all tensors.
+    Tensors of wide dtypes come first, so that each begins at a multiple of its width.
+
+    Args:
+        paths: Files without a name in common, written by Halve.
+
+    Raises:
+        CheckpointError: One of them is damaged or cannot be read.
+    """
+    found = [(path, *each) for path in paths for each in _entries(path)]
+    found.sort(key=lambda each: (-DTYPES[each[3]["dtype"]].itemsize, each[2]))
+    yield _header([(name, entry) for _, _, name, entry in found])
+    for path, begin, _, entry in found:
+        first, last = entry["data_offsets"]
+        yield from _read_span(path, begin + first, last - first)
+
+
+def _entries(path: Path) -> list[tuple[int, str, dict[str, Any]]]:
+    """Return where the data of a file begin, with name and entry of each tensor."""
+    with _opened(path), path.open("rb") as data:
+        begin, header = _parse_header(data)
+    return [(begin, name, entry) for name, entry in header.items()]
+
+
+def _header(entries: list[tuple[str, dict[str, Any]]]) -> bytes:
+    """Return size and header of a file whose data are those of the entries in turn."""
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    end = 0
+    for name, entry in entries:
+        first, last = entry["data_offsets"]
+        begin, end = end, end + last - first
+        header[name] = entry | {"data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _SIZE_BYTES)  # the data begin at a multiple, too
+    return struct.pack("<Q", len(text)) + text
+
+
+def _read_span(path: Path, position: int, size: int) -> Iterator[bytes]:
+    with path.open("rb") as data:
+        data.seek(position)
+        for start in range(0, size, _CHUNK):
+            piece = data.read(min(_CHUNK, size - start))
+            if not piece:
+                raise damaged(path, EOFError("it has become shorter"))
+            yield piece
 
 
 def _check_header_size(path: Path) -> None:
@@ -89,17 +142,16 @@ def _check_header_size(path: Path) -> None:
         raise damaged(path, ValueError(f"a header of {size} bytes"))
 
 
-def _spans(data: BufferedReader) -> tuple[int, dict[str, int]]:
-    """Return where the data of a file begin, and each tensor's offset within them.
+def _parse_header(data: BufferedReader) -> tuple[int, dict[str, Any]]:
+    """Return where the data of a file begin, and name -> entry of each tensor.
 
     Must only be called while the library, which validates the offsets, has the file
     open.
     """
     size = int.from_bytes(data.read(_SIZE_BYTES), "little")
     header = json.loads(data.read(size))
-    header.pop("__metadata__", None)
-    offsets = {name: entry["data_offsets"][0] for name, entry in header.items()}
-    return _SIZE_BYTES + size, offsets
+    header.pop(_METADATA, None)
+    return _SIZE_BYTES + size, header
 
 
 def _fill(tensor: Tensor, data: BufferedReader, position: int) -> None:

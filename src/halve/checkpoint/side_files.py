@@ -7,7 +7,7 @@ anew from the headers of the shards.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -108,7 +108,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 def write_side_files(
     folder: Path,
-    shards: Iterable[str],
+    files: Collection[str],
     source: Path,
     quantization: dict[str, Any] | None,
     changes: Mapping[str, int] | None = None,
@@ -116,8 +116,8 @@ def write_side_files(
     """Write the index, and copy the side files of the source model.
 
     Args:
-        folder: The output, which holds the shards.
-        shards: File names of the shards.
+        folder: The output, which holds the weights.
+        files: Names of the files of weights. A single one needs no index.
         source: Folder of the source model.
         quantization: The `quantization_config` for config.json; None for a model
             without packed matrices, whose config.json has no such entry.
@@ -128,11 +128,13 @@ def write_side_files(
 
     Raises:
         CheckpointError: A file of the source cannot be read, or is a link out of it.
-        OutputError: A file cannot be written, or a shard not be read back.
+        OutputError: A file cannot be written, or one of weights not be read back.
     """
-    with read_back_errors(folder / _INDEX):
-        index = _index(folder, shards)
-    write_text(folder / _INDEX, index)
+    indexes = [_INDEX] if len(files) > 1 else []
+    for name in indexes:
+        with read_back_errors(folder / name):
+            index = _index(folder, files)
+        write_text(folder / name, index)
     names = find_side_files(source)
     for name in names:
         make_folders((folder / name).parent)
@@ -140,12 +142,12 @@ def write_side_files(
     _set_quantization(folder / CONFIG, quantization)
     _change_entries(folder / CONFIG, changes or {})
     with read_errors(folder):
-        return {name: sha256(folder / name) for name in (_INDEX, *names)}
+        return {name: sha256(folder / name) for name in (*indexes, *names)}
 
 
-def _index(folder: Path, shards: Iterable[str]) -> str:
-    """Return the text of the index, made from the headers of the shards."""
-    infos = Checkpoint.of_files(folder / shard for shard in shards).stored
+def _index(folder: Path, files: Iterable[str]) -> str:
+    """Return the text of the index, made from the headers of the files."""
+    infos = Checkpoint.of_files(folder / file for file in files).stored
     index = {
         "metadata": {"total_size": sum(info.nbytes for info in infos)},
         "weight_map": {info.name: info.shard for info in infos},

@@ -1,8 +1,9 @@
 """The folder that a run writes to: `OUT.partial`, renamed to `OUT` when complete.
 
 The order of the writes is the guarantee. A shard is renamed into place before its line
-is appended to the ledger; `halve.json` is written after all other files; renaming the
-folder is the last step. So `OUT` is either absent or complete, and a run that is killed
+is appended to the ledger; shards that are merged into one file are removed after the
+line of that file; `halve.json` is written after all other files; renaming the folder is
+the last step. So `OUT` is either absent or complete, and a run that is killed
 at any point is resumed from its ledger, to the same bytes. Where no rename can replace
 `OUT` (see `work_folder`), its files are moved up one by one, `halve.json` last.
 """
@@ -18,6 +19,7 @@ from halve.checkpoint import disk
 from halve.checkpoint.checkpoint import Checkpoint
 from halve.checkpoint.files import (
     make_folders,
+    merge_shards,
     read_back_errors,
     sha256,
     write_errors,
@@ -52,16 +54,24 @@ class Workspace:
         out: Path of the finished output.
         folder: Where files are written; see `partial_path`.
         identity: What determines the output; a run with another one cannot resume.
-        committed: Completed shards, by file name.
+        committed: Completed shards, by name.
+        digests: SHA-256 of each completed file of the output, by name.
         decisions: Decisions that the blocks depend on, by name.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        identity: dict[str, Any],
+        files: Mapping[str, tuple[str, ...]],
+    ) -> None:
         self.out = out
         self.folder = partial_path(out)
         self.identity = identity
         self.committed: dict[str, Committed] = {}
+        self.digests: dict[str, str] = {}
         self.decisions: dict[str, dict[str, Any]] = {}
+        self._files = files
         self._ledger = Ledger(self.folder)
 
     @property
@@ -74,8 +84,11 @@ class Workspace:
     ) -> dict[str, Any]:
         """Write a shard, check it, and append it to the ledger.
 
+        If it was the last one of an output file that is made of several shards, these
+        are merged.
+
         Args:
-            file: File name.
+            file: Name of the shard.
             tensors: The contents of the shard.
             describe: Receives the path of the written file and returns the note to
                 record, or raises if the file is not as it should be.
@@ -92,13 +105,19 @@ class Workspace:
         shard = Committed(file, digest, note)
         self._ledger.add_shard(shard)
         self.committed[file] = shard
+        self._complete(self._file_of(file))
         return note
+
+    def path(self, shard: str) -> Path:
+        """Return the file that holds a committed shard."""
+        file = self._file_of(shard)
+        return self.folder / (file if file in self.digests else shard)
 
     @property
     def formats(self) -> set[str]:
-        """Names of the packed formats in the committed shards."""
+        """Names of the packed formats in the completed files."""
         return Checkpoint.of_files(
-            [self.folder / file for file in self.committed]
+            [self.folder / file for file in self.digests]
         ).formats
 
     def decide(self, name: str, decision: dict[str, Any]) -> None:
@@ -150,7 +169,7 @@ class Workspace:
             File name -> SHA-256.
         """
         return write_side_files(
-            self.folder, self.committed, source, quantization, changes
+            self.folder, self.digests, source, quantization, changes
         )
 
     def finish(self, record: str) -> None:
@@ -191,6 +210,31 @@ class Workspace:
         disk.remove_folder(self.folder)
         disk.sync(self.out)
 
+    def _file_of(self, shard: str) -> str:
+        """Return the output file that a shard becomes, or becomes part of."""
+        return next(file for file, shards in self._files.items() if shard in shards)
+
+    def _complete(self, file: str) -> None:
+        """Complete an output file, if all of its shards are committed.
+
+        The shards of a merged file are removed after its line is in the ledger.
+        """
+        shards = self._files[file]
+        if any(shard not in self.committed for shard in shards):
+            return
+        if shards == (file,):
+            self.digests[file] = self.committed[file].sha256
+            return
+        paths = [self.folder / shard for shard in shards]
+        if file not in self.digests:
+            digest = merge_shards(self.folder / file, paths)
+            self._ledger.add_shard(Committed(file, digest, {"merged": list(shards)}))
+            self.digests[file] = digest
+        with write_errors(self.folder):
+            for path in paths:
+                if path.exists():
+                    disk.remove(path)
+
     def _resume(self) -> None:
         """Take over the work of an earlier run with the same identity, if any."""
         entries = self._ledger.read()
@@ -200,10 +244,19 @@ class Workspace:
         check_identity(self.folder, entries.identity, self.identity)
         self.decisions = entries.decisions
         self._remove_temporary_files()
-        present = {path.name: path for path in self.folder.iterdir() if path.is_file()}
-        for shard in entries.shards:
-            if shard.file in present and _is_intact(present[shard.file], shard.sha256):
-                self.committed[shard.file] = shard
+        recorded = {shard.file: shard for shard in entries.shards}
+        for file, shards in self._files.items():
+            merged = len(shards) > 1 and self._has(recorded.get(file))
+            if merged:
+                self.digests[file] = recorded[file].sha256
+            for shard in (recorded[name] for name in shards if name in recorded):
+                if merged or self._has(shard):
+                    self.committed[shard.file] = shard
+            self._complete(file)
+
+    def _has(self, entry: Committed | None) -> bool:
+        """Whether the folder holds an intact file for an entry of the ledger."""
+        return entry is not None and _is_intact(self.folder / entry.file, entry.sha256)
 
     def _start(self) -> None:
         """Write the first line of the ledger into a folder that holds nothing else."""
@@ -229,13 +282,17 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(out: Path, identity: dict[str, Any]) -> Iterator[Workspace]:
+def open_workspace(
+    out: Path, identity: dict[str, Any], files: Mapping[str, tuple[str, ...]]
+) -> Iterator[Workspace]:
     """Create or resume `OUT.partial`, and hold its lock.
 
     Args:
         out: Path of the finished output; must not exist, or be an empty folder.
         identity: What determines the output. Must equal the identity of the run whose
             work is found in the folder.
+        files: Output file -> the shards that it is made of, in order: only itself, or
+            several that are merged.
 
     Raises:
         OutputError: `OUT` exists; another process holds the lock; the folder holds the
@@ -243,7 +300,7 @@ def open_workspace(out: Path, identity: dict[str, Any]) -> Iterator[Workspace]:
             cannot be written.
     """
     check_available(out)
-    workspace = Workspace(out, identity)
+    workspace = Workspace(out, identity, files)
     with write_errors(workspace.folder):
         make_folders(workspace.folder)
     with lock_folder(workspace.folder):
@@ -257,7 +314,7 @@ def open_workspace(out: Path, identity: dict[str, Any]) -> Iterator[Workspace]:
 
 
 def _is_intact(path: Path, digest: str) -> bool:
-    """Whether a shard can be read and has the recorded SHA-256."""
+    """Whether a file can be read and has the recorded SHA-256."""
     try:
         return path.is_file() and sha256(path) == digest
     except OSError:

@@ -31,8 +31,9 @@ def _print_cost(dry_run: "DryRun") -> None:
     if dry_run.gpu is not None:
         _print_gpu(dry_run.gpu)
     print(f"Disk: {size(forecast.disk)}")
-    files = len(dry_run.plan.layout.shards)
-    print(f"Output: {size(forecast.output)} in {files} files")
+    files = len(dry_run.plan.layout.files)
+    plural = "file" if files == 1 else "files"
+    print(f"Output: {size(forecast.output)} in {files} {plural}")
     # Rounded to a second: it is right to about a factor of two.
     print(f"Time: about {duration(round(dry_run.seconds))}, to a factor of two")
 

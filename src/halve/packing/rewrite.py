@@ -107,13 +107,13 @@ def _rewrite(
     # Refused, if they cannot be read or copied, before a folder exists.
     provenance = source_record(source)
     find_side_files(source)
-    check_space(out, layout.output_bytes)
+    check_space(out, layout.disk_bytes)
     conversion = _Conversion(
         source, layout, options, rewriting, recorded_grids(provenance)
     )
     if rewriting.packs:
         conversion.check_gain(model)
-    with open_workspace(out, identity) as workspace:
+    with open_workspace(out, identity, layout.files) as workspace:
         if workspace.is_complete:
             workspace.publish()
             return read_record(out, PackRecord.from_json)
@@ -124,7 +124,7 @@ def _rewrite(
             versions=versions(),
             identity=identity,
             matrices=matrices,
-            shards={file: workspace.committed[file].sha256 for file in layout.shards},
+            shards={file: workspace.digests[file] for file in layout.files},
             source=provenance,
             files=workspace.add_side_files(source, packed),
             heads=heads,

@@ -83,6 +83,7 @@ def _prune_all(
     with CommitQueue(overlaps_files(run)) as commits:
         for planned, own in zip(run.plan.layout.blocks, every, strict=True):
             if planned.shard in run.output.done:
+                commits.wait()  # which may be merging the shard into another file
                 _replay(run, streams, planned)
             else:
                 ways = {**own, **options.own}  # rules come first

@@ -91,8 +91,8 @@ def prune_model(
         phase = "already finished, nothing to do"
         run_options.progress(Progress(depth - 1, depth, phase))
         return ranks.broadcast_object(lambda: read_record(out, PruneRecord.from_json))
-    ranks.broadcast_object(lambda: check_space(out, plan.layout.output_bytes))
-    with open_output(out, identity, ranks) as output:
+    ranks.broadcast_object(lambda: check_space(out, plan.layout.disk_bytes))
+    with open_output(out, identity, plan.layout.files, ranks) as output:
         if output.is_complete:
             return ranks.broadcast_object(lambda: _publish(output.workspace, out))
         blocks, decisions, foreseen = _run(plan, run_options, output, windows.ids)
@@ -108,7 +108,7 @@ def prune_model(
                 versions=versions(),
                 identity=identity,
                 blocks=blocks,
-                shards=_shards(plan, output.workspace),
+                shards=_digests(plan, output.workspace),
                 left_dense=plan.layout.left_dense,
                 seconds=time.monotonic() - started,
                 finished=now(),
@@ -264,6 +264,6 @@ def _identity(plan: Plan, windows: CalibrationWindows) -> dict[str, Any]:
     return plan.identity() | {"device": device} | windows.identity()
 
 
-def _shards(plan: Plan, workspace: Workspace) -> dict[str, str]:
-    """Return the SHA-256 of every shard."""
-    return {file: workspace.committed[file].sha256 for file in plan.layout.shards}
+def _digests(plan: Plan, workspace: Workspace) -> dict[str, str]:
+    """Return the SHA-256 of every file of weights."""
+    return {file: workspace.digests[file] for file in plan.layout.files}

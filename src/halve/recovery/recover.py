@@ -87,8 +87,8 @@ def recover_model(
     if is_finished(out, identity):
         return read_record(out, RecoverRecord.from_json)
     find_side_files(source)  # refused, if they cannot be copied, before a folder exists
-    check_space(out, job.layout.output_bytes + saved_nbytes(job.layout.prunable))
-    with open_workspace(out, identity) as workspace:
+    check_space(out, job.layout.disk_bytes + saved_nbytes(job.layout.prunable))
+    with open_workspace(out, identity, job.layout.files) as workspace:
         if workspace.is_complete:
             workspace.publish()
             return read_record(out, RecoverRecord.from_json)
@@ -109,7 +109,7 @@ def recover_model(
             trained=trained,
             unchanged=tuple(sorted(job.unchanged)),
             matrices=written.matrices,
-            shards={f: workspace.committed[f].sha256 for f in job.layout.shards},
+            shards={file: workspace.digests[file] for file in job.layout.files},
             source=job.provenance,
             seconds=time.monotonic() - started,
             finished=now(),

@@ -5,7 +5,7 @@ file to be written: if writing fails, the error reaches the other ranks as any o
 error of a rank does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ class RankZeroOutput:
         """Read tensors of a committed shard on rank 0 and broadcast them."""
         stored = None
         if self.workspace is not None:
-            path = self.workspace.folder / shard
+            path = self.workspace.path(shard)
             stored = Checkpoint.of_files([path]).read(names)
         return self.ranks.broadcast_tensors(stored)
 
@@ -88,13 +88,17 @@ def _state(
 
 @contextmanager
 def open_output(
-    out: Path, identity: dict[str, Any], ranks: Ranks
+    out: Path,
+    identity: dict[str, Any],
+    files: Mapping[str, tuple[str, ...]],
+    ranks: Ranks,
 ) -> Iterator[RankZeroOutput]:
-    """Open the workspace on rank 0 and broadcast its state.
+    """Open the workspace on rank 0 and broadcast its state; see `open_workspace`.
 
     Raises:
         OutputError: See `open_workspace`; raised on all ranks.
     """
-    context = open_workspace(out, identity) if ranks.is_main_process else nullcontext()
+    is_main = ranks.is_main_process
+    context = open_workspace(out, identity, files) if is_main else nullcontext()
     with context as workspace:
         yield RankZeroOutput.of(workspace, ranks)

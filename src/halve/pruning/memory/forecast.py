@@ -59,6 +59,7 @@ class Forecast:
             files.
         phases: What else is in memory, in turn.
         output: Bytes of the output, before packing.
+        written: Bytes of disk while it is written.
         operations: Multiplications and additions of the whole run.
         width: Width of hidden states.
         blocks: Number of blocks.
@@ -71,6 +72,7 @@ class Forecast:
     spilled: int
     phases: tuple[Phase, ...]
     output: int
+    written: int
     operations: int
     width: int
     blocks: int
@@ -117,7 +119,7 @@ class Forecast:
     @property
     def disk(self) -> int:
         """Peak bytes of disk: the output, and memory-mapped files during the run."""
-        return self.output + self.mapped
+        return self.written + self.mapped
 
 
 def forecast_run(
@@ -144,6 +146,7 @@ def forecast_run(
         spilled=max(work.spilled_nbytes(block) for block in work.blocks),
         phases=tuple(all_phases(work)),
         output=plan.layout.output_bytes,
+        written=plan.layout.disk_bytes,
         operations=sum(_operations(work, block) for block in work.blocks)
         + _choosing_operations(work),
         width=plan.width,
