@@ -61,7 +61,7 @@ def test_a_limit_decides_whether_hidden_states_stay_in_memory(pico):
     least = forecast_run(plan, 0)
     assert least.resident == 0
     assert least.mapped > 0
-    assert least.disk == least.output + least.mapped
+    assert least.disk == least.written + least.mapped
     loose = plan_memory(plan, least.peak + 2**30, None)
     assert forecast_run(plan, loose.activations).mapped == 0
     tight = plan_memory(plan, least.peak + 2**26, None)
