@@ -166,4 +166,3 @@ def test_a_damaged_merged_file_is_made_again(pico, tmp_path, monkeypatch):
     halve.prune(dense, tmp_path / "out", **PLAIN)
     whole, again = ((tmp_path / n / "model.safetensors") for n in ("whole", "out"))
     assert again.read_bytes() == whole.read_bytes()
-

@@ -41,6 +41,8 @@ _HELD_OUT = 16
 # Blocks of fewer bits have an int4 head by default, others an int8 one: so it loses
 # less than they do (docs/log.md).
 _FINE_HEAD = 3.5
+# Windows on which the importance of rows is measured: on 64 their order is the same.
+_ROW_SAMPLES = 8
 # Packed codes come in groups of a multiple of this, which the kernels need.
 _GROUP_MULTIPLE = 32
 
@@ -124,6 +126,18 @@ class PruneOptions(Options):
             unset="1 for auto and admm, 0 for the others",
             details="Solutions rely less on correlations that may be of the "
             "calibration text alone.",
+        ),
+    ] = None
+    importance_samples: Annotated[
+        int | None,
+        Option(
+            "Number of windows on which it is measured how much each row of a matrix "
+            "matters to its block's outputs; 0 to let all count alike.",
+            SOLVER,
+            unset="8 for auto and admm, 0 for the others",
+            minimum=0,
+            details="Unstructured masks of admm keep more of the rows that matter. "
+            "Blocks with experts are not measured.",
         ),
     ] = None
     block_size: Annotated[
@@ -364,6 +378,23 @@ class PruneOptions(Options):
         return self.ridge
 
     @property
+    def row_samples(self) -> int:
+        """Number of windows on which the importance of rows is measured."""
+        if not self._weighs_rows:
+            return 0
+        if self.importance_samples is None:
+            return _ROW_SAMPLES
+        return self.importance_samples
+
+    @property
+    def _weighs_rows(self) -> bool:
+        """Whether a matrix may get a mask for which its rows compete."""
+        texts = [self.sparsity, *(text for _, text in self.parsed_rules.sparsities)]
+        parsed = [parse_sparsity(text, allow_dense=True) for text in texts]
+        competing = any(not isinstance(each, tuple) and each > 0 for each in parsed)
+        return self.solver in _TUNED and (competing or self.target_bits is not None)
+
+    @property
     def has_dense(self) -> bool:
         """Whether the hidden states of the dense model are computed as well."""
         return self.corrects or self.refine
@@ -409,6 +440,7 @@ class PruneOptions(Options):
         self._check_target_bits()
         self._check_allocation(parsed)
         self._check_rules()
+        self._check_importance()
         self._check_held_out()
         _ = self.pairs  # there may be no grid of that many bits
         self._check_grid_options()
@@ -502,6 +534,15 @@ class PruneOptions(Options):
                 "Set damping to a value between 0 and 1, such as 0.01 (--damping).",
             )
 
+    def _check_importance(self) -> None:
+        if self.importance_samples and not self._weighs_rows:
+            raise HalveError(
+                f"importance_samples is {self.importance_samples}, but rows are only "
+                "weighed by auto and admm, for unstructured sparsities.",
+                "Omit importance_samples (--importance-samples), or set solver to auto "
+                "(--solver) and sparsity to a fraction such as 50%.",
+            )
+
     def _check_ridge(self) -> None:
         if not 0 <= self.diagonal_ridge < float("inf"):
             raise HalveError(
@@ -522,6 +563,7 @@ class PruneKeywords(RunKeywords, total=False):
     bos: str
     damping: float
     ridge: float | None
+    importance_samples: int | None
     block_size: int
     device: str
     packed: bool

@@ -74,7 +74,8 @@ def _solve_group(
             continue
         with _naming_group(state, group_inputs.group):
             own = options.candidates_of(planned.name)
-            candidates = CandidateSet(own, hessian, group_inputs.held_out)
+            importance = state.importance.get(planned.name)
+            candidates = CandidateSet(own, hessian, group_inputs.held_out, importance)
             skipped = planned.name in options.skipped
             drift = None if skipped else group_inputs.drift
             selected = _select(candidates, state.weight(planned), drift, index)

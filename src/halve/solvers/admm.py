@@ -22,7 +22,7 @@ unstructured threshold is estimated from a sample of the weights, to be counted 
 at the end.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -60,9 +60,13 @@ class ADMM(Solver):
     Attributes:
         max_rounds: Checks of the support after which the iteration stops, converged or
             not; about six is the rule.
+        importance: What the squared error of each row counts for, [rows]; None where
+            all count alike. It decides which rows an unstructured mask keeps more of,
+            and nothing else.
     """
 
     max_rounds: int = 100
+    importance: Tensor | None = field(default=None, compare=False)
 
     @property
     def needs(self) -> Needs:
@@ -82,6 +86,22 @@ class ADMM(Solver):
             NumericalError: The Hessian is not positive definite.
         """
         weight = as_float32(weight)
+        if self.importance is None or isinstance(pattern, NM):
+            return self._solve(hessian, weight, pattern, zeros)
+        # Errors of rows multiplied by d count d^2 times.
+        factors = self.importance.sqrt().unsqueeze(1)
+        solution = self._solve(hessian, weight * factors, pattern, zeros).weight
+        solution /= factors
+        error = relative_error(hessian.gram, weight, solution)
+        return Solution(solution, Outcome(error, hessian.damping))
+
+    def weighing(self, importance: Tensor) -> "ADMM":
+        """Return the solver for a matrix with rows of such importance."""
+        return replace(self, importance=importance)
+
+    def _solve(
+        self, hessian: Hessian, weight: Tensor, pattern: Pattern, zeros: Tensor | None
+    ) -> Solution:
         scaled = weight.masked_fill(hessian.dead, 0) * hessian.scale
         # Where inputs are nearly uncorrelated, the mask of the largest |W| is best.
         candidates = [
@@ -93,7 +113,7 @@ class ADMM(Solver):
     def cost(self, rows: int, columns: int) -> SolverCost:
         """A dozen matrices, and some fifty products with the Hessian."""
         size = rows * columns
-        return SolverCost(12 * size, 2 * _PRODUCTS * size * columns)
+        return SolverCost(13 * size, 2 * _PRODUCTS * size * columns)
 
     def _iterate(
         self, hessian: Hessian, weight: Tensor, pattern: Pattern, zeros: Tensor | None

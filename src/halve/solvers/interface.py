@@ -107,6 +107,20 @@ class Solver(ABC):
             NumericalError: The Hessian is not positive definite.
         """
 
+    def weighing(self, importance: Tensor) -> "Solver":
+        """Return a solver for a matrix whose rows do not all count alike.
+
+        Args:
+            importance: What the squared error of each row counts for, [rows], float32,
+                greater than 0.
+
+        Returns:
+            This solver, where rows do not compete for what is kept, or where it prunes
+            as published.
+        """
+        del importance
+        return self
+
     @abstractmethod
     def cost(self, rows: int, columns: int) -> SolverCost:
         """Return the memory and the operations for a matrix of one shape."""

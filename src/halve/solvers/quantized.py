@@ -6,7 +6,7 @@ compensate for the rounding error of a column. And coordinate descent from there
 weight in turn takes the grid value that is best while all others stay.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -201,6 +201,10 @@ class Quantized(Solver):
         errors = [relative_error(hessian.gram, weight, z) for z in (swept, moved)]
         best = moved if errors[1] < errors[0] else swept
         return Solution(best, Outcome(min(errors), hessian.factor_damping), params)
+
+    def weighing(self, importance: Tensor) -> "Quantized":
+        """Let the solver choose masks by importance; rounding treats rows alone."""
+        return replace(self, solver=self.solver.weighing(importance))
 
     def cost(self, rows: int, columns: int) -> SolverCost:
         """Scales and some copies, or what the solver takes."""

@@ -18,6 +18,7 @@ from halve.numerics.matmul import HALF_DTYPES, widening_nbytes
 from halve.pruning.memory.solving import solving_cost
 from halve.pruning.observe.activation_cache import ActivationCache, is_wide
 from halve.pruning.observe.held_out import HeldOut
+from halve.pruning.observe.importance import importance_nbytes
 from halve.pruning.observe.input_groups import (
     MAX_GROUPS_PER_STAGE,
     RoutedGroup,
@@ -161,6 +162,8 @@ def all_phases(work: Workload) -> Iterator[Phase]:
     yield from _choosing_experts(work)
     for block in work.blocks:
         yield from _reading(work, block)
+        if work.plan.options.row_samples and not block.experts:
+            yield _weighing_rows(work, block)
         yield _collecting(work, block)
         for columns in sorted(work.deferred_groups(block)):
             yield _summing(work, block, columns)
@@ -253,6 +256,13 @@ def _collecting(work: Workload, block: PlannedBlock) -> Phase:
             "activations": _batch_nbytes(work, block),
         },
     )
+
+
+def _weighing_rows(work: Workload, block: PlannedBlock) -> Phase:
+    """Return the phase in which the importance of rows is measured."""
+    narrow = sum(_narrow_elements(work.plan, m) for m in block.matrices)
+    parts = importance_nbytes(narrow, _batch_nbytes(work, block))
+    return Phase("weighing rows", {"weights": _weights_nbytes(work, block), **parts})
 
 
 def _summing(work: Workload, block: PlannedBlock, columns: int) -> Phase:

@@ -47,22 +47,30 @@ class HeldOut:
         dense = ranks.all_gather_tensors([pair[1] for pair in self.pairs], wanted)
         self.pairs = list(zip(inputs, dense, strict=True))
 
-    def errors(self, weight: Tensor, solutions: Sequence[Tensor]) -> list[float]:
+    def errors(
+        self,
+        weight: Tensor,
+        solutions: Sequence[Tensor],
+        importance: Tensor | None = None,
+    ) -> list[float]:
         """Return ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2 of each solution Z.
 
         Args:
             weight: The dense matrix W, [rows, columns].
             solutions: Solutions Z, [rows, columns] each.
+            importance: By which the squares of each row's outputs are multiplied, in
+                numerator and denominator, [rows]; None for 1.
 
         Returns:
             Errors in the order of the solutions. Where the denominator is 0: 0 for a
             solution that gives zeros too, else 1.
         """
         numerators, denominator = [0.0] * len(solutions), 0.0
+        factors = 1 if importance is None else importance
         for inputs, dense in self.pairs:
             targets = linear(dense, weight)  # X_dense W^T, [tokens, rows]
-            denominator += float(targets.square().sum())
+            denominator += float((targets.square() * factors).sum())
             for index, solution in enumerate(solutions):
                 difference = targets - linear(inputs, solution)
-                numerators[index] += float(difference.square().sum())
+                numerators[index] += float((difference.square() * factors).sum())
         return [n / denominator if denominator else float(n > 0) for n in numerators]

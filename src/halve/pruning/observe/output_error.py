@@ -46,6 +46,13 @@ def relative_squares(outputs: Tensor, targets: Tensor) -> Tensor:
         [...]; differentiable in the outputs. A token of nearly zeros counts as larger
         than it is; where all are zero, so is the result.
     """
+    return (outputs - targets).square().sum(-1) / token_squares(targets)
+
+
+def token_squares(targets: Tensor) -> Tensor:
+    """Return ||Y_t||^2 for each token t of [..., width], [...].
+
+    A token of nearly zeros counts as larger than it is, so that it can be divided by.
+    """
     sizes = targets.square().sum(-1)
-    smallest = (_SMALLEST * sizes.mean()).clamp_min(1e-30)
-    return (outputs - targets).square().sum(-1) / sizes.clamp(min=smallest)
+    return sizes.clamp(min=(_SMALLEST * sizes.mean()).clamp_min(1e-30))

@@ -70,11 +70,13 @@ class CandidateSet:
         candidates: The ways to prune a matrix.
         hessian: Of its inputs, shared by all candidates.
         held_out: Inputs that no candidate is fitted to, and that decide between them.
+        importance: Of the matrix's rows, [rows]; None where all count alike.
     """
 
     candidates: tuple[Candidate, ...]
     hessian: Hessian
     held_out: HeldOut
+    importance: Tensor | None = None
 
     def solve(self, weight: Tensor, target: Callable[[], Tensor]) -> Selected:
         """Prune one matrix with every candidate and select the best solution.
@@ -95,13 +97,17 @@ class CandidateSet:
             assert len(solved) == 1, "several candidates and nothing to select them by"
             return solved[0]
         solutions = [selected.solution.weight for selected in solved]
-        errors = self.held_out.errors(weight, solutions)
+        errors = self.held_out.errors(weight, solutions, self.importance)
         first, *others = sorted(range(len(solved)), key=errors.__getitem__)
         second = errors[others[0]] if others else None
         return replace(solved[first], held_out=errors[first], runner_up=second)
 
     def _solutions(self, target: Tensor, zeros: Tensor | None) -> list[Selected]:
-        return [
-            Selected(c.solver.solve(self.hessian, target, c.pattern, zeros), c)
-            for c in self.candidates
-        ]
+        solved = []
+        for candidate in self.candidates:
+            solver, pattern = candidate.solver, candidate.pattern
+            if self.importance is not None:
+                solver = solver.weighing(self.importance)
+            solution = solver.solve(self.hessian, target, pattern, zeros)
+            solved.append(Selected(solution, candidate))
+        return solved
