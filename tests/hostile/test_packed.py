@@ -41,12 +41,7 @@ def packed(pico, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "out"
     model = pico("llama", dtype=torch.bfloat16, **SIZES)
     halve.prune(model, folder, solver="magnitude", packed=True, device="cpu")
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-        path.unlink()
-    (folder / by.INDEX).unlink()
-    save_file(tensors, folder / by.WEIGHTS, {"format": "pt"})
+    assert (folder / by.WEIGHTS).is_file()
     return folder
 
 

@@ -1,130 +1,146 @@
 """The importance of rows: what it is, and what it does to masks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import halve
 from halve.errors import HalveError, UnsupportedModelError
 from halve.grids import QuantScheme
 from halve.options import PruneOptions
 from halve.patterns import parse_pattern
-from halve.pruning.observe.block_state import BlockState, Streams
-from halve.pruning.observe.importance import (
-    ImportanceOptions,
-    importance_passes,
-    measure_importance,
-)
+from halve.pruning.importance import ImportanceRun, importance_passes
 from halve.pruning.plan import make_plan
 from halve.runtime.blockwise_model import BlockwiseModel
-from halve.runtime.stream import Stream
 from halve.solvers import ADMM, Quantized, SparseGPT
 from tests.contracts.problems import correlated
 from tests.integration.test_better_solvers import tensors
+from tests.integration.test_resume import Stopped, digests, stop_at
 from tests.tables import PATTERNS
 
 OPTIONS: dict[str, Any] = {"samples": 8, "seq_len": 32, "device": "cpu"}
-ROWS = ("opt", "gpt2", "llama", "gptj", "falcon")
-LENGTH = 6
+WINDOWS = torch.randint(3, 4096, (48, 16), generator=torch.Generator().manual_seed(1))
 
 
-def windows(count: int) -> Tensor:
-    """Return one window several times: only the random directions differ."""
-    ids = torch.randint(
-        3, 4096, (1, LENGTH), generator=torch.Generator().manual_seed(1)
-    )
-    return ids.expand(count, -1).contiguous()
-
-
-@contextmanager
-def second_block(model: Path, ids: Tensor) -> Iterator[BlockState]:
-    """Yield a model's second block, with the hidden states that enter it."""
-    planned = make_plan(model, PruneOptions(solver="magnitude")).layout.blocks[1]
+def measured(model: Path, windows: Tensor = WINDOWS) -> dict[str, Tensor]:
+    """Return the importance of the rows of a model."""
+    blocks = make_plan(model, PruneOptions(solver="magnitude")).layout.blocks
     blockwise = BlockwiseModel.open(model, "cpu")
-    stream = Stream.start(blockwise, ids, 2**30)
-    with blockwise.block(0) as block:
-        stream.advance(block, 0)
-    with blockwise.block(1) as block:
-        yield BlockState(block, planned, Streams(stream))
+    run = ImportanceRun(blockwise, blocks, windows, 2**30, None, lambda *_: None)
+    return run.measure()
 
 
-def measured(model: Path, ids: Tensor, samples: int) -> dict[str, Tensor]:
-    """Return the importance of the rows of a model's second block."""
-    with second_block(model, ids) as state:
-        return measure_importance(state, ImportanceOptions(samples, 0))
+def divergences(model: Path, path: str) -> Tensor:
+    """Return the mean KL divergence that the same noise in each row of a module costs.
+
+    Noise of one row at a time, independent for each token, is added to the outputs of
+    the module, in a forward pass of the whole model by transformers.
+    """
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(3)
+    noise, row = torch.randn(WINDOWS.shape, generator=generator).double(), -1
+
+    def disturb(module: object, args: object, output: Tensor) -> Tensor:
+        changed = output.clone()
+        if row >= 0:
+            changed[..., row] += 0.01 * output.std() * noise.view_as(changed[..., row])
+        return changed
+
+    module = whole.get_submodule(path)
+    module.register_forward_hook(disturb)
+    with torch.no_grad():
+        before = whole(WINDOWS).logits.log_softmax(-1)
+        rows = whole(WINDOWS).logits.new_zeros(_rows(module))
+        for row in range(len(rows)):
+            after = whole(WINDOWS).logits.log_softmax(-1)
+            rows[row] = (before.exp() * (before - after)).sum(-1).mean()
+    return rows
 
 
-def exact(model: Path, ids: Tensor) -> dict[str, Tensor]:
-    """Return it by one backward pass for each entry of the block's outputs."""
-    outputs_of: dict[str, Tensor] = {}
-
-    def keep(name: str, output: Any) -> None:  # noqa: ANN401
-        outputs_of[name] = output if output.requires_grad else output.requires_grad_()
-
-    with second_block(model, ids[:1]) as state, torch.enable_grad():
-        for planned in state.planned.matrices:
-            module = state.block.get_submodule(planned.matrix.path)
-            module.register_forward_hook(
-                lambda module, args, output, name=planned.name: keep(name, output)
-            )
-        state.stream.hidden.requires_grad_(True)
-        outputs = state.stream.run(state.block, 1, slice(0, 1))[0]
-        entries = (outputs / outputs.detach().norm(dim=-1, keepdim=True)).flatten()
-        found = dict.fromkeys(outputs_of, torch.zeros(1))
-        for entry in entries:
-            gradients = torch.autograd.grad(
-                entry, list(outputs_of.values()), retain_graph=True
-            )
-            for name, gradient in zip(outputs_of, gradients, strict=True):
-                found[name] = found[name] + gradient.flatten(0, -2).square().sum(0)
-    return {name: squares / squares.mean() for name, squares in found.items()}
+def _rows(module: Any) -> int:
+    return getattr(module, "out_features", None) or module.nf  # of GPT-2's Conv1D
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_it_is_what_an_error_in_a_row_costs_the_block(row, pico):
-    """The estimate from many random directions, against the whole Jacobian."""
-    ids = windows(256)
-    found, expected = measured(pico(row), ids, 256), exact(pico(row), ids)
-    assert found.keys() == expected.keys()
-    for name, squares in expected.items():
-        assert float(found[name].mean()) == pytest.approx(1, abs=1e-4)
-        # An estimate of a row varies by sqrt(2 / 256) of it or less, and 1 % is added.
-        off = (found[name] / ((squares + 0.01) / 1.01) - 1).abs()
-        assert float(off.median()) < 0.1, name
-        assert float(off.max()) < 0.5, name
+# Row -> modules of different places in a block.
+MODULES = {
+    "opt": ("model.decoder.layers.0.self_attn.k_proj", "model.decoder.layers.1.fc1"),
+    "gpt2": ("transformer.h.1.attn.c_attn",),
+    "llama": (
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.mlp.gate_proj",
+    ),
+    "gptj": ("transformer.h.0.attn.v_proj",),
+}
 
 
-def test_only_so_many_windows_are_looked_at(pico):
-    ids = torch.randint(
-        3, 4096, (6, LENGTH), generator=torch.Generator().manual_seed(2)
-    )
-    some = measured(pico("llama"), ids, 2)
-    same = measured(pico("llama"), ids[:2], 8)
-    more = measured(pico("llama"), ids, 6)
-    for name, importance in some.items():
-        assert torch.equal(importance, same[name])
-        assert not torch.equal(importance, more[name])
-    assert importance_passes(2, 6) == 1
-    assert importance_passes(8, 6) == 3
+@pytest.mark.parametrize("row", MODULES)
+def test_it_is_what_an_error_in_a_row_costs_the_predictions(row, pico):
+    """Errors of the same size, one row at a time, in the whole model."""
+    found = measured(pico(row))
+    for path in MODULES[row]:
+        importance = found[f"{path}.weight"]
+        assert float(importance.mean()) == pytest.approx(1, abs=1e-4)
+        expected = divergences(pico(row), path)
+        expected = (expected / expected.mean() + 0.01) / 1.01
+        ratios = importance.double() / expected
+        assert float((ratios.log()).abs().median()) < 0.2, path
+        logs = torch.stack([importance.double().log(), expected.log()])
+        assert float(torch.corrcoef(logs)[0, 1]) > 0.8, path
 
 
-def test_experts_are_not_measured(pico):
-    assert measured(pico("mixtral"), windows(2), 2) == {}
+def test_only_so_many_windows_are_looked_at(pico, text, tmp_path, monkeypatch):
+    seen = []
+
+    def note(run: ImportanceRun) -> dict[str, Tensor]:
+        seen.append(len(run.windows))
+        return {}
+
+    monkeypatch.setattr(ImportanceRun, "measure", note)
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
+    for samples in (None, 3, 100):
+        halve.prune(
+            pico("opt"), tmp_path / f"{samples}", importance_samples=samples, **options
+        )
+    assert seen == [8, 3, 8]
+    assert importance_passes(2, 8) == 1
+    assert importance_passes(100, 8) == 4
+
+
+def test_experts_are_not_measured(pico, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImportanceRun, "measure", None)
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
+    halve.prune(pico("mixtral"), tmp_path / "out", **options)
 
 
 def test_a_block_without_gradients_is_refused_with_what_to_do(pico, text, tmp_path):
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("derivative for some kernel is not implemented")
+    real = Tensor.backward
+
+    def fail(tensor: Tensor, gradient: Tensor | None = None) -> None:
+        if gradient is not None:  # a block's, and not the predictions'
+            raise RuntimeError("derivative for some kernel is not implemented")
+        real(tensor)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "backward", fail)
         with pytest.raises(UnsupportedModelError, match="--importance-samples"):
             halve.prune(pico("opt"), tmp_path / "out", calibration=str(text), **OPTIONS)
+
+
+def test_a_resumed_run_measures_it_again_unless_nothing_is_left(
+    pico, text, tmp_path, monkeypatch
+):
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
+    halve.prune(pico("llama"), tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        halve.prune(pico("llama"), tmp_path / "out", progress=stop_at(18), **options)
+    assert (tmp_path / "out.partial/shard-00001.safetensors").exists()
+    halve.prune(pico("llama"), tmp_path / "out", **options)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 SOME = torch.linspace(0.1, 10, 48).roll(17)
@@ -181,7 +197,9 @@ ALIKE: dict[str, dict[str, Any]] = {
 def test_it_reaches_masks_for_which_rows_compete_and_no_others(
     row, pico, text, tmp_path
 ):
-    options = OPTIONS | {"calibration": str(text)} | ALIKE.get(row, {"solver": row})
+    options: dict[str, Any] = (
+        OPTIONS | {"calibration": str(text)} | ALIKE.get(row, {"solver": row})
+    )
     for name, samples in (("left out", None), ("0", 0)):
         halve.prune(pico("opt"), tmp_path / name, importance_samples=samples, **options)
     default, off = (tensors(tmp_path / name) for name in ("left out", "0"))

@@ -132,12 +132,12 @@ class PruneOptions(Options):
         int | None,
         Option(
             "Number of windows on which it is measured how much each row of a matrix "
-            "matters to its block's outputs; 0 to let all count alike.",
+            "matters to the model's predictions; 0 to let all count alike.",
             SOLVER,
             unset="8 for auto and admm, 0 for the others",
             minimum=0,
             details="Unstructured masks of admm keep more of the rows that matter. "
-            "Blocks with experts are not measured.",
+            "Reads the model twice more. Models with experts are not measured.",
         ),
     ] = None
     block_size: Annotated[

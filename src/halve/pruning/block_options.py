@@ -1,11 +1,12 @@
 """What is done to every block of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from halve.calibration_stats import Statistic
-from halve.pruning.observe.importance import ImportanceOptions
 from halve.pruning.select.selection import Candidate, OwnCandidates, combined_needs
 from halve.pruning.tune.block_reconstruction import TuneOptions
 from halve.solvers import Needs
@@ -32,7 +33,8 @@ class BlockOptions:
         own: Ways to prune matrices, in place of `candidates`, by name.
         deferred: Whether the widest inputs are spilled and summed later (`MemoryPlan`).
         skipped: Tensors of matrices that are left as they are.
-        importance: How the importance of rows is measured; None where all count alike.
+        importance: Name of a matrix -> importance of its rows (`importance`), [rows];
+            the rows of others count alike.
     """
 
     candidates: tuple[Candidate, ...]
@@ -46,7 +48,7 @@ class BlockOptions:
     own: OwnCandidates = field(default_factory=dict)
     deferred: bool = False
     skipped: frozenset[str] = frozenset()
-    importance: ImportanceOptions | None = None
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
     def candidates_of(self, tensor: str) -> tuple[Candidate, ...]:
         """Return the ways to prune a matrix."""

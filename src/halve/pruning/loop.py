@@ -18,6 +18,7 @@ from halve.pruning.allocate.exact_counts import check_total
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.commit_queue import CommitQueue
 from halve.pruning.decisions import Decisions, decide, drop_experts, own_candidates
+from halve.pruning.importance import ImportanceRun
 from halve.pruning.observe.block_state import BlockState, Streams
 from halve.pruning.prune_block import install, prune_block
 from halve.pruning.run import (
@@ -63,10 +64,11 @@ def _prune_what_is_left(
     """Prune a model whose experts are those that stay."""
     with reading_ahead(run) as ahead:
         decisions = decide(ahead, windows)
+        importance = _importance(ahead, windows)
         streams = None if windows is None else start_streams(ahead, windows)
         if run.output.workspace is not None:
             write_outside_blocks(run.plan, run.model, run.output.workspace)
-        _prune_all(ahead, streams, own_candidates(ahead, decisions))
+        _prune_all(ahead, streams, own_candidates(ahead, decisions), importance)
     if run.output.workspace is None:
         return (), decisions
     records = _records(run, run.output.workspace)
@@ -75,11 +77,33 @@ def _prune_what_is_left(
     return records, decisions
 
 
+def _importance(run: Run, windows: Tensor | None) -> dict[str, Tensor]:
+    """Return the importance of rows, unless they do not compete or nothing is left.
+
+    All ranks measure it, and take the result of rank 0, since processors differ in last
+    bits.
+    """
+    layout, samples = run.plan.layout, run.plan.options.row_samples
+    is_done = all(block.shard in run.output.done for block in layout.blocks)
+    if windows is None or not samples or layout.has_experts or is_done:
+        return {}
+    report, folder = run.progress.report, run.output.folder
+    importance = ImportanceRun(
+        run.model, layout.blocks, windows[:samples], run.budget, folder, report
+    ).measure()
+    for rows in importance.values():
+        run.output.ranks.broadcast_(rows)
+    return importance
+
+
 def _prune_all(
-    run: Run, streams: Streams | None, every: Iterable[OwnCandidates]
+    run: Run,
+    streams: Streams | None,
+    every: Iterable[OwnCandidates],
+    importance: dict[str, Tensor],
 ) -> None:
     """Prune or replay all blocks, each with what its matrices get."""
-    options = block_options(run)
+    options = replace(block_options(run), importance=importance)
     with CommitQueue(overlaps_files(run)) as commits:
         for planned, own in zip(run.plan.layout.blocks, every, strict=True):
             if planned.shard in run.output.done:

@@ -11,7 +11,6 @@ from halve.layout import PlannedBlock
 from halve.models import Place
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.observe.block_state import BlockState, Streams, weight_path
-from halve.pruning.observe.importance import measure_importance
 from halve.pruning.observe.output_error import OutputDeviation
 from halve.pruning.observe_block import observe_block
 from halve.pruning.select.selection import Selected
@@ -66,9 +65,6 @@ def prune_block(
     with model.block(planned.index) as block:
         state = BlockState(block, planned, streams)
         before = state.first_outputs()
-        if options.importance is not None:
-            options.report("weighing rows")
-            state.importance.update(measure_importance(state, options.importance))
         selected_by_name: dict[str, Selected] = {}
         for stage in observe_block(state, options):
             selected_by_name |= solve_stage(state, model, stage, options)

@@ -11,7 +11,6 @@ from halve.pruning.distributed.output import RankZeroOutput
 from halve.pruning.memory.forecast import forecast_run
 from halve.pruning.memory.limit import MemoryPlan
 from halve.pruning.observe.block_state import Streams
-from halve.pruning.observe.importance import ImportanceOptions
 from halve.pruning.plan import Plan
 from halve.pruning.progress import ProgressReporter
 from halve.pruning.rules import ruled_candidates, skipped_matrices
@@ -131,8 +130,6 @@ def block_options(run: Run) -> BlockOptions:
     """Return what is done alike to every block."""
     options = run.plan.options
     tuning = TuneOptions(options.epochs, options.seed) if options.refine else None
-    samples = options.row_samples
-    importance = ImportanceOptions(samples, options.seed) if samples else None
     return BlockOptions(
         candidates=candidates(options, run.plan.layout.dtype),
         damping=options.damping,
@@ -145,5 +142,4 @@ def block_options(run: Run) -> BlockOptions:
         deferred=run.memory_plan.deferred,
         own=ruled_candidates(run.plan.layout, options),
         skipped=skipped_matrices(run.plan.layout, options),
-        importance=importance,
     )

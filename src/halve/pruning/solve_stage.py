@@ -74,7 +74,7 @@ def _solve_group(
             continue
         with _naming_group(state, group_inputs.group):
             own = options.candidates_of(planned.name)
-            importance = state.importance.get(planned.name)
+            importance = options.importance.get(planned.name)
             candidates = CandidateSet(own, hessian, group_inputs.held_out, importance)
             skipped = planned.name in options.skipped
             drift = None if skipped else group_inputs.drift

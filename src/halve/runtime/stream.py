@@ -218,15 +218,25 @@ class Stream:
         """Run a block on the first sample alone; return its output, on the device."""
         return self.run(block, index, _FIRST)
 
-    def run(self, block: nn.Module, index: int, part: slice) -> Tensor:
+    def run(
+        self, block: nn.Module, index: int, part: slice, hidden: Tensor | None = None
+    ) -> Tensor:
         """Run a block on one batch of hidden states; return its output, on the device.
 
-        The output, samples first, is differentiable if gradients are enabled.
+        Args:
+            block: The block, with its weights.
+            index: Its index in the model.
+            part: The batch.
+            hidden: What enters the block, samples first; by default the stream's.
+
+        Returns:
+            Samples first; differentiable if gradients are enabled.
         """
         call = self._calls(part).calls[index]
         with self.computing():
-            hidden = self._load(part).movedim(0, self.axis)
-            return call.replay(block, hidden).movedim(self.axis, 0)
+            entering = self._load(part) if hidden is None else hidden
+            entering = entering.to(self.model.device).movedim(0, self.axis)
+            return call.replay(block, entering).movedim(self.axis, 0)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -337,12 +347,48 @@ class Stream:
             for part in self._slices(_logits_batch(self, size)):
                 yield part, self._logits(part)
 
-    def _logits(self, part: slice) -> Tensor:
+    def prediction_gradient(self, seed: int = 0) -> Tensor:
+        """Return the gradient of log p(y) by what leaves the last block.
+
+        The tokens y are drawn from the model's own predictions p, one for each
+        position, so that squares of gradients estimate the Fisher information.
+
+        Args:
+            seed: Of the draws.
+
+        Returns:
+            In the shape of `hidden`, float32, on its device.
+        """
+        gradient = torch.empty_like(self.hidden)
+        size = self.model.meta_model.config.get_text_config().vocab_size
+        with self.model.surroundings(with_head=True), torch.enable_grad():
+            for part in self._slices(_logits_batch(self, size)):
+                hidden = self.hidden[part].to(self.model.device).requires_grad_()
+                scores = self._logits(part, hidden).log_softmax(-1)
+                drawn = _draw(scores.detach(), seed + part.start)
+                scores.gather(-1, drawn.unsqueeze(-1)).sum().backward()
+                assert hidden.grad is not None, "predictions depend on hidden states"
+                gradient[part] = hidden.grad
+        return gradient
+
+    def _logits(self, part: slice, hidden: Tensor | None = None) -> Tensor:
         ids = self.windows[part].to(self.model.device)
-        hidden = self.hidden[part].to(self.model.device).movedim(0, self.axis)
+        hidden = self.hidden[part] if hidden is None else hidden
+        hidden = hidden.to(self.model.device).movedim(0, self.axis)
         captured = next(iter(self.captured.values()))
         with FastMatmul(), self.model.running():
             return run_tail(self.model.meta_model, ids, hidden, captured)
+
+
+def _draw(scores: Tensor, seed: int) -> Tensor:
+    """Draw a token for each position, given log probabilities [..., vocabulary].
+
+    Draws are made on the CPU, where they are the same for every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(scores.shape[:-1], generator=generator).to(scores.device)
+    below = scores.float().exp().cumsum(-1) < uniform.unsqueeze(-1)
+    return below.sum(-1).clamp(max=scores.shape[-1] - 1)
 
 
 def _sample_axis(model: BlockwiseModel, ids: Tensor, states: Tensor) -> int:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from halve.calibration import default_activation_memory
 from halve.calibration_stats import CrossGram, GramMatrix
 from halve.layout import PlannedBlock, PlannedMatrix
+from halve.pruning.importance import importance_passes
 from halve.pruning.memory.phases import Phase, Workload, all_phases, host_phases
 from halve.pruning.memory.solving import solving_operations
 from halve.pruning.memory.text import text_phase
 from halve.pruning.observe.activation_cache import ActivationCache
-from halve.pruning.observe.importance import importance_passes
 from halve.pruning.observe.input_groups import (
     RoutedGroup,
     expected_groups,
@@ -241,7 +241,7 @@ def _token_operations(work: Workload, block: PlannedBlock) -> int:
         return 0
     passes = _PASSES + _PASSES_TO_CORRECT * work.corrects
     passes += options.refine * tuning_passes(options.epochs)
-    if not block.experts:
+    if not work.plan.layout.has_experts:
         passes += importance_passes(options.row_samples, options.samples)
     forward = _forward_operations(work, block)
     groups = expected_groups(block).items()

@@ -15,10 +15,10 @@ from operator import or_
 from halve.calibration_stats import MAX_TILE, CrossGram, GramMatrix, adding_nbytes
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.numerics.matmul import HALF_DTYPES, widening_nbytes
+from halve.pruning.importance import importance_nbytes
 from halve.pruning.memory.solving import solving_cost
 from halve.pruning.observe.activation_cache import ActivationCache, is_wide
 from halve.pruning.observe.held_out import HeldOut
-from halve.pruning.observe.importance import importance_nbytes
 from halve.pruning.observe.input_groups import (
     MAX_GROUPS_PER_STAGE,
     RoutedGroup,
@@ -160,10 +160,9 @@ def all_phases(work: Workload) -> Iterator[Phase]:
     """Yield the phases of a run in turn, block after block."""
     yield Phase("embedding", {"embeddings": _outside_nbytes(work.plan)})
     yield from _choosing_experts(work)
+    yield from _weighing_rows(work)
     for block in work.blocks:
         yield from _reading(work, block)
-        if work.plan.options.row_samples and not block.experts:
-            yield _weighing_rows(work, block)
         yield _collecting(work, block)
         for columns in sorted(work.deferred_groups(block)):
             yield _summing(work, block, columns)
@@ -258,11 +257,15 @@ def _collecting(work: Workload, block: PlannedBlock) -> Phase:
     )
 
 
-def _weighing_rows(work: Workload, block: PlannedBlock) -> Phase:
-    """Return the phase in which the importance of rows is measured."""
-    narrow = sum(_narrow_elements(work.plan, m) for m in block.matrices)
-    parts = importance_nbytes(narrow, _batch_nbytes(work, block))
-    return Phase("weighing rows", {"weights": _weights_nbytes(work, block), **parts})
+def _weighing_rows(work: Workload) -> Iterator[Phase]:
+    """Yield the phases in which the importance of rows is measured."""
+    options = work.plan.options
+    if not options.row_samples or work.plan.layout.has_experts or not work.runs_text:
+        return
+    for block in work.blocks:
+        narrow = sum(_narrow_elements(work.plan, m) for m in block.matrices)
+        parts = importance_nbytes(narrow, _batch_nbytes(work, block))
+        yield Phase("weighing rows", {"weights": _weights_nbytes(work, block), **parts})
 
 
 def _summing(work: Workload, block: PlannedBlock, columns: int) -> Phase:

@@ -45,8 +45,6 @@ class BlockState:
             the parameter's layout, to its quantization grid.
         expert_tokens: Path of each module of experts -> tokens that each expert was
             fitted to.
-        importance: Name of a matrix -> importance of its rows (`importance`), if it was
-            measured.
     """
 
     block: nn.Module
@@ -56,7 +54,6 @@ class BlockState:
     solved: dict[str, bool] = field(default_factory=dict)
     quant_params: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    importance: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def stream(self) -> Stream:
