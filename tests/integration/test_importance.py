@@ -212,6 +212,9 @@ def test_it_reaches_masks_for_which_rows_compete_and_no_others(
 
 def test_a_rule_may_be_what_rows_compete_for():
     assert PruneOptions(sparsity="2:4").row_samples == 0
-    assert PruneOptions(sparsity="2:4", rules=("fc1=70%",)).row_samples == 8
+    assert (
+        PruneOptions(sparsity="2:4", rules=("fc1=70%",), seq_len=512).row_samples == 8
+    )
     assert PruneOptions(sparsity="2:4", rules=("fc1=1:4",)).row_samples == 0
-    assert PruneOptions(target_bits=3.0).row_samples == 8
+    assert PruneOptions(target_bits=3.0, seq_len=2048).row_samples == 2
+    assert PruneOptions(target_bits=3.0, seq_len=5000).row_samples == 1

@@ -41,8 +41,8 @@ _HELD_OUT = 16
 # Blocks of fewer bits have an int4 head by default, others an int8 one: so it loses
 # less than they do (docs/log.md).
 _FINE_HEAD = 3.5
-# Windows on which the importance of rows is measured: on 64 their order is the same.
-_ROW_SAMPLES = 8
+# Tokens on which the importance of rows is measured.
+_ROW_TOKENS = 4096
 # Packed codes come in groups of a multiple of this, which the kernels need.
 _GROUP_MULTIPLE = 32
 
@@ -134,7 +134,7 @@ class PruneOptions(Options):
             "Number of windows on which it is measured how much each row of a matrix "
             "matters to the model's predictions; 0 to let all count alike.",
             SOLVER,
-            unset="8 for auto and admm, 0 for the others",
+            unset="as many as have 4096 tokens for auto and admm, 0 for the others",
             minimum=0,
             details="Unstructured masks of admm keep more of the rows that matter. "
             "Reads the model twice more. Models with experts are not measured.",
@@ -383,7 +383,7 @@ class PruneOptions(Options):
         if not self._weighs_rows:
             return 0
         if self.importance_samples is None:
-            return _ROW_SAMPLES
+            return max(_ROW_TOKENS // (self.seq_len or _ROW_TOKENS), 1)
         return self.importance_samples
 
     @property

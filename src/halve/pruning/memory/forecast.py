@@ -45,6 +45,9 @@ _PASSES_TO_CORRECT = 1.25
 _PASSES_TO_CHOOSE = 2
 
 
+Activations = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Forecast:
     """Memory and disk of a run.
@@ -67,7 +70,7 @@ class Forecast:
     """
 
     process: int
-    activations: tuple[tuple[int, int], ...]
+    activations: Activations
     budget: int
     deferred: int
     spilled: int
@@ -81,13 +84,23 @@ class Forecast:
     @property
     def resident(self) -> int:
         """Bytes of activations in memory."""
-        return sum(n for n, parts in self.activations if n <= self.budget // parts)
+        return self._resident(self.activations)
 
     @property
     def mapped(self) -> int:
-        """Bytes of activations and weights in memory-mapped files."""
-        activations = sum(n for n, _ in self.activations) - self.resident
-        return activations + self.deferred + self.spilled
+        """Bytes of activations and weights in memory-mapped files, at most."""
+        own = [phase.activations for phase in self.phases if phase.activations]
+        return max(
+            self._mapped(self.activations) + self.deferred + self.spilled,
+            *map(self._mapped, own),
+            0,
+        )
+
+    def _resident(self, activations: Activations) -> int:
+        return sum(n for n, parts in activations if n <= self.budget // parts)
+
+    def _mapped(self, activations: Activations) -> int:
+        return sum(n for n, _ in activations) - self._resident(activations)
 
     @property
     def largest(self) -> Phase:
@@ -104,6 +117,8 @@ class Forecast:
 
         Text is read before there are hidden states.
         """
+        if phase.activations is not None:
+            return phase.bytes + self._resident(phase.activations)
         return phase.bytes + self.resident * phase.has_activations
 
     @property

@@ -49,11 +49,14 @@ class Phase:
         name: Name of the phase.
         parts: Use of the memory -> bytes.
         has_activations: Whether hidden states and cached inputs are in memory as well.
+        activations: Those of the phase, where it has others than the rest of the run;
+            see `Forecast.activations`.
     """
 
     name: str
     parts: dict[str, int]
     has_activations: bool = True
+    activations: tuple[tuple[int, int], ...] | None = None
 
     @property
     def bytes(self) -> int:
@@ -262,10 +265,15 @@ def _weighing_rows(work: Workload) -> Iterator[Phase]:
     options = work.plan.options
     if not options.row_samples or work.plan.layout.has_experts or not work.runs_text:
         return
+    plan, parts = work.plan, work.plan.activation_parts
+    tokens = min(options.row_samples, options.samples) * (options.seq_len or 0)
+    nbytes, depth = Stream.nbytes(tokens, plan.width), len(work.blocks)
+    kept = ((nbytes, parts), *((nbytes, parts * depth) for _ in work.blocks))
     for block in work.blocks:
-        narrow = sum(_narrow_elements(work.plan, m) for m in block.matrices)
-        parts = importance_nbytes(narrow, _batch_nbytes(work, block))
-        yield Phase("weighing rows", {"weights": _weights_nbytes(work, block), **parts})
+        narrow = sum(_narrow_elements(plan, m) for m in block.matrices)
+        uses = importance_nbytes(narrow, _batch_nbytes(work, block))
+        uses |= {"weights": _weights_nbytes(work, block), "gradients": nbytes}
+        yield Phase("weighing rows", uses, activations=kept)
 
 
 def _summing(work: Workload, block: PlannedBlock, columns: int) -> Phase:
