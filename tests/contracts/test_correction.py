@@ -94,7 +94,8 @@ def test_held_out_error_is_the_error():
         held.add(part, other)
     wanted = dense.double() @ problem.weight.double().T
     lost = wanted - problem.inputs.double() @ solution.double().T
-    expected = float(lost.square().sum() / wanted.square().sum())
+    by_token = lost.square().sum(1) / wanted.square().sum(1)
+    expected = float(by_token.mean())
     assert held.errors(problem.weight, [solution]) == pytest.approx(
         [expected], rel=1e-4
     )

@@ -29,9 +29,9 @@ class MatrixRecord:
         damping: Added to the diagonal of the Gram matrix, as a fraction of the mean
             diagonal; None where the solver adds none.
         solver: Name of the solver whose solution was selected.
-        held_out: Relative squared output error ||X_dense W^T - X Z^T||^2 /
-            ||X_dense W^T||^2 on held-out samples, which no solver has seen; None where
-            no samples were held out.
+        held_out: Mean over held-out tokens t of ||Y_t - Y'_t||^2 / ||Y_t||^2, where
+            Y = X_dense W^T and Y' = X Z^T, squares of rows multiplied by their
+            importance; None where nothing was held out.
         runner_up: `held_out` of the second-best candidate; None where there was one
             candidate only.
         grid: Bits, group size, symmetry and scale precision of the quantization grid

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from halve.distributed import Ranks
 from halve.numerics.matmul import linear
+from halve.pruning.observe.output_error import relative_squares
 
 # Tokens of held-out inputs that are stored for each group, about; more of them hardly
 # change which candidate is selected.
@@ -53,7 +54,11 @@ class HeldOut:
         solutions: Sequence[Tensor],
         importance: Tensor | None = None,
     ) -> list[float]:
-        """Return ||X_dense W^T - X Z^T||^2 / ||X_dense W^T||^2 of each solution Z.
+        """Return how far the outputs of each solution Z are off, by token.
+
+        With Y = X_dense W^T and Y' = X Z^T that is the mean over tokens t of
+        ||Y_t - Y'_t||^2 / ||Y_t||^2, so that a token which is far larger than the rest
+        does not decide alone.
 
         Args:
             weight: The dense matrix W, [rows, columns].
@@ -62,15 +67,15 @@ class HeldOut:
                 numerator and denominator, [rows]; None for 1.
 
         Returns:
-            Errors in the order of the solutions. Where the denominator is 0: 0 for a
-            solution that gives zeros too, else 1.
+            Errors in the order of the solutions. Where all Y are 0: 0 for a solution
+            that gives zeros too, else 1.
         """
-        numerators, denominator = [0.0] * len(solutions), 0.0
-        factors = 1 if importance is None else importance
+        totals, tokens, size = [0.0] * len(solutions), 0, 0.0
+        factors = 1 if importance is None else importance.sqrt()
         for inputs, dense in self.pairs:
-            targets = linear(dense, weight)  # X_dense W^T, [tokens, rows]
-            denominator += float((targets.square() * factors).sum())
+            targets = linear(dense, weight) * factors  # Y, [tokens, rows]
+            tokens, size = tokens + len(targets), size + float(targets.square().sum())
             for index, solution in enumerate(solutions):
-                difference = targets - linear(inputs, solution)
-                numerators[index] += float((difference.square() * factors).sum())
-        return [n / denominator if denominator else float(n > 0) for n in numerators]
+                outputs = linear(inputs, solution) * factors
+                totals[index] += float(relative_squares(outputs, targets).sum())
+        return [total / tokens if size else float(total > 0) for total in totals]

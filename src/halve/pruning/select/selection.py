@@ -46,8 +46,8 @@ class Selected:
     Attributes:
         solution: The solution.
         candidate: Where it comes from.
-        held_out: Its error on held-out inputs, relative to the dense outputs; None
-            where no inputs are held out.
+        held_out: Its error on held-out inputs (`HeldOut.errors`); None where no inputs
+            are held out.
         runner_up: That of the next best; None where there was no other.
     """
 
