@@ -131,6 +131,25 @@ def test_the_table_of_bench_fits_a_terminal(terminal):
     assert sum("avx512bf16" in line for line in lines) == 1
 
 
+def test_the_table_of_blocks_fits_a_terminal(terminal, pico, text, tmp_path):
+    """What all blocks have in common is said above it, and not in each line."""
+    options = {"samples": 4, "seq_len": 32, "calibration": str(text)}
+    halve.prune(pico("gpt2"), tmp_path / "half", quantize="int4", **options)
+    halve.prune(pico("gpt2"), tmp_path / "some", rules=(r"h\.0=2:4",), **options)
+    for name, common in (("half", "dense int4 g128"), ("some", "stored: dense")):
+        streams = terminal()
+        with pytest.raises(SystemExit):
+            app(["inspect", str(tmp_path / name)])
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", streams.out.getvalue())
+        lines = shown.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert common in " ".join(shown.split())
+        blocks = [line for line in lines if "transformer.h." in line]
+        assert len(blocks) == 2
+        assert not any("stored" in line or "dense" in line for line in blocks)
+        assert ("2:4" in blocks[0]) == (name == "some")
+
+
 def test_the_table_of_bench_is_markdown_elsewhere(capsys):
     print_bench(RECORD, None)
     piped = capsys.readouterr().out

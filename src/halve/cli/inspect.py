@@ -23,6 +23,8 @@ EXAMPLES = """
 `halve inspect facebook/opt-125m --json`
 """
 
+# Columns of the table of blocks that are left out where all blocks are alike.
+_OFTEN_ALIKE = ("matrices", "pattern", "stored", "packed")
 # The names of a block and of a matrix within it, in the name of a tensor.
 _IN_BLOCK = re.compile(r"(.*?\.\d+|\d+)\.(.+?)(?:\.weight)?")
 
@@ -66,7 +68,27 @@ def _print_blocks(matrices: Sequence["MatrixInspection"], every: bool) -> None:
             rows += [(block,), *(_matrix_row(*of_name) for of_name in _named(members))]
         else:
             rows.append(_block_row(block, members))
-    print_table(f"Stored in {_joined(m.dtype for m in matrices)}", columns, rows)
+    title = f"Stored in {_joined(m.dtype for m in matrices)}"
+    if not every:
+        alike = _take_alike(columns, rows)
+        title += "".join(f"; {name}: {value}" for name, value in alike.items())
+    print_table(title, columns, rows)
+
+
+def _take_alike(columns: list[str], rows: list[tuple[str, ...]]) -> dict[str, str]:
+    """Remove the columns that say the same of every block; return what they say.
+
+    What is left fits into 80 characters. A dash need not be said.
+    """
+    alike = {
+        column: values[0]
+        for column, values in zip(columns, zip(*rows, strict=True), strict=True)
+        if column in _OFTEN_ALIKE and len(set(values)) == 1
+    }
+    kept = [i for i, column in enumerate(columns) if column not in alike]
+    columns[:] = [columns[i] for i in kept]
+    rows[:] = [tuple(row[i] for i in kept) for row in rows]
+    return {column: value for column, value in alike.items() if value != "-"}
 
 
 def _split(tensor: str) -> tuple[str, str]:
