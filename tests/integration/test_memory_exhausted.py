@@ -33,10 +33,10 @@ def exhausted_by(patch, samples: int, first_block: int = 0) -> None:
     """Raise OutOfMemoryError for batches of more than so many samples."""
     real = Stream.run
 
-    def run(stream, block, index, part):
+    def run(stream, block, index, part, hidden=None):
         if part.stop - part.start > samples and index >= first_block:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(stream, block, index, part)
+        return real(stream, block, index, part, hidden)
 
     patch.setattr(Stream, "run", run)
 

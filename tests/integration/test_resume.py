@@ -143,7 +143,8 @@ def test_a_truncated_ledger_costs_one_shard_at_most(
     assert digests(out) == undisturbed
 
 
-@pytest.mark.parametrize("stop", [1, 6])
+# Of two blocks, each runs dense and has its rows weighed before anything is written.
+@pytest.mark.parametrize("stop", [5, 10])
 @pytest.mark.parametrize("cut", [1, 20])
 def test_a_truncated_ledger_is_resumed_twice(
     cut, stop, pico, text, tmp_path, undisturbed
@@ -157,7 +158,7 @@ def test_a_truncated_ledger_is_resumed_twice(
     options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
     ledger = out.with_name("out.partial") / "ledger.jsonl"
     with pytest.raises(Stopped):
-        halve.prune(pico("llama"), out, progress=stop_at(6), **options)
+        halve.prune(pico("llama"), out, progress=stop_at(10), **options)
     before = ledger.read_bytes()
     ledger.write_bytes(before[:-cut])
     with pytest.raises(Stopped):
