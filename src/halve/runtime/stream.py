@@ -35,6 +35,9 @@ class _Called(Exception):  # noqa: N818  (control flow, no error)
 _FIRST = slice(0, 1)
 # Logits in one batch: 256 MiB of float32.
 _BATCH_LOGITS = 2**26
+# Tokens whose logits are in memory at a time while gradients are computed, and numbers
+# for each logit: itself, its logarithm, their gradients, and what tokens are drawn by.
+GRADIENT_TOKENS, GRADIENT_COPIES = 256, 5
 
 
 @dataclass
@@ -360,35 +363,59 @@ class Stream:
             In the shape of `hidden`, float32, on its device.
         """
         gradient = torch.empty_like(self.hidden)
-        size = self.model.meta_model.config.get_text_config().vocab_size
         with self.model.surroundings(with_head=True), torch.enable_grad():
-            for part in self._slices(_logits_batch(self, size)):
-                hidden = self.hidden[part].to(self.model.device).requires_grad_()
-                scores = self._logits(part, hidden).log_softmax(-1)
-                drawn = _draw(scores.detach(), seed + part.start)
-                scores.gather(-1, drawn.unsqueeze(-1)).sum().backward()
-                assert hidden.grad is not None, "predictions depend on hidden states"
-                gradient[part] = hidden.grad
+            for sample, ids in enumerate(self.windows):
+                generator = torch.Generator().manual_seed(seed + sample)
+                uniform = torch.rand(ids.shape, generator=generator)
+                for tokens in self._token_slices():
+                    place = (slice(sample, sample + 1), *tokens)
+                    part = (ids[tokens].unsqueeze(0), self.hidden[place])
+                    drawn = uniform[tokens].unsqueeze(0)
+                    gradient[place] = self._gradient_of_draws(*part, drawn)
         return gradient
 
-    def _logits(self, part: slice, hidden: Tensor | None = None) -> Tensor:
-        ids = self.windows[part].to(self.model.device)
-        hidden = self.hidden[part] if hidden is None else hidden
+    def _token_slices(self) -> Iterator[tuple[slice, ...]]:
+        """Yield parts of a window whose logits are in memory at a time.
+
+        What follows the blocks treats each token alone. Where hidden states have other
+        dimensions than samples, tokens and width, all of a window are one part.
+        """
+        length = self.windows.shape[1]
+        if self.hidden.shape[1:-1] != (length,):
+            yield ()
+            return
+        for start in range(0, length, GRADIENT_TOKENS):
+            yield (slice(start, start + GRADIENT_TOKENS),)
+
+    def _gradient_of_draws(
+        self, ids: Tensor, hidden: Tensor, uniform: Tensor
+    ) -> Tensor:
+        """Return the gradient by hidden states of log p of tokens drawn from p.
+
+        Args:
+            ids: [1, tokens].
+            hidden: What leaves the last block, samples first.
+            uniform: Numbers from 0 to 1, by which tokens are drawn, [1, tokens].
+        """
+        hidden = hidden.to(self.model.device).requires_grad_()
+        scores = self._tail(ids, hidden).float().log_softmax(-1)
+        # Drawn on the CPU, so that every device draws the same.
+        below = scores.detach().exp().cumsum(-1) < uniform.to(scores.device)[..., None]
+        drawn = below.sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+        scores.gather(-1, drawn).sum().backward()
+        assert hidden.grad is not None, "predictions depend on hidden states"
+        return hidden.grad
+
+    def _logits(self, part: slice) -> Tensor:
+        return self._tail(self.windows[part], self.hidden[part])
+
+    def _tail(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits of tokens, given what leaves the last block for them."""
         hidden = hidden.to(self.model.device).movedim(0, self.axis)
         captured = next(iter(self.captured.values()))
         with FastMatmul(), self.model.running():
+            ids = ids.to(self.model.device)
             return run_tail(self.model.meta_model, ids, hidden, captured)
-
-
-def _draw(scores: Tensor, seed: int) -> Tensor:
-    """Draw a token for each position, given log probabilities [..., vocabulary].
-
-    Draws are made on the CPU, where they are the same for every device.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(scores.shape[:-1], generator=generator).to(scores.device)
-    below = scores.float().exp().cumsum(-1) < uniform.unsqueeze(-1)
-    return below.sum(-1).clamp(max=scores.shape[-1] - 1)
 
 
 def _sample_axis(model: BlockwiseModel, ids: Tensor, states: Tensor) -> int:

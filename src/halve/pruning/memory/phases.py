@@ -13,6 +13,7 @@ from math import prod
 from operator import or_
 
 from halve.calibration_stats import MAX_TILE, CrossGram, GramMatrix, adding_nbytes
+from halve.checkpoint import TensorInfo
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.numerics.matmul import HALF_DTYPES, widening_nbytes
 from halve.pruning.importance import importance_nbytes
@@ -33,7 +34,7 @@ from halve.runtime.blockwise_model import (
     loaded_dtype,
     windows_per_batch,
 )
-from halve.runtime.stream import Stream
+from halve.runtime.stream import GRADIENT_COPIES, GRADIENT_TOKENS, Stream
 from halve.solvers import Needs, Solver
 from halve.solvers.hessian import all_needs
 
@@ -269,6 +270,17 @@ def _weighing_rows(work: Workload) -> Iterator[Phase]:
     tokens = min(options.row_samples, options.samples) * (options.seq_len or 0)
     nbytes, depth = Stream.nbytes(tokens, plan.width), len(work.blocks)
     kept = ((nbytes, parts), *((nbytes, parts * depth) for _ in work.blocks))
+    yield Phase(
+        "predicting",
+        {
+            "embeddings": sum(info.nbytes for info in _outside_blocks(plan)),
+            # Of the head, which autograd keeps.
+            "float32 copies": 4 * plan.vocabulary * plan.width,
+            "logits": 4 * GRADIENT_COPIES * GRADIENT_TOKENS * plan.vocabulary,
+            "gradients": nbytes,
+        },
+        activations=kept,
+    )
     for block in work.blocks:
         narrow = sum(_narrow_elements(plan, m) for m in block.matrices)
         uses = importance_nbytes(narrow, _batch_nbytes(work, block))
@@ -418,27 +430,28 @@ def _stage_nbytes(
     return min(expected_groups(block)[columns], MAX_GROUPS_PER_STAGE) * group
 
 
+def _outside_blocks(plan: Plan) -> Iterator[TensorInfo]:
+    """Yield the headers of the tensors outside the blocks."""
+    block_shards = {block.shard for block in plan.layout.blocks}
+    for shard, names in plan.layout.shards.items():
+        if shard not in block_shards:
+            yield from (plan.layout.tensors[name] for name in names)
+
+
 def _outside_nbytes(plan: Plan) -> int:
     """Return the bytes of the largest tensor outside the blocks.
 
     It is in memory as it is stored and, if it is computed with, in float32 as well; if
     it is quantized, as codes, which take half of it at most.
     """
-    layout = plan.layout
-    block_shards = {block.shard for block in layout.blocks}
-    heads = layout.heads if plan.options.head_grid else ()
-    outside = (
-        name
-        for shard, names in layout.shards.items()
-        if shard not in block_shards
-        for name in names
-    )
+    unread = plan.layout.unread
+    heads = plan.layout.heads if plan.options.head_grid else ()
     return max(
         (
-            layout.tensors[name].nbytes
-            + (name not in layout.unread) * 4 * _elements(plan, [name])
-            + (name in heads) * layout.tensors[name].nbytes // 2
-            for name in outside
+            info.nbytes
+            + (info.name not in unread) * 4 * info.elements
+            + (info.name in heads) * info.nbytes // 2
+            for info in _outside_blocks(plan)
         ),
         default=0,
     )
