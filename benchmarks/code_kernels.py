@@ -44,10 +44,11 @@ def make_layer(name: str, rows: int, columns: int) -> QuantizedLinear:
     """Return a layer of random codes."""
     bits, midrise, zeros = ROWS[name]
     scheme = QuantScheme(bits, GROUP, midrise=midrise).exact_in(torch.bfloat16)
-    weight = torch.randn(rows, columns)
-    weight.masked_fill_(torch.rand(weight.shape) < zeros, 0)
-    params = fit_quant_params(scheme, weight)
-    kept = params.fake_quantize(weight).masked_fill_(weight == 0, 0)
+    weight, pruned = torch.randn(rows, columns), torch.rand(rows, columns) < zeros
+    params = fit_quant_params(scheme, weight.masked_fill_(pruned, 0))
+    # A normal variable is exactly 0 now and then. Kept as a zero, it would take a mask for
+    # the whole matrix where the grid has no zero, so only pruned weights are zeros.
+    kept = params.fake_quantize(weight).masked_fill_(pruned, 0)
     packed = pack(kept.bfloat16(), params)
     assert packed is not None, "the values are on the grid"
     return QuantizedLinear(packed)

@@ -83,13 +83,16 @@ def _importance(run: Run, windows: Tensor | None) -> dict[str, Tensor]:
     All ranks measure it, and take the result of rank 0, since processors differ in last
     bits.
     """
-    layout, samples = run.plan.layout, run.plan.options.row_samples
+    options, layout = run.plan.options, run.plan.layout
+    samples = options.row_samples
     is_done = all(block.shard in run.output.done for block in layout.blocks)
     if windows is None or not samples or layout.has_experts or is_done:
         return {}
+    # The last windows are held out: nothing is fitted to them.
+    fitted = windows[: min(samples, len(windows) - options.held_out)]
     report, folder = run.progress.report, run.output.folder
     importance = ImportanceRun(
-        run.model, layout.blocks, windows[:samples], run.budget, folder, report
+        run.model, layout.blocks, fitted, run.budget, folder, report
     ).measure()
     for rows in importance.values():
         run.output.ranks.broadcast_(rows)
