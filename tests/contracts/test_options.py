@@ -101,7 +101,7 @@ def test_unknown_keywords_are_refused(name):
 
 def test_keywords_override_the_fields_of_an_object(monkeypatch):
     given = []
-    monkeypatch.setattr("halve.api.prune_model", lambda *a: given.extend(a[2:]))
+    monkeypatch.setattr("halve.api.pruning.prune_model", lambda *a: given.extend(a[2:]))
     base = PruneOptions(sparsity="60%", seed=1)
     halve.prune("model", "out", options=base, seed=2, memory=3)
     assert given == [PruneOptions(sparsity="60%", seed=2), RunOptions(memory=3)]

@@ -68,7 +68,7 @@ def measured(pruned, dense, text, results, tmp_path_factory):
     out = shutil.copytree(pruned, tmp_path_factory.mktemp("measured") / "out")
     with pytest.MonkeyPatch.context() as patch:
         # `bench` has tests of its own, and takes half a minute.
-        patch.setattr("halve.api.bench", lambda *_, **__: BENCH)
+        patch.setattr("halve.api.reporting.bench", lambda *_, **__: BENCH)
         page = halve.report(
             out,
             measure=True,
@@ -275,7 +275,7 @@ def test_a_page_that_cannot_be_written(out):
 
 
 def test_an_unknown_dense_model_is_asked_for(out, monkeypatch):
-    monkeypatch.setattr("halve.api.dense_name", lambda _: "")
+    monkeypatch.setattr("halve.api.reporting.dense_name", lambda _: "")
     with pytest.raises(HalveError, match="--against"):
         halve.report(out, measure=True)
 
