@@ -12,7 +12,8 @@ from halve.options.evaluation import EvalKeywords, EvalOptions
 from halve.options.generate import GenerateKeywords, GenerateOptions
 from halve.options.pack import PackOptions
 from halve.options.presets import PRESETS, preset_options
-from halve.options.prune import PruneKeywords, PruneOptions
+from halve.options.prune import PruneOptions
+from halve.options.prune_fields import PruneKeywords
 from halve.options.recover import RecoverKeywords, RecoverOptions
 from halve.options.report import ReportKeywords, ReportOptions
 from halve.options.run import RunKeywords, RunOptions
