@@ -12,6 +12,7 @@ import halve
 from halve.options import PruneOptions
 from halve.pruning.plan import make_plan
 from halve.runtime.blockwise_model import BlockwiseModel
+from halve.runtime.predictions import all_logits
 from halve.runtime.stream import Stream
 from tests.tables import FAMILIES, SOLVERS
 
@@ -34,7 +35,7 @@ def test_logits_of_the_blockwise_model_equal_transformers(row, dtype, pico):
     for index in range(model.depth):
         with model.block(index) as block:
             stream.advance(block, index)
-    blockwise = torch.cat([logits for _, logits in stream.logits()])
+    blockwise = torch.cat([logits for _, logits in all_logits(stream)])
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = whole(ids, use_cache=False).logits

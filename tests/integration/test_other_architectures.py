@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import halve
 from halve.runtime.blockwise_model import BlockwiseModel
+from halve.runtime.predictions import all_logits
 from halve.runtime.stream import Stream
 from tests.tables import BUNDLED, VOCABULARY
 
@@ -106,7 +107,7 @@ def test_logits_block_by_block_are_those_of_transformers(kind, saved):
         with model.block(index) as block:
             stream.advance(block, index)
     assert len(stream.hidden) == len(ids)
-    blockwise = torch.cat([logits for _, logits in stream.logits()])
+    blockwise = torch.cat([logits for _, logits in all_logits(stream)])
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = whole(ids, use_cache=False).logits

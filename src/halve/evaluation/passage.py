@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +13,8 @@ from halve.evaluation.perplexity import MODEL, REFERENCE, open_pair, run_blocks
 from halve.models import load_config, longest_sequence
 from halve.options import EvalOptions
 from halve.records import PassageToken
+from halve.runtime.predictions import all_logits
+from halve.runtime.stream import Stream
 
 # Tokens of the passage, and of the beginning of each later part that is a prompt.
 _PASSAGE, _PROMPT = 192, 24
@@ -80,9 +81,9 @@ def _short(model: str | Path, options: EvalOptions) -> EvalOptions:
     return replace(options, seq_len=length, segments=1 + _PROMPTS)
 
 
-def _logits(stream: Any) -> Tensor:  # noqa: ANN401
+def _logits(stream: Stream) -> Tensor:
     """Return the logits of the only segment of a stream, [1, length, vocabulary]."""
-    [(_, logits)] = stream.logits()
+    [(_, logits)] = all_logits(stream)
     return logits.cpu()
 
 

@@ -35,6 +35,7 @@ from halve.options import EvalOptions
 from halve.records import ComparisonRecord, PerplexityRecord, Progress
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.oom_backoff import with_smaller_batches
+from halve.runtime.predictions import all_logits
 from halve.runtime.stream import Stream
 
 # Phases of progress: which of two models is run.
@@ -49,7 +50,7 @@ def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
     segments = _segments(opened, options)
 
     def measure(opened: BlockwiseModel) -> Tensor:
-        batches = run_blocks(opened, segments.ids, options, MODEL).logits()
+        batches = all_logits(run_blocks(opened, segments.ids, options, MODEL))
         return torch.cat(
             [_losses(logits, segments.part(part)) for part, logits in batches]
         )
@@ -110,7 +111,7 @@ def _paired_logits(
     first: Stream, second: Stream
 ) -> Iterator[tuple[tuple[slice, Tensor], tuple[slice, Tensor]]]:
     """Yield the logits of both models, batch by batch; the batches are the same."""
-    return zip(first.logits(), second.logits(), strict=True)
+    return zip(all_logits(first), all_logits(second), strict=True)
 
 
 @dataclass(frozen=True)

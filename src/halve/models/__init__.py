@@ -4,7 +4,13 @@ No forward code of a model is written here: blocks, names and calls are found in
 model itself.
 """
 
-from halve.models.capture import BlockCall, CapturedCalls, capture_calls, run_tail
+from halve.models.capture import (
+    BlockCall,
+    CapturedCalls,
+    capture_calls,
+    run_tail,
+    sample_axis,
+)
 from halve.models.experts import (
     ExpertLayer,
     ExpertLayers,
@@ -58,6 +64,7 @@ __all__ = [
     "plan_fewer_experts",
     "prunable_matrices",
     "run_tail",
+    "sample_axis",
     "unfused",
     "unmerged_renamer",
 ]

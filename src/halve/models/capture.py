@@ -193,6 +193,33 @@ def capture_calls(
     )
 
 
+def sample_axis(meta_model: MetaModel, ids: Tensor, states: Tensor) -> int:
+    """Return the dimension of a model's hidden states that counts the samples.
+
+    Args:
+        meta_model: The model; its parameters outside the blocks must hold values.
+        ids: One sample, [1, length].
+        states: The hidden states that enter the first block for it.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    usual = 3  # [batch, length, width]
+    if states.dim() == usual and states.shape[:2] == ids.shape:
+        return 0
+    # Gemma 3n has [4, batch, length, width]: two samples show which one it is.
+    twice, _ = capture_calls(meta_model, ids.repeat(2, 1))
+    shapes = zip(states.shape, twice.shape, strict=False)
+    axes = [axis for axis, (one, two) in enumerate(shapes) if one != two]
+    if len(axes) == 1 and (states.shape[axes[0]], twice.shape[axes[0]]) == (1, 2):
+        return axes[0]
+    raise UnsupportedModelError(
+        f"The hidden states of {type(meta_model.model).__name__} have the shape "
+        f"{list(states.shape)}, in which no dimension counts the samples.",
+        "Open an issue that names the model.",
+    )
+
+
 def run_tail(
     meta_model: MetaModel, input_ids: Tensor, hidden: Tensor, captured: CapturedCalls
 ) -> Tensor:

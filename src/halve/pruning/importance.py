@@ -29,6 +29,7 @@ from halve.layout import PlannedBlock, PlannedMatrix
 from halve.pruning.observe.block_state import flat
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.hidden_states import place_hidden
+from halve.runtime.prediction_gradient import prediction_gradient
 from halve.runtime.stream import Stream
 
 # Of the mean importance, what is added to that of each row: one that does not seem to
@@ -122,7 +123,7 @@ class _Backward:
     def __init__(self, stream: Stream, entering: list[Tensor]) -> None:
         self.stream = stream
         self.entering = entering
-        self.gradient = stream.prediction_gradient()
+        self.gradient = prediction_gradient(stream)
 
     def through(self, planned: PlannedBlock) -> dict[str, Tensor]:
         """Carry the gradient through a block; return the importance of its rows."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from halve.distributed import SINGLE_PROCESS, Ranks
-from halve.errors import NumericalError, UnsupportedModelError
-from halve.models import CapturedCalls, capture_calls, run_tail
+from halve.errors import NumericalError
+from halve.models import CapturedCalls, capture_calls, sample_axis
 from halve.numerics.finite import finite_flag, is_finite
 from halve.numerics.matmul import FastMatmul
 from halve.numerics.precision import matmul_precision
@@ -20,7 +20,6 @@ from halve.runtime.blockwise_model import (
     BATCH_TOKENS,
     BlockwiseModel,
     activation_nbytes,
-    max_batch_tokens,
     windows_per_batch,
 )
 from halve.runtime.experts_in_turn import experts_in_turn
@@ -33,11 +32,6 @@ class _Called(Exception):  # noqa: N818  (control flow, no error)
 
 # The sample that is run to see which modules of a block are called, and with what.
 _FIRST = slice(0, 1)
-# Logits in one batch: 256 MiB of float32.
-_BATCH_LOGITS = 2**26
-# Tokens whose logits are in memory at a time while gradients are computed, and numbers
-# for each logit: itself, its logarithm, their gradients, and what tokens are drawn by.
-GRADIENT_TOKENS, GRADIENT_COPIES = 256, 5
 
 
 @dataclass
@@ -127,7 +121,8 @@ class Stream:
                 with model.running():
                     states, captured = capture_calls(model.meta_model, ids)
                 if part is _FIRST:
-                    stream.axis = _sample_axis(model, ids, states)
+                    with model.running():
+                        stream.axis = sample_axis(model.meta_model, ids, states)
                     one = states.movedim(stream.axis, 0)
                     shape = (len(windows), *one.shape[1:])
                     stream.hidden = place_hidden(model, shape, budget, folder)
@@ -151,7 +146,7 @@ class Stream:
         Training windows come first, then those held out; the last slice of each may be
         smaller. Batches do not depend on the number of processes.
         """
-        return self._slices(self.model.batch(self.windows.shape[1]))
+        return self.slices(self.model.batch(self.windows.shape[1]))
 
     def steps(self) -> Iterator[slice]:
         """Yield the slices of which each is a step of block reconstruction.
@@ -161,7 +156,7 @@ class Stream:
         """
         tokens = min(self.model.batch_tokens, BATCH_TOKENS)
         batch = windows_per_batch(self.windows.shape[1], tokens)
-        return self._slices(max(batch // self.ranks.size, 1))
+        return self.slices(max(batch // self.ranks.size, 1))
 
     def compared(self) -> slice:
         """Return the samples on which outputs before and after pruning are compared.
@@ -193,7 +188,8 @@ class Stream:
             copies.finish()
             self._copies = None
 
-    def _slices(self, size: int) -> Iterator[slice]:
+    def slices(self, size: int) -> Iterator[slice]:
+        """Yield slices of at most so many samples, in the order of `batches`."""
         samples = len(self.windows)
         training = samples - self.held_out
         for first, last in ((0, training), (training, samples)):
@@ -337,114 +333,6 @@ class Stream:
             "cannot be pruned or evaluated.",
         )
 
-    @torch.no_grad()
-    def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """Run everything after the last block, batch by batch.
-
-        Yields:
-            A slice of samples, and their logits, [batch, length, vocabulary], on the
-            device.
-        """
-        size = self.model.meta_model.config.get_text_config().vocab_size
-        with self.model.surroundings(with_head=True):
-            for part in self._slices(_logits_batch(self, size)):
-                yield part, self._logits(part)
-
-    def prediction_gradient(self, seed: int = 0) -> Tensor:
-        """Return the gradient of log p(y) by what leaves the last block.
-
-        The tokens y are drawn from the model's own predictions p, one for each
-        position, so that squares of gradients estimate the Fisher information.
-
-        Args:
-            seed: Of the draws.
-
-        Returns:
-            In the shape of `hidden`, float32, on its device.
-        """
-        gradient = torch.empty_like(self.hidden)
-        with self.model.surroundings(with_head=True), torch.enable_grad():
-            for sample, ids in enumerate(self.windows):
-                generator = torch.Generator().manual_seed(seed + sample)
-                uniform = torch.rand(ids.shape, generator=generator)
-                for tokens in self._token_slices():
-                    place = (slice(sample, sample + 1), *tokens)
-                    part = (ids[tokens].unsqueeze(0), self.hidden[place])
-                    drawn = uniform[tokens].unsqueeze(0)
-                    gradient[place] = self._gradient_of_draws(*part, drawn)
-        return gradient
-
-    def _token_slices(self) -> Iterator[tuple[slice, ...]]:
-        """Yield parts of a window whose logits are in memory at a time.
-
-        What follows the blocks treats each token alone. Where hidden states have other
-        dimensions than samples, tokens and width, all of a window are one part.
-        """
-        length = self.windows.shape[1]
-        if self.hidden.shape[1:-1] != (length,):
-            yield ()
-            return
-        for start in range(0, length, GRADIENT_TOKENS):
-            yield (slice(start, start + GRADIENT_TOKENS),)
-
-    def _gradient_of_draws(
-        self, ids: Tensor, hidden: Tensor, uniform: Tensor
-    ) -> Tensor:
-        """Return the gradient by hidden states of log p of tokens drawn from p.
-
-        Args:
-            ids: [1, tokens].
-            hidden: What leaves the last block, samples first.
-            uniform: Numbers from 0 to 1, by which tokens are drawn, [1, tokens].
-        """
-        hidden = hidden.to(self.model.device).requires_grad_()
-        scores = self._tail(ids, hidden).float().log_softmax(-1)
-        # Drawn on the CPU, so that every device draws the same.
-        below = scores.detach().exp().cumsum(-1) < uniform.to(scores.device)[..., None]
-        drawn = below.sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
-        scores.gather(-1, drawn).sum().backward()
-        assert hidden.grad is not None, "predictions depend on hidden states"
-        return hidden.grad
-
-    def _logits(self, part: slice) -> Tensor:
-        return self._tail(self.windows[part], self.hidden[part])
-
-    def _tail(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Return the logits of tokens, given what leaves the last block for them."""
-        hidden = hidden.to(self.model.device).movedim(0, self.axis)
-        captured = next(iter(self.captured.values()))
-        with FastMatmul(), self.model.running():
-            ids = ids.to(self.model.device)
-            return run_tail(self.model.meta_model, ids, hidden, captured)
-
-
-def _sample_axis(model: BlockwiseModel, ids: Tensor, states: Tensor) -> int:
-    """Return the dimension of a model's hidden states that counts the samples.
-
-    Args:
-        model: The model, with everything but its blocks in memory.
-        ids: One sample, [1, length].
-        states: The hidden states that enter the first block for it.
-
-    Raises:
-        UnsupportedModelError: There is none.
-    """
-    usual = 3  # [batch, length, width]
-    if states.dim() == usual and states.shape[:2] == ids.shape:
-        return 0
-    # Gemma 3n has [4, batch, length, width]: two samples show which one it is.
-    with model.running():
-        twice, _ = capture_calls(model.meta_model, ids.repeat(2, 1))
-    shapes = zip(states.shape, twice.shape, strict=False)
-    axes = [axis for axis, (one, two) in enumerate(shapes) if one != two]
-    if len(axes) == 1 and (states.shape[axes[0]], twice.shape[axes[0]]) == (1, 2):
-        return axes[0]
-    raise UnsupportedModelError(
-        f"The hidden states of {type(model.meta_model.model).__name__} have the shape "
-        f"{list(states.shape)}, in which no dimension counts the samples.",
-        "Open an issue that names the model.",
-    )
-
 
 def checks_later(device: torch.device) -> bool:
     """Whether results are checked at the end of a pass, and not batch by batch.
@@ -453,40 +341,6 @@ def checks_later(device: torch.device) -> bool:
     next kernels are launched.
     """
     return device.type == "cuda"
-
-
-@torch.no_grad()
-def held_out_logits(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run everything after the last block for the held-out windows of two streams.
-
-    Args:
-        first: A stream that has been advanced past the last block.
-        second: Another one of the same model, with as many held-out windows.
-
-    Yields:
-        The logits of both for one batch, [batch, length, vocabulary] each, on the
-        device.
-    """
-    model = first.model
-    size = model.meta_model.config.get_text_config().vocab_size
-    # The logits of both streams are in memory together, so each has half a batch.
-    batch = max(_logits_batch(first, size) // 2, 1)
-    parts = (
-        [part for part in s._slices(batch) if s.is_held_out(part)]
-        for s in (first, second)
-    )
-    with model.surroundings(with_head=True):
-        for one, other in zip(*parts, strict=True):
-            yield first._logits(one), second._logits(other)
-
-
-def _logits_batch(stream: Stream, vocabulary: int) -> int:
-    """Return the number of windows whose logits are computed at once."""
-    # Reduced as the batch is, when memory was exhausted.
-    model = stream.model
-    fraction = model.batch_tokens / max_batch_tokens(model.device)
-    window = vocabulary * stream.windows.shape[1]
-    return max(int(_BATCH_LOGITS * fraction) // window, 1)
 
 
 def _my_windows(count: int, batch: int, ranks: Ranks) -> list[int]:

@@ -20,7 +20,8 @@ from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import trial_candidate
 from halve.pruning.select.selection import OwnCandidates
 from halve.runtime.blockwise_model import BlockwiseModel
-from halve.runtime.stream import Stream, held_out_logits
+from halve.runtime.predictions import held_out_logits
+from halve.runtime.stream import Stream
 
 # Sets of hidden states that exist at the same time: a trial's; and of the held-out
 # windows, the dense model's and the dense outputs of one block.

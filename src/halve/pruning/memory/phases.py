@@ -34,7 +34,8 @@ from halve.runtime.blockwise_model import (
     loaded_dtype,
     windows_per_batch,
 )
-from halve.runtime.stream import GRADIENT_COPIES, GRADIENT_TOKENS, Stream
+from halve.runtime.prediction_gradient import GRADIENT_COPIES, GRADIENT_TOKENS
+from halve.runtime.stream import Stream
 from halve.solvers import Needs, Solver
 from halve.solvers.hessian import all_needs
 
