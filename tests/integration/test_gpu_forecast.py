@@ -17,7 +17,8 @@ from halve.pruning.memory import duration
 from halve.pruning.memory import forecast as forecast_module
 from halve.pruning.memory import gpu as gpu_module
 from halve.pruning.memory.gpu import GpuForecast, forecast_gpu, forecast_memory
-from halve.pruning.memory.phases import Workload, all_phases
+from halve.pruning.memory.phases import all_phases
+from halve.pruning.memory.workload import Workload
 from halve.pruning.plan import make_plan
 from halve.pruning.select.candidates import candidates
 

@@ -12,9 +12,10 @@ from halve.calibration import default_activation_memory
 from halve.calibration_stats import CrossGram, GramMatrix
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.pruning.importance import importance_passes
-from halve.pruning.memory.phases import Phase, Workload, all_phases, host_phases
+from halve.pruning.memory.phases import Phase, all_phases, host_phases
 from halve.pruning.memory.solving import solving_operations
 from halve.pruning.memory.text import text_phase
+from halve.pruning.memory.workload import Workload
 from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.input_groups import (
     RoutedGroup,

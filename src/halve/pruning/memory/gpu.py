@@ -12,13 +12,8 @@ import torch
 
 from halve.calibration_stats import max_tile
 from halve.errors import HalveWarning
-from halve.pruning.memory.phases import (
-    FILES,
-    Phase,
-    Workload,
-    all_phases,
-    token_nbytes,
-)
+from halve.pruning.memory.phases import FILES, Phase, all_phases
+from halve.pruning.memory.workload import Workload
 from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import candidates
 from halve.runtime.blockwise_model import batch_tokens_within, choose_device
@@ -109,7 +104,7 @@ def forecast_memory(
     """
     solvers = [c.solver for c in candidates(plan.options, plan.layout.dtype)]
     work = Workload(plan, solvers, deferred=False)
-    usual = batch_tokens_within(gpu.total, token_nbytes(work))
+    usual = batch_tokens_within(gpu.total, work.token_nbytes())
     limit = usual if batch_limit is None else batch_limit
     work = replace(work, batch_limit=limit, tile=max_tile(_GPU))
     streams = work.runs_text * (1 + plan.options.has_dense)

@@ -6,19 +6,26 @@ states between blocks.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
-from math import prod
-from operator import or_
 
-from halve.calibration_stats import MAX_TILE, CrossGram, GramMatrix, adding_nbytes
-from halve.checkpoint import TensorInfo
+from halve.calibration_stats import CrossGram, GramMatrix
 from halve.layout import PlannedBlock, PlannedMatrix
-from halve.numerics.matmul import HALF_DTYPES, widening_nbytes
+from halve.numerics.matmul import widening_nbytes
 from halve.pruning.importance import importance_nbytes
 from halve.pruning.memory.solving import solving_cost
-from halve.pruning.observe.activation_cache import ActivationCache, is_wide
+from halve.pruning.memory.weights import (
+    codes_nbytes,
+    count_elements,
+    cut_nbytes,
+    narrow_elements,
+    outside_blocks,
+    outside_nbytes,
+    stored_nbytes,
+    weights_nbytes,
+)
+from halve.pruning.memory.workload import Workload
+from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.held_out import HeldOut
 from halve.pruning.observe.input_groups import (
     MAX_GROUPS_PER_STAGE,
@@ -26,18 +33,14 @@ from halve.pruning.observe.input_groups import (
     expected_groups,
     routed_groups,
 )
-from halve.pruning.observe.routing import kept_columns, routed_nbytes, rows_nbytes
+from halve.pruning.observe.routing import routed_nbytes, rows_nbytes
 from halve.pruning.plan import Plan
 from halve.pruning.tune.block_reconstruction import tuning_nbytes
 from halve.runtime.blockwise_model import (
-    BATCH_TOKENS,
     loaded_dtype,
-    windows_per_batch,
 )
 from halve.runtime.prediction_gradient import GRADIENT_COPIES, GRADIENT_TOKENS
 from halve.runtime.stream import Stream
-from halve.solvers import Needs, Solver
-from halve.solvers.hessian import all_needs
 
 # The only use of memory that is the host's where a GPU computes.
 FILES = "files"
@@ -66,104 +69,9 @@ class Phase:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A plan, and what follows from it for memory and operations.
-
-    Attributes:
-        plan: The run.
-        solvers: Solvers of the candidates.
-        deferred: See `MemoryPlan`.
-        spilled: See `MemoryPlan`.
-        batch_limit: Tokens in a batch, unless one window has more.
-        tile: Rows of the largest tile or strip that is added to a sum at once.
-    """
-
-    plan: Plan
-    solvers: list[Solver]
-    deferred: bool
-    spilled: bool = False
-    batch_limit: int = BATCH_TOKENS
-    tile: int = MAX_TILE
-
-    @property
-    def blocks(self) -> tuple[PlannedBlock, ...]:
-        """All blocks of the model."""
-        return self.plan.layout.blocks
-
-    @property
-    def corrects(self) -> bool:
-        """Whether targets are corrected, so that groups are solved stage by stage."""
-        return self.plan.options.corrects
-
-    def experts_per_token(self, group: RoutedGroup) -> int:
-        """Return to how many experts of a group each token is sent."""
-        return min(self.plan.experts_per_token or 1, len(group.experts))
-
-    @property
-    def needs(self) -> Needs:
-        """What solvers and corrections together read of the inputs."""
-        needs = reduce(or_, (solver.needs for solver in self.solvers))
-        return all_needs(needs, self.corrects, self.plan.options.diagonal_ridge)
-
-    @property
-    def needs_grams(self) -> bool:
-        """Whether Gram matrices are computed; vectors of norms count as nothing."""
-        return self.needs.statistic is GramMatrix
-
-    @property
-    def runs_text(self) -> bool:
-        """Whether windows run through the model at all."""
-        options = self.plan.options
-        return options.has_dense or options.held_out > 0 or bool(self.needs)
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens in one batch."""
-        length = self.plan.options.seq_len or 1
-        windows = windows_per_batch(length, self.batch_limit)
-        return min(windows * length, self.plan.tokens)
-
-    def adding_nbytes(self, columns: int) -> int:
-        """Return the bytes that adding a batch to a sum takes for a while, at most.
-
-        `calibration_stats.adding_nbytes` is for tiles of MAX_TILE rows.
-        """
-        usual = max(min(columns, MAX_TILE), 1)
-        return adding_nbytes(columns) // usual * max(min(columns, self.tile), 1)
-
-    def deferred_groups(self, block: PlannedBlock) -> list[int]:
-        """Return the columns of each group whose inputs are deferred."""
-        if not self.deferred or self.corrects or not self.needs_grams:
-            return []
-        columns = expected_groups(block).elements()
-        return [c for c in columns if is_wide(c, self.plan.width)]
-
-    def deferred_nbytes(self) -> int:
-        """Return the bytes of deferred inputs in the block that has the most."""
-        columns = max(sum(self.deferred_groups(block)) for block in self.blocks)
-        return ActivationCache.nbytes(self.plan.tokens, columns)
-
-    def spilled_tensors(self, block: PlannedBlock) -> set[str]:
-        """Return the tensors of a block's experts if they are spilled."""
-        if not self.spilled:
-            return set()
-        return {m.tensor for m in block.matrices if m.matrix.expert is not None}
-
-    def spilled_nbytes(self, block: PlannedBlock) -> int:
-        """Return the bytes of a block's spilled experts, and of what runs them in turn.
-
-        That is their inputs and outputs for all windows.
-        """
-        tensors = self.plan.layout.tensors
-        weights = sum(tensors[name].nbytes for name in self.spilled_tensors(block))
-        kept = kept_columns(block) * bool(weights) * self.runs_text
-        return weights + 2 * ActivationCache.nbytes(self.plan.tokens, kept)
-
-
 def all_phases(work: Workload) -> Iterator[Phase]:
     """Yield the phases of a run in turn, block after block."""
-    yield Phase("embedding", {"embeddings": _outside_nbytes(work.plan)})
+    yield Phase("embedding", {"embeddings": outside_nbytes(work.plan)})
     yield from _choosing_experts(work)
     yield from _weighing_rows(work)
     for block in work.blocks:
@@ -188,12 +96,12 @@ def host_phases(plan: Plan) -> Iterator[Phase]:
     Everything is computed on the GPU. The host holds a block as it was read, on its way
     to the GPU; and its shard on the way back, serialised, and read back to verify it.
     """
-    yield Phase("embedding", {"embeddings": _outside_nbytes(plan)})
+    yield Phase("embedding", {"embeddings": outside_nbytes(plan)})
     for block in plan.input_layout.blocks if plan.dropping else ():
-        yield Phase("reading", {"weights": _stored_nbytes(plan.before_dropping, block)})
+        yield Phase("reading", {"weights": stored_nbytes(plan.before_dropping, block)})
     for block in plan.layout.blocks:
-        stored = _stored_nbytes(plan, block)
-        codes = _codes_nbytes(plan, block)
+        stored = stored_nbytes(plan, block)
+        codes = codes_nbytes(plan, block)
         yield Phase("reading", {"weights": stored, FILES: codes})
         yield Phase("writing", {FILES: 3 * stored})
 
@@ -210,23 +118,13 @@ def _choosing_experts(work: Workload) -> Iterator[Phase]:
         yield Phase(
             "choosing experts",
             {
-                "weights": _weights_nbytes(whole, block),
-                FILES: _codes_nbytes(whole.plan, block),
-                "kept experts": _cut_nbytes(work.plan, fewer),
-                "activations": _batch_nbytes(whole, block) + max(rows, default=0),
+                "weights": weights_nbytes(whole, block),
+                FILES: codes_nbytes(whole.plan, block),
+                "kept experts": cut_nbytes(work.plan, fewer),
+                "activations": whole.batch_nbytes(block) + max(rows, default=0),
                 "held-out outputs": Stream.nbytes(held_out, work.plan.width),
             },
         )
-
-
-def _cut_nbytes(plan: Plan, block: PlannedBlock) -> int:
-    """Return the bytes of a block's tensors that are cut out of larger ones.
-
-    Those are in memory as well while they are read.
-    """
-    before, after = plan.input_layout.tensors, plan.layout.tensors
-    names = plan.layout.shards[block.shard]
-    return sum(after[n].nbytes for n in names if after[n].shape != before[n].shape)
 
 
 def _reading(work: Workload, block: PlannedBlock) -> Iterator[Phase]:
@@ -234,30 +132,24 @@ def _reading(work: Workload, block: PlannedBlock) -> Iterator[Phase]:
 
     Codes and scales of a matrix are in memory as well until it is dense.
     """
-    if codes := _codes_nbytes(work.plan, block):
-        weights = _weights_nbytes(work, block)
+    if codes := codes_nbytes(work.plan, block):
+        weights = weights_nbytes(work, block)
         yield Phase("reading", {"weights": weights, FILES: codes})
-
-
-def _codes_nbytes(plan: Plan, block: PlannedBlock) -> int:
-    """Return the bytes, as stored, of the largest quantized tensor of a block."""
-    infos = (plan.input_layout.tensors[n] for n in plan.layout.shards[block.shard])
-    return max((info.stored_bytes for info in infos if info.found), default=0)
 
 
 def _collecting(work: Workload, block: PlannedBlock) -> Phase:
     """Return the phase in which windows run through the block."""
-    narrow = max(_narrow_elements(work.plan, m) for m in block.matrices)
+    narrow = max(narrow_elements(work.plan, m) for m in block.matrices)
     groups = expected_groups(block)
     together = groups - Counter(work.deferred_groups(block))
     grams = (_statistics_nbytes(work, block, c, running=True) for c in together)
     return Phase(
         "collecting",
         {
-            "weights": _weights_nbytes(work, block),
+            "weights": weights_nbytes(work, block),
             "float32 copy": widening_nbytes(narrow),
             "grams": max(grams, default=0),
-            "activations": _batch_nbytes(work, block),
+            "activations": work.batch_nbytes(block),
         },
     )
 
@@ -274,7 +166,7 @@ def _weighing_rows(work: Workload) -> Iterator[Phase]:
     yield Phase(
         "predicting",
         {
-            "embeddings": sum(info.nbytes for info in _outside_blocks(plan)),
+            "embeddings": sum(info.nbytes for info in outside_blocks(plan)),
             # Of the head, which autograd keeps.
             "float32 copies": 4 * plan.vocabulary * plan.width,
             "logits": 4 * GRADIENT_COPIES * GRADIENT_TOKENS * plan.vocabulary,
@@ -283,9 +175,9 @@ def _weighing_rows(work: Workload) -> Iterator[Phase]:
         activations=kept,
     )
     for block in work.blocks:
-        narrow = sum(_narrow_elements(plan, m) for m in block.matrices)
-        uses = importance_nbytes(narrow, _batch_nbytes(work, block))
-        uses |= {"weights": _weights_nbytes(work, block), "gradients": nbytes}
+        narrow = sum(narrow_elements(plan, m) for m in block.matrices)
+        uses = importance_nbytes(narrow, work.batch_nbytes(block))
+        uses |= {"weights": weights_nbytes(work, block), "gradients": nbytes}
         yield Phase("weighing rows", uses, activations=kept)
 
 
@@ -294,7 +186,7 @@ def _summing(work: Workload, block: PlannedBlock, columns: int) -> Phase:
     return Phase(
         "summing",
         {
-            "weights": _weights_nbytes(work, block),
+            "weights": weights_nbytes(work, block),
             "grams": _statistics_nbytes(work, block, columns, running=True),
             "activations": ActivationCache.nbytes(work.batch_tokens, columns),
         },
@@ -311,8 +203,8 @@ def _solving(work: Workload, block: PlannedBlock, planned: PlannedMatrix) -> Pha
     return Phase(
         "solving",
         {
-            "weights": _weights_nbytes(work, block),
-            "float32 copy": 4 * widens * _narrow_elements(work.plan, planned),
+            "weights": weights_nbytes(work, block),
+            "float32 copy": 4 * widens * narrow_elements(work.plan, planned),
             "grams": _statistics_nbytes(work, block, columns, running=False),
             "factors": cost.factors,
             "matrices": cost.matrices,
@@ -322,12 +214,12 @@ def _solving(work: Workload, block: PlannedBlock, planned: PlannedMatrix) -> Pha
 
 def _observing_expert(work: Workload, block: PlannedBlock, group: RoutedGroup) -> Phase:
     """Return the phase in which the inputs of one expert are summed."""
-    narrow = max(_narrow_elements(work.plan, m) for m in group.experts[0])
+    narrow = max(narrow_elements(work.plan, m) for m in group.experts[0])
     grams = routed_nbytes(group, True, work.corrects) * work.needs_grams
     return Phase(
         "observing an expert",
         {
-            "weights": _weights_nbytes(work, block),
+            "weights": weights_nbytes(work, block),
             "float32 copy": widening_nbytes(narrow),
             "grams": grams + work.adding_nbytes(max(group.columns, group.inner)),
             "activations": work.runs_text
@@ -345,8 +237,8 @@ def _solving_expert(
     return Phase(
         "solving an expert",
         {
-            "weights": _weights_nbytes(work, block),
-            "float32 copy": 4 * widens * _narrow_elements(work.plan, planned),
+            "weights": weights_nbytes(work, block),
+            "float32 copy": 4 * widens * narrow_elements(work.plan, planned),
             "grams": routed_nbytes(group, False, work.corrects) * work.needs_grams,
             "factors": cost.factors,
             "matrices": cost.matrices,
@@ -357,11 +249,11 @@ def _solving_expert(
 def _refining(work: Workload, block: PlannedBlock) -> Phase:
     """Return the phase of block reconstruction."""
     parts = tuning_nbytes(
-        parameters=_elements(work.plan, work.plan.layout.shards[block.shard]),
+        parameters=count_elements(work.plan, work.plan.layout.shards[block.shard]),
         weights=sum(matrix.elements for matrix in block.matrices),
-        batch=_batch_nbytes(work, block),
+        batch=work.batch_nbytes(block),
     )
-    return Phase("refining", {"weights": _weights_nbytes(work, block), **parts})
+    return Phase("refining", {"weights": weights_nbytes(work, block), **parts})
 
 
 def _writing(work: Workload, block: PlannedBlock) -> Phase:
@@ -380,13 +272,7 @@ def _writing(work: Workload, block: PlannedBlock) -> Phase:
         or loaded_dtype(info.dtype, widen=name not in plain) != info.dtype
     )
     files = copied + max(info.nbytes for info in stored.values())
-    return Phase("writing", {"weights": _weights_nbytes(work, block), FILES: files})
-
-
-def _stored_nbytes(plan: Plan, block: PlannedBlock) -> int:
-    """Return the bytes of a block's shard."""
-    names = plan.layout.shards[block.shard]
-    return sum(plan.layout.tensors[name].nbytes for name in names)
+    return Phase("writing", {"weights": weights_nbytes(work, block), FILES: files})
 
 
 def _statistics_nbytes(
@@ -429,74 +315,3 @@ def _stage_nbytes(
         + HeldOut.nbytes(held_out, columns)
     )
     return min(expected_groups(block)[columns], MAX_GROUPS_PER_STAGE) * group
-
-
-def _outside_blocks(plan: Plan) -> Iterator[TensorInfo]:
-    """Yield the headers of the tensors outside the blocks."""
-    block_shards = {block.shard for block in plan.layout.blocks}
-    for shard, names in plan.layout.shards.items():
-        if shard not in block_shards:
-            yield from (plan.layout.tensors[name] for name in names)
-
-
-def _outside_nbytes(plan: Plan) -> int:
-    """Return the bytes of the largest tensor outside the blocks.
-
-    It is in memory as it is stored and, if it is computed with, in float32 as well; if
-    it is quantized, as codes, which take half of it at most.
-    """
-    unread = plan.layout.unread
-    heads = plan.layout.heads if plan.options.head_grid else ()
-    return max(
-        (
-            info.nbytes
-            + (info.name not in unread) * 4 * info.elements
-            + (info.name in heads) * info.nbytes // 2
-            for info in _outside_blocks(plan)
-        ),
-        default=0,
-    )
-
-
-def _weights_nbytes(work: Workload, block: PlannedBlock) -> int:
-    """Return the bytes of a block's weights as `BlockwiseModel.block` loads them.
-
-    Of those that are spilled, one tensor is in memory at a time.
-    """
-    layout = work.plan.layout
-    plain = {m.tensor for m in block.matrices if m.matrix.plain}
-    spilled = work.spilled_tensors(block)
-
-    def nbytes(name: str) -> int:
-        info = layout.tensors[name]
-        dtype = loaded_dtype(info.dtype, widen=name not in plain)
-        return prod(info.shape) * dtype.itemsize
-
-    held = sum(nbytes(n) for n in layout.shards[block.shard] if n not in spilled)
-    return held + max(map(nbytes, spilled), default=0)
-
-
-def _narrow_elements(plan: Plan, planned: PlannedMatrix) -> int:
-    """Return the weights of a matrix if it has 16 bits in memory; else 0."""
-    narrow = plan.layout.tensors[planned.tensor].dtype in HALF_DTYPES
-    return (narrow and planned.matrix.plain) * planned.elements
-
-
-def _elements(plan: Plan, names: Iterable[str]) -> int:
-    """Return the numbers in tensors of the checkpoint."""
-    return sum(prod(plan.layout.tensors[name].shape) for name in names)
-
-
-def token_nbytes(work: Workload) -> int:
-    """Return the bytes of activations of one token, in the block that has the most."""
-    every = (_batch_nbytes(work, block) for block in work.blocks)
-    return max(every) // work.batch_tokens
-
-
-def _batch_nbytes(work: Workload, block: PlannedBlock) -> int:
-    """Return the bytes of activations while a batch runs through the block."""
-    if not work.runs_text:
-        return 0
-    scores = work.plan.scored_heads * (work.plan.options.seq_len or 1)
-    inner = max(scores, *(max(m.matrix.shape) for m in block.matrices))
-    return Stream.batch_nbytes(work.batch_tokens, work.plan.width, inner)
