@@ -1,12 +1,11 @@
 """The record of packing or unpacking a model."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from halve.records.checksum import to_json_with_checksum
-from halve.records.codec import from_dict
-from halve.records.version import RECORD_FORMAT, parse_fields
+from halve.records.halve_json import HalveJson
+from halve.records.version import RECORD_FORMAT
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class MatrixStorage:
 
 
 @dataclass(frozen=True)
-class PackRecord:
+class PackRecord(HalveJson):
     """The record of a packed or unpacked model: the contents of its `halve.json`.
 
     Attributes:
@@ -95,19 +94,6 @@ class PackRecord:
             f"packed, {self.stored_bytes:,} of {self.dense_bytes:,} bytes)"
         )
 
-    def to_json(self) -> str:
-        """Return the text of `halve.json`."""
-        return to_json_with_checksum(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "PackRecord":
-        """Parse what `to_json` returns: `from_json(r.to_json()) == r`.
-
-        Raises:
-            RecordError: The record has another format.
-            ValueError, TypeError, LookupError: It is not a record of this kind.
-        """
-        record = from_dict(cls, parse_fields(text))
-        if not record.dense_bytes or not isfinite(record.seconds):
+    def _check(self) -> None:
+        if not self.dense_bytes or not isfinite(self.seconds):
             raise ValueError("there are no weights, or the time is not finite")
-        return record

@@ -1,14 +1,13 @@
 """The record of a pruning run."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from halve.records.checksum import to_json_with_checksum
-from halve.records.codec import from_dict
+from halve.records.halve_json import HalveJson
 from halve.records.origin import MachineRecord, ModelRecord
-from halve.records.version import RECORD_FORMAT, parse_fields
+from halve.records.version import RECORD_FORMAT
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
-class PruneRecord:
+class PruneRecord(HalveJson):
     """The record of a pruning run: the contents of `halve.json`.
 
     Attributes:
@@ -330,19 +329,6 @@ class PruneRecord:
             f"{self.seconds:.1f} s)"
         )
 
-    def to_json(self) -> str:
-        """Return the text of `halve.json`."""
-        return to_json_with_checksum(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "PruneRecord":
-        """Parse what `to_json` returns: `from_json(r.to_json()) == r`.
-
-        Raises:
-            RecordError: The record has another format.
-            ValueError, TypeError, LookupError: It is not a record of this kind.
-        """
-        record = from_dict(cls, parse_fields(text))
-        if not record.blocks or not isfinite(record.seconds):
+    def _check(self) -> None:
+        if not self.blocks or not isfinite(self.seconds):
             raise ValueError("there are no blocks, or the time is not finite")
-        return record

@@ -1,13 +1,12 @@
 """The record of recovery."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from halve.records.checksum import to_json_with_checksum
-from halve.records.codec import from_dict
+from halve.records.halve_json import HalveJson
 from halve.records.pack import MatrixStorage
-from halve.records.version import RECORD_FORMAT, parse_fields
+from halve.records.version import RECORD_FORMAT
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class StateRecord:
 
 
 @dataclass(frozen=True)
-class RecoverRecord:
+class RecoverRecord(HalveJson):
     """The record of a recovered model: the contents of its `halve.json`.
 
     Attributes:
@@ -97,19 +96,6 @@ class RecoverRecord:
             f"{self.before:.5f} before, {self.after:.5f} after)"
         )
 
-    def to_json(self) -> str:
-        """Return the text of `halve.json`."""
-        return to_json_with_checksum(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "RecoverRecord":
-        """Parse what `to_json` returns: `from_json(r.to_json()) == r`.
-
-        Raises:
-            RecordError: The record has another format.
-            ValueError, TypeError, LookupError: It is not a record of this kind.
-        """
-        record = from_dict(cls, parse_fields(text))
-        if not record.states or not isfinite(record.seconds):
+    def _check(self) -> None:
+        if not self.states or not isfinite(self.seconds):
             raise ValueError("there are no states, or the time is not finite")
-        return record
