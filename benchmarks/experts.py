@@ -45,9 +45,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import halve
 from halve.calibration import cut_segments, load_corpus, load_encoder
-from halve.pruning.observe import routing
+from halve.pruning.observe import expert_statistics
 from halve.pruning.observe.expert_outputs import ExpertSums
-from halve.pruning.observe.routing import Weighting
+from halve.pruning.observe.expert_statistics import Weighting
 from halve.pruning.select.experts import SALIENCIES, Saliency
 
 # Name -> options of halve.prune.
@@ -117,7 +117,7 @@ class Run:
         """Set what is no option of Halve, for a while."""
         weighting = STATISTICS[self.statistic]
         with (
-            mock.patch.object(routing, "WEIGHTING", weighting),
+            mock.patch.object(expert_statistics, "WEIGHTING", weighting),
             mock.patch.dict(SALIENCIES, SCORES[self.scores], clear=True),
         ):
             yield

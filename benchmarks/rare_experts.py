@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from halve.calibration import draw_windows, load_corpus, load_encoder
 from halve.calibration_stats import GramMatrix
 from halve.patterns import parse_pattern
-from halve.pruning.observe.routing import WEIGHTING
+from halve.pruning.observe.expert_statistics import WEIGHTING
 from halve.solvers import Hessian, SparseGPT
 
 # Matrices of the bundled model; where one is routed is decided by its block's inputs.

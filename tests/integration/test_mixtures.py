@@ -21,7 +21,7 @@ from halve.pruning import MemoryPlan, forecast_run, plan_memory, prune_block
 from halve.pruning import prune as prune_module
 from halve.pruning.memory import forecast as forecast_module
 from halve.pruning.memory.limit import agree
-from halve.pruning.observe import routing
+from halve.pruning.observe import expert_statistics
 from halve.pruning.plan import make_plan
 from halve.pruning.windows import calibration_windows
 from halve.runtime import blockwise_model as model_module
@@ -329,8 +329,8 @@ class TestStatistics:
 
     def test_rows_may_be_weighed_by_the_router(self, pico, text, tmp_path, monkeypatch):
         """By weights whose mean square is 1, for an expert's own tokens."""
-        weighting = routing.Weighting(0, 0, first=True, last=True)
-        monkeypatch.setattr(routing, "WEIGHTING", weighting)
+        weighting = expert_statistics.Weighting(0, 0, first=True, last=True)
+        monkeypatch.setattr(expert_statistics, "WEIGHTING", weighting)
         folder, options = pico("mixtral"), {"solver": "sparsegpt"}
         found, _ = self.observed(monkeypatch, folder, tmp_path / "o", text, **options)
         windows = self.windows(folder, text, **options)

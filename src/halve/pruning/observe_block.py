@@ -13,13 +13,14 @@ from halve.pruning.observe.activation_cache import (
 )
 from halve.pruning.observe.block_state import BlockState
 from halve.pruning.observe.collect import GroupInputs, accumulate_deferred, collect
+from halve.pruning.observe.expert_statistics import observe_experts
 from halve.pruning.observe.input_groups import (
     Group,
     RoutedGroup,
     routed_groups,
     stages,
 )
-from halve.pruning.observe.routing import RoutedInputs, keep_inputs, observe_experts
+from halve.pruning.observe.routing import RoutedInputs, keep_inputs
 
 
 def observe_block(

@@ -26,6 +26,7 @@ from halve.pruning.memory.weights import (
 )
 from halve.pruning.memory.workload import Workload
 from halve.pruning.observe.activation_cache import ActivationCache
+from halve.pruning.observe.expert_statistics import routed_nbytes
 from halve.pruning.observe.held_out import HeldOut
 from halve.pruning.observe.input_groups import (
     MAX_GROUPS_PER_STAGE,
@@ -33,7 +34,7 @@ from halve.pruning.observe.input_groups import (
     expected_groups,
     routed_groups,
 )
-from halve.pruning.observe.routing import routed_nbytes, rows_nbytes
+from halve.pruning.observe.routing import rows_nbytes
 from halve.pruning.plan import Plan
 from halve.pruning.tune.block_reconstruction import tuning_nbytes
 from halve.runtime.blockwise_model import (
