@@ -17,7 +17,7 @@ from halve.models import longest_sequence
 from halve.options import GenerateOptions
 from halve.records import GeneratedToken
 from halve.runtime import decode
-from halve.runtime.cuda import decode as cuda_decode
+from halve.runtime.cuda.greedy import continue_greedily, has_greedy_loop
 from halve.runtime.generation import check_context, load, with_plain_decoding
 
 # A message of a conversation: `role` and `content`.
@@ -143,7 +143,7 @@ class Completer:
         inputs = inputs.to(self.model.device)
         ids = inputs["input_ids"]
         check_context(self.model, ids.shape[1], count)
-        if self.options.temperature == 0 and cuda_decode.has_greedy_loop(self.model):
+        if self.options.temperature == 0 and has_greedy_loop(self.model):
             tokens = self._continue_on_gpu(ids, count)
             if on_text is not None:  # the loop reports no token before the last
                 shown = tokens[ids.shape[1] * skip_prompt :]
@@ -162,7 +162,7 @@ class Completer:
     def _continue_on_gpu(self, ids: Tensor, count: int) -> Tensor:
         end = self.model.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [] if end is None else [end]
-        return cuda_decode.continue_greedily(self.model, ids, count, ends)[0]
+        return continue_greedily(self.model, ids, count, ends)[0]
 
     def _sampling(self) -> dict[str, Any]:
         options = self.options

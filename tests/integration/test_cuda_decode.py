@@ -19,7 +19,11 @@ import halve
 from halve.errors import HalveWarning
 from halve.runtime import decode
 from halve.runtime.cuda import decode as cuda_decode
-from halve.runtime.cuda.decode import GreedyDecoder, continue_greedily
+from halve.runtime.cuda.greedy import (
+    GreedyDecoder,
+    continue_greedily,
+    has_greedy_loop,
+)
 from tests.tables import FAMILIES, family_config
 
 # Families whose model classes support no static cache, in some releases.
@@ -88,7 +92,7 @@ def test_the_greedy_loop_returns_the_tokens_of_generate(row, batch, pico):
     ids = some_ids(batch)
     expected = generate(load(pico(row)), ids)
     model = prepared(pico(row))
-    assert cuda_decode.has_greedy_loop(model)
+    assert has_greedy_loop(model)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", HalveWarning)
         decoder = GreedyDecoder(model, ids, ids.shape[1] + NEW)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halve.runtime.cuda.clock import gpu_seconds
-from halve.runtime.cuda.decode import GreedyDecoder, has_greedy_loop
+from halve.runtime.cuda.greedy import GreedyDecoder, has_greedy_loop
 
 # Tokens before those that are timed: one that sets up, and one that is captured.
 _UNTIMED = 2
