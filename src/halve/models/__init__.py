@@ -11,6 +11,7 @@ from halve.models.capture import (
     run_tail,
     sample_axis,
 )
+from halve.models.config_tensors import expected_tensors
 from halve.models.experts import (
     ExpertLayer,
     ExpertLayers,
@@ -30,13 +31,10 @@ from halve.models.names import (
     Place,
     StoredTensor,
     TensorMap,
-    expected_tensors,
-    key_renamer,
     match_experts,
     match_names,
-    merges_experts,
-    unmerged_renamer,
 )
+from halve.models.renaming import key_renamer, merges_experts, unmerged_renamer
 
 __all__ = [
     "BlockCall",

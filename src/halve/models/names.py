@@ -7,22 +7,15 @@ layer for each matrix, whether the checkpoint has a tensor for each or one for a
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halve._compat.transformers import (
-    Conversions,
-    Merging,
-    describe_merging,
-    ignored_tensors,
-    rename_key,
-    weight_conversions,
-)
-from halve.errors import CheckpointError, UnsupportedModelError
+from halve._compat.transformers import Merging, ignored_tensors
+from halve.errors import CheckpointError
 from halve.models.experts import (
     ExpertLayers,
     experts_in,
@@ -31,11 +24,13 @@ from halve.models.experts import (
 )
 from halve.models.foreign_names import explain_names
 from halve.models.meta_model import MetaModel
+from halve.models.renaming import (
+    converting_renamer,
+    is_of_experts,
+    merging_unsupported,
+)
 
 _WHAT_TO_USE = "Use the config.json that belongs to this checkpoint."
-# Operations by which transformers makes one parameter of the matrices of all experts:
-# stacked, and those of gate and up joined.
-_STACKED, _JOINED = ("MergeModulelist",), ("MergeModulelist", "Concatenate")
 
 
 @dataclass(frozen=True)
@@ -162,7 +157,7 @@ class _Matching:
 
     def __post_init__(self) -> None:
         self._state = self.model.state_dict()
-        self._rename = _converting_renamer(self.model, self._state)
+        self._rename = converting_renamer(self.model, self._state)
         self._experts = experts_in(self.model)
         self._fused = {p: fused_parameters(m) for p, m in self._experts.items()}
 
@@ -177,7 +172,7 @@ class _Matching:
             return target
         if not self._added_to_experts(tensor, target, merging):
             if merging is not None:
-                raise _merging_unsupported(self.model, tensor.name, merging[1])
+                raise merging_unsupported(self.model, tensor.name, merging[1])
             _check_fits(tensor, self._state[target])
             self.places[target] = Place(tensor.name)
         return None
@@ -233,10 +228,10 @@ class _Matching:
 
     def _expert_of(self, name: str, merging: Merging) -> tuple[int, str]:
         """Return the expert that a tensor belongs to, and the name of its layer."""
-        known = merging.operations in (_STACKED, _JOINED)
+        known = is_of_experts(merging)
         _, *found = name.rsplit(".", 3)
         if not known or len(found) != 3 or not found[0].isdecimal():  # noqa: PLR2004
-            raise _merging_unsupported(self.model, name, merging)
+            raise merging_unsupported(self.model, name, merging)
         number, part, _ = found
         return int(number), part
 
@@ -283,57 +278,6 @@ def _expert_parameters(path: str, experts: ExpertLayers) -> Iterator[str]:
         for inner in experts.paths(layer):
             for name in layer.parameters:
                 yield f"{path}.{inner}.{name}"
-
-
-def expected_tensors(meta_model: MetaModel, dtype: torch.dtype) -> list[StoredTensor]:
-    """Return the tensors that a checkpoint of a model's config would hold.
-
-    Args:
-        meta_model: The model that the config describes.
-        dtype: The dtype of everything that is floating-point.
-
-    Returns:
-        One entry per tensor, with the model's own names; checkpoints on the Hub may
-        omit a prefix. Experts have a tensor for each matrix where transformers would
-        merge those on loading.
-
-    Raises:
-        UnsupportedModelError: Tensors are merged in a way that is not known.
-    """
-    model = meta_model.model
-    unique: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        unique.setdefault(id(value), (name, value))  # tied ones are stored once
-    merged = [describe_merging(c) for c in weight_conversions(model).converters]
-    stored: list[StoredTensor] = []
-    for name, value in unique.values():
-        merging = next((m for m in merged if _makes(m, name)), None)
-        tensors = [(name, tuple(value.shape))]
-        if merging is not None:
-            tensors = list(_unmerged(model, name, value, merging))
-        own = dtype if value.is_floating_point() else value.dtype
-        stored += [StoredTensor(inner, shape, own) for inner, shape in tensors]
-    return stored
-
-
-def _makes(merging: Merging, name: str) -> bool:
-    return any(name.endswith(target) for target in merging.targets)
-
-
-def _unmerged(
-    model: nn.Module, name: str, value: Tensor, merging: Merging
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of the tensors that are merged into a parameter."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    known = merging.operations in (_STACKED, _JOINED)
-    if not known or leaf not in fused_parameters(module):
-        raise _merging_unsupported(model, name, merging)
-    parts = [source.split(".")[-2] for source in merging.sources]
-    for layer in ExpertLayers.of(module, {leaf: parts}).layers:
-        if layer.fused == leaf:
-            for number in range(len(value)):
-                yield f"{owner}.{number}.{layer.name}.weight", layer.stored_shape
 
 
 def _check_fits(tensor: StoredTensor, parameter: torch.Tensor) -> None:
@@ -398,84 +342,3 @@ def _tied_places(
             raise _missing(names[0])
         tied |= {name: source for name in names if name not in places}
     return tied
-
-
-def key_renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
-    """Return a function from tensor names in a checkpoint to the model's names.
-
-    Args:
-        model: A model of transformers; its parameters may be on the meta device.
-
-    Returns:
-        A function that raises UnsupportedModelError for a tensor that is merged with
-        others on loading, and returns names that it does not know unchanged.
-    """
-    convert = _converting_renamer(model, model.state_dict())
-
-    def rename(name: str) -> str:
-        target, merging = convert(name)
-        if merging is not None:
-            raise _merging_unsupported(model, name, merging[1])
-        return target
-
-    return rename
-
-
-def unmerged_renamer(model: Any) -> Callable[[str], str]:  # noqa: ANN401
-    """Return a function from tensor names in a checkpoint to names in the model.
-
-    As if nothing were merged on loading: the matrices of experts keep names of their
-    own.
-    """
-    conversions = Conversions(weight_conversions(model).renamings, [])
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-    return lambda name: rename_key(name, conversions, prefix, state)[0]
-
-
-def merges_experts(converter: Any) -> bool:  # noqa: ANN401
-    """Whether a converter of transformers makes a parameter of all experts' matrices.
-
-    Only those that Halve knows, which do nothing else.
-    """
-    return describe_merging(converter).operations in (_STACKED, _JOINED)
-
-
-def _converting_renamer(
-    model: Any,  # noqa: ANN401
-    state: dict[str, Any],
-) -> Callable[[str], tuple[str, tuple[int, Merging] | None]]:
-    """Return a function from tensor names in a checkpoint to the model's names.
-
-    Returns:
-        A function that returns the parameter; and, where transformers makes it of
-        several tensors, of which, and the position of this one among them.
-    """
-    conversions = weight_conversions(model)
-    merged = [describe_merging(c) for c in conversions.converters]
-    by_source = {source: m for m in reversed(merged) for source in m.sources}
-
-    def rename(name: str) -> tuple[str, tuple[int, Merging] | None]:
-        target, source = rename_key(name, conversions, model.base_model_prefix, state)
-        if target not in state and name in state:
-            # As transformers does: DeepSeek-V4's renaming of other norms would take the
-            # last one away, where the checkpoint has the model's own name of it.
-            return name, None
-        if source is None:
-            return target, None
-        merging = by_source[source]
-        return target, (merging.sources.index(source), merging)
-
-    return rename
-
-
-def _merging_unsupported(
-    model: nn.Module, name: str, merging: Merging
-) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{type(model).__name__} makes the tensor {name} into a parameter by "
-        f"{', '.join(merging.operations)} on loading, of "
-        f"{' and '.join(merging.sources)}; of merged tensors Halve knows the matrices "
-        "of experts only, stacked (MergeModulelist) and joined (Concatenate).",
-        "Open an issue that names the model.",
-    )
