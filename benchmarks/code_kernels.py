@@ -46,8 +46,8 @@ def make_layer(name: str, rows: int, columns: int) -> QuantizedLinear:
     scheme = QuantScheme(bits, GROUP, midrise=midrise).exact_in(torch.bfloat16)
     weight, pruned = torch.randn(rows, columns), torch.rand(rows, columns) < zeros
     params = fit_quant_params(scheme, weight.masked_fill_(pruned, 0))
-    # A normal variable is exactly 0 now and then. Kept as a zero, it would take a mask for
-    # the whole matrix where the grid has no zero, so only pruned weights are zeros.
+    # A normal variable is exactly 0 now and then. Kept as a zero, it would take a mask
+    # for the whole matrix where the grid has no zero, so only pruned weights are zeros.
     kept = params.fake_quantize(weight).masked_fill_(pruned, 0)
     packed = pack(kept.bfloat16(), params)
     assert packed is not None, "the values are on the grid"

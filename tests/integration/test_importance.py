@@ -93,7 +93,9 @@ def test_it_is_what_an_error_in_a_row_costs_the_predictions(row, pico):
         assert float(torch.corrcoef(logs)[0, 1]) > 0.8, path
 
 
-def test_only_so_many_windows_that_are_not_held_out_are_looked_at(pico, text, tmp_path, monkeypatch):
+def test_only_so_many_windows_that_are_not_held_out_are_looked_at(
+    pico, text, tmp_path, monkeypatch
+):
     seen = []
 
     def note(run: ImportanceRun) -> dict[str, Tensor]:
