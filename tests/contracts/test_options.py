@@ -153,6 +153,12 @@ def test_the_flags_of_a_command_differ(command):
         (BenchOptions, {"threads": 10**9}, ("threads", "--threads")),
         (PruneOptions, {"damping": 2.0}, ("damping", "2.0", "--damping")),
         (PruneOptions, {"ridge": -1.5}, ("ridge", "-1.5", "--ridge")),
+        (
+            PruneOptions,
+            {"solver": "magnitude", "damping": 0.1},
+            ("damping", "magnitude"),
+        ),
+        (PruneOptions, {"solver": "wanda", "ridge": 1.0}, ("ridge", "--solver")),
         (PruneOptions, {"seq_len": 0}, ("seq_len", "0", "--seq-len")),
         (PruneOptions, {"group_size": 64}, ("group_size", "--quantize")),
         (PruneOptions, {"target_bits": 3.0, "quantize": "int4"}, ("--target-bits",)),

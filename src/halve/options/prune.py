@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Solvers that by default correct their targets and add a ridge, because they lose less
 # then. The others follow their papers, which do neither.
 _TUNED = ("auto", "admm")
+# Solvers that compute no Gram matrix of the inputs.
+_WITHOUT_GRAM = ("wanda", "magnitude")
 # One calibration window in this many is held out where something is selected.
 _HELD_OUT = 16
 # Blocks of fewer bits have an int4 head by default, others an int8 one: so it loses
@@ -163,6 +165,7 @@ class PruneOptions(PruneFields):
             self._check_positive(name)
         self._check_damping()
         self._check_ridge()
+        self._check_gram_options()
         self._check_target_bits()
         self._check_allocation(parsed)
         self._check_rules()
@@ -274,4 +277,22 @@ class PruneOptions(PruneFields):
             raise HalveError(
                 f"ridge is {self.ridge}, which is not a number of 0 or more.",
                 "Set ridge to 0 for none, or to a number such as 1 (--ridge).",
+            )
+
+    def _check_gram_options(self) -> None:
+        """Check that something depends on what is added to Gram matrices."""
+        defaults = {"damping": PruneOptions.damping, "ridge": PruneOptions.ridge}
+        given = [
+            name for name, value in defaults.items() if getattr(self, name) != value
+        ]
+        rounds = self.quantize is not None or self.target_bits is not None
+        has_trials = self.allocation != "uniform"
+        if self.solver not in _WITHOUT_GRAM or rounds or has_trials or self.corrects:
+            return
+        if given:
+            raise HalveError(
+                f"{given[0]} was given, but the solver {self.solver} computes no Gram "
+                "matrix of the inputs to add it to.",
+                f"Omit {given[0]} (--{given[0]}), or set solver to auto, admm or "
+                "sparsegpt (--solver).",
             )
