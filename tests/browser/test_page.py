@@ -7,6 +7,7 @@ pictures of a page are left there, for a person to look at before a release.
 import os
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -142,17 +143,54 @@ def test_schemes_differ(opened):
     assert len(grounds) == 2
 
 
-def test_no_label_is_cut_off(opened):
-    page = opened("packed", width=360)
-    cut = page.evaluate(
-        """() => [...document.querySelectorAll("svg text")].filter(label => {
-             const inner = label.getBoundingClientRect();
-             const outer = label.closest("svg").getBoundingClientRect();
-             return inner.left < outer.left - 1 || inner.right > outer.right + 1
-                 || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1;
-           }).map(label => label.textContent)"""
-    )
-    assert cut == []
+NEAR = 5  # pixels of the margins of a figure
+LABELS = """
+() => [...document.querySelectorAll("svg text")].map(label => {
+  const inner = label.getBoundingClientRect(), svg = label.closest("svg");
+  const outer = svg.getBoundingClientRect(), style = getComputedStyle(label);
+  return {
+    text: label.textContent,
+    turned: label.hasAttribute("transform"),
+    box: [inner.left, inner.top, inner.right, inner.bottom],
+    outside: Math.max(outer.left - inner.left, inner.right - outer.right,
+      outer.top - inner.top, inner.bottom - outer.bottom),
+    size: parseFloat(style.fontSize) * outer.width / svg.viewBox.baseVal.width,
+    clipped: getComputedStyle(svg).overflow !== "visible",
+  };
+})
+"""
+
+
+BOXES = """
+() => [...document.querySelectorAll("#figure-size path")].map(part => {
+  const box = part.getBoundingClientRect();
+  return [box.left, box.top, box.right, box.bottom];
+})
+"""
+
+
+def _overlap(a, b):
+    return all(a[i] < b[i + 2] - 2 and b[i] < a[i + 2] - 2 for i in (0, 1))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["everything", "packed", "96 x 7", "8 experts"])
+def test_labels_are_whole_and_can_be_read(name, width, opened):
+    page = opened(name, width=width)
+    labels, boxes = page.evaluate(LABELS), page.evaluate(BOXES)
+    assert labels and boxes
+    for label in labels:
+        assert not label["clipped"]
+        assert label["outside"] < NEAR, label
+        assert label["size"] >= 9, label
+    level = [label for label in labels if not label["turned"]]
+    pairs = [
+        (a["text"], b["text"])
+        for a, b in combinations(level, 2)
+        if _overlap(a["box"], b["box"])
+    ]
+    assert not pairs
+    assert not any(_overlap(label["box"], box) for label in level for box in boxes)
 
 
 def test_tooltips_are_text(opened):

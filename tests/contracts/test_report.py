@@ -15,8 +15,10 @@ from halve.records import ModelRecord, PackRecord, SpeedRecord
 from halve.reporting import render, render_card, render_eval_results
 from halve.reporting.card import CARD_MARK
 from halve.reporting.numbers import (
+    counted,
     linear_ticks,
     log_ticks,
+    moment,
     significant,
     with_error,
 )
@@ -346,6 +348,18 @@ def test_log_ticks_enclose_the_values(lowest, ratio):
     assert ticks[0] <= lowest and lowest * ratio <= ticks[-1]
     assert len(set(ticks)) == len(ticks) >= 2
     assert log10(ticks[-1] / ticks[0]) <= log10(ratio) + 2
+
+
+def test_counts_and_times_are_words():
+    assert (counted(1, "thread"), counted(2000, "thread")) == (
+        "1 thread",
+        "2,000 threads",
+    )
+    assert moment("2026-11-28T01:02:03+00:00") == "2026-11-28 01:02:03 UTC"
+    assert moment("some day") == "some day"
+    page = render(CASES["everything"])
+    assert "2026-11-28 01:02:03 UTC" in page
+    assert "T01:02:03" not in page
 
 
 def test_the_command_names_what_differs_from_the_defaults():

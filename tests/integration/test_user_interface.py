@@ -163,7 +163,10 @@ MISTAKES = {
     "sparsity": ["prune", "model", "-o", "out", "--sparsity", "60"],
     "device": ["eval", "model", "--device", "xpu"],
     "folder": ["inspect", "./nonesuch"],
-    "reference": ["eval", "model", "--against", "./nonesuch"],
+    "name": ["inspect", "nonesuch"],
+    "output": ["verify", "./nonesuch"],
+    "output's name": ["verify", "nonesuch"],
+    "reference": ["eval", ".", "--against", "./nonesuch"],
     "sampling": ["generate", "model", "words", "--top-k", "5"],
     "bench": ["bench"],
     "rule": ["prune", "model", "-o", "out", "--rule", "a(=50%"],
@@ -190,7 +193,8 @@ def test_mistakes_are_reported_before_anything_heavy_is_imported():
     """In one process, which would take seconds for torch and transformers."""
     program = REPORTS.format(mistakes=list(MISTAKES.values()))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", program], check=True)
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", program], env=variables, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert used < 2, "all of them together"

@@ -4,16 +4,13 @@ import glob
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from halve.checkpoint.index import select_weight_files
 from halve.checkpoint.side_files import select_side_files
-from halve.errors import HalveError, SourceError
-from halve.model_path import local_folder, suggestion
-
-# Seconds until the Hub's first answer.
-_TIMEOUT = 20
+from halve.errors import HalveError
+from halve.hub import cached_copy, list_files
+from halve.model_path import local_folder
 
 
 def resolve_model(model: str | Path, weights: bool = True) -> Path:
@@ -32,28 +29,19 @@ def resolve_model(model: str | Path, weights: bool = True) -> Path:
 
 
 def _download(name: str, weights: bool) -> Path:
+    def download(file: str) -> Path:
+        return Path(hf_hub_download(name, file))
+
     try:
-        # A single request without retries: without a network the user learns at once.
-        found = HfApi().model_info(name, timeout=_TIMEOUT)
-        files = [file.rfilename for file in found.siblings or ()]
-
-        def download(file: str) -> Path:
-            return Path(hf_hub_download(name, file))
-
-        wanted = files_to_download(files, download, weights)
+        # Before anything is downloaded: without a network the user learns at once.
+        wanted = files_to_download(list_files(name), download, weights)
         patterns = [glob.escape(file) for file in wanted]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HalveError:
         raise
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise SourceError(
-            f"{name} is neither a local folder nor a model on the Hub.",
-            suggestion(name)
-            or "Check the name; for a private model log in with `hf auth login`.",
-        ) from error
     # Which errors the Hub's network library raises depends on its version.
     except Exception as error:  # noqa: BLE001
-        return _cached(name, error)
+        return cached_copy(name, error)
 
 
 def files_to_download(
@@ -68,17 +56,3 @@ def files_to_download(
     """
     large = select_weight_files(names, download) if weights else []
     return [*select_side_files(names), *large]
-
-
-def _cached(name: str, reason: Exception) -> Path:
-    """Return an earlier complete download, to work without a network."""
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError) as error:
-        summary = " ".join(str(reason).split())[:120].rstrip(". ")
-        raise SourceError(
-            f"{name} is not a local folder, and it could not be downloaded from the "
-            f"Hub ({type(reason).__name__}: {summary}).",
-            suggestion(name)
-            or "Check the path or the network, or download the model first.",
-        ) from error

@@ -9,7 +9,7 @@ from halve.cli.eval_tasks import (
     run_tasks,
     task_scores_as_json,
 )
-from halve.cli.options import Json, Keep, Model, Quiet, check_model, with_options
+from halve.cli.options import Json, Keep, Model, Quiet, check_found, with_options
 from halve.option import TASKS, TEXT, Option
 from halve.options import EvalOptions, TaskOptions
 
@@ -74,7 +74,7 @@ def command(
 
     With --tasks, measure its scores in tasks of lm-evaluation-harness.
     """
-    check_model(against)
+    check_found(against)
     check_task_options(tasks, options, task_options, output.keep)
     from halve.cli.console import print_next
     from halve.measure import check_keepable, keep_measurement

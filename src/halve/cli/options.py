@@ -30,6 +30,18 @@ def check_model(model: str | None) -> str | None:
     return model
 
 
+def check_found(model: str | None) -> None:
+    """Raise SourceError if a model is neither in a folder nor on the Hub.
+
+    Called once the options are checked, before torch is imported.
+    """
+    if model is None or local_folder(model) is not None:
+        return
+    from halve.hub import check_on_hub
+
+    check_on_hub(model)
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -106,6 +118,7 @@ def with_options(
             for argument in arguments.values():
                 if hasattr(argument, "check"):
                     argument.check()
+            check_found(arguments.get("model"))
             command(**arguments)
 
         typed = [_typer_parameter(option, panels) for option in options]

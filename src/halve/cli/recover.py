@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-from halve.cli.options import Json, Model, Out, Quiet, check_model, with_options
+from halve.cli.options import Json, Model, Out, Quiet, check_found, with_options
 from halve.option import TRAINING, Option
 from halve.options import RecoverOptions
 
@@ -40,7 +40,7 @@ def command(
     Zeros stay zero. The state that is best on held-out windows is stored; it is never
     worse than the input. After an interruption, rerun the same command to resume.
     """
-    check_model(against)
+    check_found(against)
     from dataclasses import replace
 
     from transformers.utils.logging import disable_progress_bar

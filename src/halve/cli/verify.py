@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halve.cli.options import Json, with_options
+from halve.cli.options import Json, check_found, check_model, with_options
 from halve.options import TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -24,12 +24,16 @@ EXAMPLES = """
 @with_options()
 def command(
     out: Annotated[
-        str, typer.Argument(metavar="OUT", help="A folder that Halve wrote.")
+        str,
+        typer.Argument(
+            metavar="OUT", help="A folder that Halve wrote.", callback=check_model
+        ),
     ],
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Check every file against its SHA-256, and every matrix against its record."""
+    check_found(out)
     from halve.measure import verify_output
     from halve.records.codec import to_json
 

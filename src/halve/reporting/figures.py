@@ -76,7 +76,7 @@ def blocks_figure(blocks: Sequence[BlockRecord]) -> Figure | None:
     if not values:
         return None
     ticks = log_ticks(min(values), max(values))
-    figure = Figure("Output error of each block, on a logarithmic axis", 210)
+    figure = Figure("Output error of each block, on a logarithmic axis", 216)
     bottom, top = 176.0, 12.0
 
     def y_of(value: float) -> float:
@@ -104,7 +104,7 @@ def blocks_figure(blocks: Sequence[BlockRecord]) -> Figure | None:
 
 def sparsities_figure(sparsities: Sequence[float], names: Sequence[str]) -> Figure:
     """Return the fraction of zeros of each block as bars from zero."""
-    figure = Figure("Sparsity of each block", 128)
+    figure = Figure("Sparsity of each block", 134)
     bottom, top = 94.0, 10.0
     ticks = linear_ticks(max(sparsities), 2)
     scale = (bottom - top) / ticks[-1]
@@ -126,7 +126,7 @@ def _add_block_numbers(figure: Figure, count: int, y: float) -> None:
     every = max(round(28 / step), 1)
     for index in range(0, count, every):
         figure.add(Label(_LEFT + step * (index + 0.5), y, str(index), "middle"))
-    figure.add(Label(WIDTH / 2, y + 14, "block", "middle"))
+    figure.add(Label(WIDTH / 2, y + 16, "block", "middle"))
 
 
 def divergence_figure(record: ComparisonRecord) -> Figure:
@@ -218,7 +218,7 @@ def sizes_figure(rows: Sequence[tuple[str, Parts]]) -> Figure:
     ):
         figure.add(Box(x, y, 11, 11, style))
         figure.add(Label(x + 16, y + 10, part))
-        x += 30 + len(part) * _LETTER
+        x += 30 + len(part) * _LETTER * 1.1  # in a narrow window letters are larger
     return figure
 
 

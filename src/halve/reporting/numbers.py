@@ -1,6 +1,10 @@
 """Numbers as a reader would write them."""
 
+import re
 from math import ceil, floor, isfinite, log10
+
+# A time as records hold it.
+_UTC = re.compile(r"(\d+-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?\+00:00")
 
 
 def percent(fraction: float, digits: int | None = None) -> str:
@@ -44,6 +48,17 @@ def with_error(value: float, error: float | None, unit: str = "") -> str:
 def count(number: int) -> str:
     """Return an integer with its digits in groups, such as `1,234,567`."""
     return f"{number:,}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things, such as `1 thread` or `4 threads`."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def moment(text: str) -> str:
+    """Return a time of a record as `2026-11-28 01:02:03 UTC`; other text as it is."""
+    found = _UTC.fullmatch(text)
+    return f"{found[1]} {found[2]} UTC" if found else text
 
 
 def linear_ticks(highest: float, about: int = 4) -> list[float]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from halve.records import PruneRecord
 from halve.reporting.facts import Facts
+from halve.reporting.numbers import moment
 from halve.reporting.provenance import commands, machine_line, provenance
 from halve.reporting.sections import (
     allocation_section,
@@ -59,7 +60,7 @@ def _origin(facts: Facts) -> str:
     record = facts.pruned or facts.packed
     if record is None:
         return ""
-    parts = [record.finished]
+    parts = [moment(record.finished)]
     if isinstance(record, PruneRecord) and record.machine is not None:
         parts.append(machine_line(record.machine))
     parts += [f"{name} {number}" for name, number in record.versions.items()]

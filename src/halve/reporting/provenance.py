@@ -9,7 +9,7 @@ from halve.options import PruneOptions, RecoverOptions
 from halve.quantities import duration, size
 from halve.records import MachineRecord, PruneRecord, RecoverRecord
 from halve.reporting.facts import Facts, dense_name
-from halve.reporting.numbers import count, percent, significant
+from halve.reporting.numbers import count, counted, moment, percent, significant
 
 # Decided by `auto` where they were not given.
 _RESOLVED = {"device": "cpu"}
@@ -68,7 +68,8 @@ def provenance(facts: Facts) -> list[tuple[str, str]]:
     if facts.packed is not None:
         packed = facts.packed
         form = "packed" if packed.kind == "pack" else "unpacked"
-        rows.append((form.capitalize(), f"{packed.finished}, {_versions(packed)}"))
+        when = moment(packed.finished)
+        rows.append((form.capitalize(), f"{when}, {_versions(packed)}"))
     rows.append(("SHA-256 of halve.json", facts.record_sha256))
     return rows
 
@@ -89,7 +90,7 @@ def _of_pruning(record: PruneRecord) -> Iterator[tuple[str, str]]:
             f"{count(windows * length)} tokens, seed {identity['seed']}",
         )
         yield "SHA-256 of its tokens", str(identity["calibration_sha256"])
-    yield "Finished", record.finished
+    yield "Finished", moment(record.finished)
     if record.machine is not None:
         yield "Machine", machine_line(record.machine)
     yield "Versions", _versions(record)
@@ -104,7 +105,7 @@ def _of_pruning(record: PruneRecord) -> Iterator[tuple[str, str]]:
 
 
 def _of_recovery(record: RecoverRecord) -> Iterator[tuple[str, str]]:
-    yield "Recovered", f"{record.finished}, {_versions(record)}"
+    yield "Recovered", f"{moment(record.finished)}, {_versions(record)}"
     yield (
         "Recovery",
         f"step {record.best_step} of {record.steps}, on {record.identity['samples']} "
@@ -117,8 +118,8 @@ def machine_line(machine: MachineRecord) -> str:
     """Return a machine in one line."""
     device = "" if machine.device in ("cpu", machine.cpu) else f", {machine.device}"
     return (
-        f"{machine.cpu}, {machine.cores} cores, {size(machine.memory)}{device}, "
-        f"{machine.threads} threads"
+        f"{machine.cpu}, {counted(machine.cores, 'core')}, {size(machine.memory)}"
+        f"{device}, {counted(machine.threads, 'thread')}"
     )
 
 

@@ -33,7 +33,14 @@ from halve.reporting.heat import (
     sparsity_of,
     zeros_text,
 )
-from halve.reporting.numbers import count, percent, significant, with_error
+from halve.reporting.numbers import (
+    count,
+    counted,
+    moment,
+    percent,
+    significant,
+    with_error,
+)
 from halve.reporting.provenance import machine_line
 from halve.reporting.tasks import TASK_COLUMNS, task_rows
 
@@ -226,12 +233,14 @@ def speed_section(facts: Facts) -> Section | None:
         if r.test.startswith("tg") and r.batch == 1 and record.bandwidth
     ]
     share = f" Of its memory bandwidth one sequence takes: {', '.join(used)}."
+    versions = ", ".join(f"{name} {number}" for name, number in by.versions.items())
     return {
         "figure": speed_figure(record),
         "rounds": len(record.results[0].seconds),
-        "sentence": f"{record.gpu or record.cpu}, {record.threads} threads, kernel "
+        "sentence": f"{record.gpu or record.cpu}, "
+        f"{counted(record.threads, 'thread')}, kernel "
         f"{record.kernel}, {significant(record.bandwidth / 1e9)} GB/s; measured "
-        f"{by.finished} with {', '.join(f'{n} {v}' for n, v in by.versions.items())}."
+        f"{moment(by.finished)} with {versions}."
         f"{share if used else ''}",
     }
 

@@ -8,7 +8,7 @@ from statistics import stdev
 from halve.quantities import size
 from halve.records import BenchRecord, ComparisonRecord, SpeedRecord
 from halve.reporting.facts import Facts, dense_name
-from halve.reporting.numbers import percent, significant, with_error
+from halve.reporting.numbers import counted, percent, significant, with_error
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _clauses(facts: Facts) -> Iterator[str]:
         yield f"perplexity {value} on {record.data}"
     if facts.bench is not None and (faster := speedup(facts.bench.result)) is not None:
         ratio, where = significant(faster.ratio), facts.bench.result
-        name = where.gpu or f"{where.cpu} with {where.threads} threads"
+        name = where.gpu or f"{where.cpu} with {counted(where.threads, 'thread')}"
         yield f"packed it decodes {ratio} times as fast as torch on {name}"
 
 
