@@ -109,9 +109,10 @@ class RecoverOptions(Options):
             TRAINING,
             flags=("--lr",),
             details="It rises over the first tenth of the steps and falls to a "
-            "twentieth along a cosine.",
+            "twentieth along a cosine. In trials a model of 30 blocks learned "
+            "nothing at 0.001; one of 6 won more at 0.002, given a thousand steps.",
         ),
-    ] = 0.002
+    ] = 0.0005
     device: Device = "auto"
     trust_remote_code: TrustRemoteCode = False
     progress: "Callable[[Progress], None]" = lambda progress: None
