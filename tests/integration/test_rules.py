@@ -128,7 +128,7 @@ def config(tmp_path):
 
 
 def test_a_file_holds_any_option_and_the_command_line_overrides_it(parsed, config):
-    options, run_options = parsed("model", "--config", config, "--damping", 0.5)
+    options, run_options = parsed(".", "--config", config, "--damping", 0.5)
     assert options == PruneOptions(
         sparsity="60%", seq_len=32, rules=("down_proj=70%",), skip=("lm_head",),
         refine=True, symmetric=False, quantize="int4", damping=0.5,
@@ -139,12 +139,12 @@ def test_a_file_holds_any_option_and_the_command_line_overrides_it(parsed, confi
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_options_that_others_override(preset, parsed, config):
-    options, _ = parsed("model", "-o", "out", "--preset", preset)
+    options, _ = parsed(".", "-o", "out", "--preset", preset)
     assert options == PruneOptions(**preset_options(preset))
-    options, _ = parsed("model", "-o", "out", "--preset", preset, "--solver", "wanda")
+    options, _ = parsed(".", "-o", "out", "--preset", preset, "--solver", "wanda")
     assert options.solver == "wanda"
     config.write_text(f"preset: {preset}\nepochs: 9\n")
-    options, _ = parsed("model", "-o", "out", "--config", config)
+    options, _ = parsed(".", "-o", "out", "--config", config)
     assert options == PruneOptions(**preset_options(preset), epochs=9)
 
 
@@ -163,5 +163,5 @@ def test_files_that_cannot_be_used(contents, words, parsed, tmp_path):
     if contents is not None:
         path.write_text(contents)
     with pytest.raises(HalveError) as error:
-        parsed("model", "-o", "out", "--config", path)
+        parsed(".", "-o", "out", "--config", path)
     assert all(word in str(error.value) for word in words), error.value
