@@ -1,6 +1,7 @@
 """Ask the Hugging Face Hub whether it has a model. No torch here."""
 
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
@@ -30,8 +31,9 @@ def _is_cached(name: str) -> bool:
     return False
 
 
-def list_files(name: str) -> list[str]:
-    """Return the files of a repository: a single request without retries.
+@cache
+def list_files(name: str) -> tuple[str, ...]:
+    """Return the files of a repository: a single request a process, without retries.
 
     Raises:
         SourceError: There is no such repository.
@@ -45,7 +47,7 @@ def list_files(name: str) -> list[str]:
             suggestion(name)
             or "Check the name; for a private model log in with `hf auth login`.",
         ) from error
-    return [file.rfilename for file in found.siblings or ()]
+    return tuple(file.rfilename for file in found.siblings or ())
 
 
 def cached_copy(name: str, reason: Exception) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import halve
+from halve.checkpoint import source
+from halve.hub import check_on_hub
 
 SPLIT = "model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"
 SPLIT_BIN = "pytorch_model-{:05}-of-{:05}.bin", "pytorch_model.bin.index.json"
@@ -205,3 +208,19 @@ def test_code_of_a_model_runs_only_if_trusted(pico, text, tmp_path, monkeypatch)
     halve.prune(model, tmp_path / "out", trust_remote_code=True, **arguments)
     assert (tmp_path / "out/modeling_custom.py").read_text() == CUSTOM_MODEL
     assert halve.inspect(tmp_path / "out", trust_remote_code=True).sparsity == 0.5
+
+
+def test_the_hub_is_asked_once_for_a_model(tmp_path, monkeypatch):
+    """By the check before torch is imported, and not again by the download."""
+    asked = []
+
+    class Api:
+        def model_info(self, name: str, timeout: float) -> SimpleNamespace:
+            asked.append(name)
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename="config.json")])
+
+    monkeypatch.setattr("halve.hub.HfApi", Api)
+    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: str(tmp_path))
+    check_on_hub("nobody/such-a-model")
+    assert source.resolve_model("nobody/such-a-model", weights=False) == tmp_path
+    assert asked == ["nobody/such-a-model"]
