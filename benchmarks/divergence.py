@@ -5,6 +5,7 @@ differ in nothing but their weights.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,16 +46,22 @@ class Judge:
         self._head = dense.get_output_embeddings()
         # Hidden states before the head: a hundredth of the size of the logits.
         self._hidden = [_hidden(dense, segment) for segment in segments]
-        self.dense = self.judge(dense)
+        self.dense = self._compared(self._head, self._hidden)
 
-    @torch.inference_mode()
     def judge(self, model: Any) -> Divergence:
         """Compare a model with the dense one."""
-        head = model.get_output_embeddings()
+        states = (_hidden(model, segment) for segment in self._segments)
+        return self._compared(model.get_output_embeddings(), states)
+
+    @torch.inference_mode()
+    def _compared(self, head: Any, states: Iterable[Tensor]) -> Divergence:
+        """Compare a model, given by its head and the inputs of it, a segment each."""
         rows = []
-        for segment, reference in zip(self._segments, self._hidden, strict=True):
+        for segment, reference, hidden in zip(
+            self._segments, self._hidden, states, strict=True
+        ):
             log_p = self._head(reference).log_softmax(-1)
-            log_q = head(_hidden(model, segment)).log_softmax(-1)
+            log_q = head(hidden).log_softmax(-1)
             rows.append(_compare(log_p, log_q, segment[1:]))
         kl, loss, agreement = torch.tensor(rows, dtype=torch.float64).T
         return Divergence(

@@ -257,6 +257,32 @@ def test_linear_is_torchs_linear(shape, strided):
     assert torch.allclose(linear(inputs, weight, bias), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("mixed", "error"), [(False, 1e-5), (True, 2**-7)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_of_linear_are_those_of_torch(mixed, error, with_bias, monkeypatch):
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: mixed)
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        torch.randn(*shape, generator=generator)
+        for shape in ((2, 50, 30), (40, 30), (40,))
+    ]
+    results = []
+    for multiply, dtype in (
+        (torch.nn.functional.linear, torch.float64),
+        (linear, torch.float32),
+    ):
+        inputs, weight, bias = (x.to(dtype).requires_grad_() for x in operands)
+        outputs = multiply(inputs, weight, bias if with_bias else None)
+        outputs.square().sum().backward()
+        found = [outputs.detach(), inputs.grad, weight.grad]
+        assert all(x is not None and x.dtype == dtype for x in found)
+        results.append([*found, bias.grad] if with_bias else found)
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() < error * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("strided", [False, True])
 def test_large_matrices_are_converted_in_strips(dtype, strided, monkeypatch):

@@ -1,5 +1,7 @@
 """Private or undocumented parts of torch; tested with torch 2.7 to 2.13."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store  # noqa: TID251
@@ -13,11 +15,22 @@ __all__ = [
     "change_class",
     "has_hooks",
     "join_store",
+    "multiplies_bfloat16",
     "onednn_linear",
     "parameter_slots",
     "share_state",
     "tensor_version",
 ]
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions that multiply bfloat16.
+
+    Private: `torch.cpu._is_avx512_bf16_supported` and `_is_amx_tile_supported`. When
+    they break: return False, and training passes take longer.
+    """
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,8 +41,9 @@ def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     correct, and measure what is lost (docs/log.md, "oneDNN for float32").
 
     Args:
-        inputs: [..., columns], float32, on the CPU, contiguous: oneDNN falls back to a
-            reference kernel, hundreds of times slower, on strided operands.
+        inputs: [..., columns], float32 or bfloat16, on the CPU, contiguous: oneDNN
+            falls back to a reference kernel, hundreds of times slower, on strided
+            operands.
         weight: [rows, columns], as `inputs`.
         bias: [rows], or None.
 

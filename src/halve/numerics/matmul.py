@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from halve._compat.torch import onednn_linear
+from halve._compat.torch import multiplies_bfloat16, onednn_linear
 
 # The dtypes of weights that are stored as they are and converted to float32, without
 # loss, for each product; and how many weights are converted at once.
@@ -86,7 +86,12 @@ def _linear_in_strips(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 class _Differentiable(torch.autograd.Function):
-    """`linear` with gradients, which oneDNN's operator does not have."""
+    """`linear` with gradients, which oneDNN's operator does not have.
+
+    Mixed precision: where the processor multiplies bfloat16, the factors and the result
+    of all three products are rounded to it, and everything else is float32. Refining
+    takes two thirds of the time so (docs/log.md, "bfloat16 in training passes").
+    """
 
     @staticmethod
     def forward(
@@ -97,24 +102,31 @@ class _Differentiable(torch.autograd.Function):
     ) -> Tensor:
         """Compute the product, and save both operands for the backward pass."""
         ctx.save_for_backward(inputs, weight)
-        return linear(inputs, weight, bias)
+        outputs = _training_product(inputs, weight.T)
+        return outputs if bias is None else outputs + bias
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients of inputs, weight and bias, as far as they are needed.
 
         For Y = X W.T + b and G = dL/dY: dL/dX = G W, dL/dW = G.T X, dL/db = G.T 1.
-        `linear` multiplies by the transpose of its second operand, hence `weight.T`.
         """
         inputs, weight = ctx.saved_tensors
         needed, (gradient,) = ctx.needs_input_grad, gradients
         # G as [tokens, rows]: the leading dimensions are summed over.
         flat = gradient.flatten(0, -2)
         return (
-            linear(gradient, weight.T) if needed[0] else None,
-            linear(flat.T, inputs.flatten(0, -2).T) if needed[1] else None,
+            _training_product(gradient, weight) if needed[0] else None,
+            _training_product(flat.T, inputs.flatten(0, -2)) if needed[1] else None,
             flat.sum(dim=0) if needed[2] else None,
         )
+
+
+def _training_product(left: Tensor, right: Tensor) -> Tensor:
+    """Compute `left @ right` in bfloat16 if that is fast, else in float32."""
+    if multiplies_bfloat16():
+        return (left.to(torch.bfloat16) @ right.to(torch.bfloat16)).float()
+    return onednn_linear(left.contiguous(), right.T.contiguous(), None)
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor:  # noqa: ANN401

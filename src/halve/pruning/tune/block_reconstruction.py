@@ -11,7 +11,9 @@ so that tokens which are far larger than the rest do not count for all.
 
 There are no labels, and only one block and its activations are in memory. Masks are
 fixed and re-applied after every step. After each epoch the error on held-out windows is
-measured, and the best parameters are the ones that are stored.
+measured, and the best parameters are the ones that are stored. Steps are taken in mixed
+precision where the processor has bfloat16 (`numerics.matmul`); errors are measured in
+float32.
 
 As in EBFT (Guo et al., 2024) and the "transformer matching" of 3BASiL (2025), except
 for the choice of the best epoch on held-out windows.
