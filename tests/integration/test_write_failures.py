@@ -117,7 +117,7 @@ def verb(pico, text, tmp_path):
 ROWS = {
     "prune": MANNERS,
     UNMERGED_ROW: (before,),
-    "pack": MANNERS,
+    "pack": (half,),
     "unpack": (after,),
 }
 
