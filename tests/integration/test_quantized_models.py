@@ -10,7 +10,9 @@ import torch
 import halve
 from halve.checkpoint import Checkpoint
 from halve.errors import HalveError
+from halve.measure import bench as bench_module
 from halve.measure.random_models import _SIZES
+from halve.records.bench import Footprint
 from halve.runtime.cpu.packed_linear import PackedEmbedding, PackedLinear
 from halve.runtime.cpu.quantized_linear import (
     QuantizedEmbedding,
@@ -321,6 +323,8 @@ def test_activations_that_would_change_nothing_are_refused(made):
 
 def test_bench_quantizes_a_random_model_and_times_both_activations(monkeypatch):
     monkeypatch.setitem(_SIZES["llama"], "110m", (64, 128, 2, 4))
+    # Each takes a process; test_command_line.py measures some.
+    monkeypatch.setattr(bench_module, "footprint", lambda *_: Footprint(1, 2, 3))
     options: dict[str, Any] = {"sparsity": "0", "quantize": "int3", "prompt": 0}
     options |= {"generated": 2, "batches": (1,), "rounds": 1, "activations": "int8"}
     record = halve.bench(random_llama="110m", **options)

@@ -16,6 +16,7 @@ CMAKE = Path(sys.executable).with_name(
 PROGRAMS = ("test_kernels", "test_quantized", "test_step")
 
 
+@pytest.mark.slow  # more than a minute, most of it the compiler's
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_kernels_run_clean_under_the_sanitizers(tmp_path):
     # -Og compiles this fastest: GCC takes a minute at -O1 for one file of AVX-512.
