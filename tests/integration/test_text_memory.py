@@ -8,7 +8,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
 import halve
-from halve.pruning.memory.text import text_phase
+from halve.pruning.memory.text import text_phases
 from tests.tables import BUNDLED
 
 SIZES: dict[str, Any] = {"samples": 4, "seq_len": 32}
@@ -66,4 +66,18 @@ def test_sizes_of_other_kinds_of_text(pico, text, tmp_path):
     assert phase(pico("opt"), "stdlib")["text"] > 2**20
     assert phase(pico("opt"), "c4")["text"] == 0
     plan = halve.plan(pico("opt"), calibration=str(path), **SIZES).plan
-    assert not text_phase(plan).has_activations
+    assert [p.has_activations for p in text_phases(plan)] == [False]
+
+
+def test_the_whole_model_is_counted_where_it_samples_windows(pico, text):
+    def phases(**options) -> dict[str, Any]:
+        return halve.plan(pico("opt"), **SIZES, **options).forecast.by_name()
+
+    model = {"the whole model": halve.inspect(pico("opt")).bytes}
+    both = phases(calibration=str(text), self_samples=1)
+    assert both["sampling windows"] == model
+    assert "reading text" in both
+    alone = phases(calibration="self")
+    assert alone["sampling windows"] == model
+    assert "reading text" not in alone
+    assert "sampling windows" not in phases(calibration=str(text))

@@ -171,7 +171,9 @@ def _print_windows(record: "PruneRecord") -> None:
     if used["calibration_sha256"] is None:
         return
     bos = "" if used["bos_id"] is None else ", each after BOS"
+    own = used["self_samples"]
+    sampled = f", {own} of them sampled from the model" if own else ""
     print(
         f"Calibrated on {used['samples']} windows of {used['seq_len']} tokens of "
-        f"{used['calibration']}{bos}."
+        f"{used['calibration']}{bos}{sampled}."
     )

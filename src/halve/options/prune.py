@@ -106,6 +106,11 @@ class PruneOptions(PruneFields):
         return self.ridge
 
     @property
+    def sampled(self) -> int:
+        """Number of calibration windows that the model samples itself."""
+        return self.samples if self.calibration == "self" else self.self_samples
+
+    @property
     def row_samples(self) -> int:
         """Number of windows on which the importance of rows is measured."""
         if not self._weighs_rows:
@@ -170,10 +175,26 @@ class PruneOptions(PruneFields):
         self._check_allocation(parsed)
         self._check_rules()
         self._check_importance()
+        self._check_self_samples()
         self._check_held_out()
         _ = self.pairs  # there may be no grid of that many bits
         self._check_grid_options()
         self._check_packed_groups()
+
+    def _check_self_samples(self) -> None:
+        if self.self_samples and self.calibration == "self":
+            raise HalveError(
+                "All windows are sampled from the model where calibration is self.",
+                "Leave out self_samples (--self-samples), or name a text "
+                "(--calibration).",
+            )
+        if not 0 <= self.self_samples < self.samples:
+            raise HalveError(
+                f"self_samples is {self.self_samples}, and samples {self.samples}, of "
+                "which some must be of the text.",
+                "Lower self_samples (--self-samples), or set calibration to self "
+                "(--calibration).",
+            )
 
     def _check_choices(self) -> None:
         names = ("solver", "allocation", "quantize_head", "matmul_precision", "bos")

@@ -73,6 +73,17 @@ class PruneFields(Options):
             CALIBRATION,
         ),
     ] = 128
+    self_samples: Annotated[
+        int,
+        Option(
+            "How many of the calibration windows the model samples itself; the others "
+            "are of the text.",
+            CALIBRATION,
+            minimum=0,
+            details="On text of other kinds than the calibration text, far less is "
+            "lost, on text of its kind somewhat more. The model must fit into memory.",
+        ),
+    ] = 0
     seq_len: Annotated[
         int | None,
         Option("Length of a window.", CALIBRATION, unit="tokens", unset=LENGTH),
@@ -295,6 +306,7 @@ class PruneKeywords(RunKeywords, total=False):
     solver: str
     calibration: str
     samples: int
+    self_samples: int
     seq_len: int | None
     seed: int
     bos: str

@@ -4,10 +4,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halve.calibration import (
     ChatTemplate,
+    Encode,
     check_vocabulary,
     draw_windows,
     load_corpus,
@@ -47,22 +49,46 @@ def calibration_windows(plan: Plan, trust_remote_code: bool) -> CalibrationWindo
     runs_text = options.has_dense or options.held_out or options.trial_held_out
     if not needs and not runs_text:
         return CalibrationWindows()
-    assert options.seq_len is not None
-    size = (options.samples, options.seq_len)
-    if options.calibration == "self" and not plan.adds_bos:  # needs no tokenizer
-        return CalibrationWindows(
-            sample_windows(plan.model, *size, options.seed, trust_remote_code)
-        )
+    sampled = options.sampled
+    if sampled == options.samples and not plan.adds_bos:  # needs no tokenizer
+        return CalibrationWindows(_sample(plan, sampled, None, trust_remote_code))
     encode = load_encoder(plan.model, trust_remote_code, plan.adds_bos)
-    if options.calibration == "self":
-        windows = sample_windows(
-            plan.model, *size, options.seed, trust_remote_code, bos=encode.bos
-        )
+    if not sampled:
+        windows = _draw(plan, options.samples, encode, trust_remote_code)
         return CalibrationWindows(windows, encode.bos)
+    windows = _sample(plan, sampled, encode.bos, trust_remote_code)
+    if sampled < options.samples:
+        drawn = _draw(plan, options.samples - sampled, encode, trust_remote_code)
+        windows = _shuffled(torch.cat((drawn, windows)), options.seed)
+    return CalibrationWindows(windows, encode.bos)
+
+
+def _draw(plan: Plan, samples: int, encode: Encode, trust_remote_code: bool) -> Tensor:
+    """Return windows of the calibration text, [samples, length]."""
+    options = plan.options
+    assert options.seq_len is not None
     render = ChatTemplate(plan.model, trust_remote_code)
     corpus = load_corpus(options.calibration, "calibration", render)
-    windows = draw_windows(corpus, encode, *size, options.seed)
+    windows = draw_windows(corpus, encode, samples, options.seq_len, options.seed)
     del corpus
     malloc_trim()  # the text and its tokens may be larger than what follows
     check_vocabulary(windows, plan.vocabulary)
-    return CalibrationWindows(windows, encode.bos)
+    return windows
+
+
+def _sample(
+    plan: Plan, samples: int, bos: int | None, trust_remote_code: bool
+) -> Tensor:
+    """Return windows that the model samples itself, [samples, length]."""
+    options = plan.options
+    assert options.seq_len is not None
+    size = (samples, options.seq_len, options.seed)
+    windows = sample_windows(plan.model, *size, trust_remote_code, bos=bos)
+    malloc_trim()
+    return windows
+
+
+def _shuffled(windows: Tensor, seed: int) -> Tensor:
+    """Return windows in random order: the last of them are held out."""
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(len(windows), generator=generator)]

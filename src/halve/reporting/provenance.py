@@ -84,10 +84,12 @@ def _of_pruning(record: PruneRecord) -> Iterator[tuple[str, str]]:
         yield "Its kind", f"{model.model_type}, {count(model.parameters)} parameters"
     if identity.get("calibration_sha256") is not None:
         windows, length = int(identity["samples"]), int(identity["seq_len"])
+        own = int(identity.get("self_samples", 0))
+        sampled = f", {own} windows sampled from the model" if own else ""
         yield (
             "Calibration text",
             f"{identity['calibration']}: {windows} windows of {length} tokens, "
-            f"{count(windows * length)} tokens, seed {identity['seed']}",
+            f"{count(windows * length)} tokens, seed {identity['seed']}{sampled}",
         )
         yield "SHA-256 of its tokens", str(identity["calibration_sha256"])
     yield "Finished", moment(record.finished)

@@ -14,7 +14,7 @@ from halve.layout import PlannedBlock, PlannedMatrix
 from halve.pruning.importance import importance_passes
 from halve.pruning.memory.phases import Phase, all_phases, host_phases
 from halve.pruning.memory.solving import solving_operations
-from halve.pruning.memory.text import text_phase
+from halve.pruning.memory.text import text_phases
 from halve.pruning.memory.workload import Workload
 from halve.pruning.observe.activation_cache import ActivationCache
 from halve.pruning.observe.input_groups import (
@@ -194,7 +194,7 @@ def forecast_host(
         )
     if not _workload(plan, deferred, spilled).runs_text:
         return forecast
-    return replace(forecast, phases=(text_phase(plan), *forecast.phases))
+    return replace(forecast, phases=(*text_phases(plan), *forecast.phases))
 
 
 def _workload(plan: Plan, deferred: bool, spilled: bool) -> Workload:

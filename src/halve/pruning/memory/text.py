@@ -1,5 +1,6 @@
-"""Memory that reading and tokenizing the calibration text takes, before the blocks."""
+"""Memory that getting the calibration windows takes, before the blocks."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +19,20 @@ _TOKENS = 1.5
 _WHOLE = 165
 
 
-def text_phase(plan: Plan) -> Phase:
+def text_phases(plan: Plan) -> Iterator[Phase]:
+    """Yield the phases in which windows are sampled and the calibration text is read.
+
+    The cache of keys and values while windows are sampled is not counted.
+    """
+    options = plan.options
+    if options.sampled:
+        parts = {"the whole model": plan.layout.output_bytes}
+        yield Phase("sampling windows", parts, has_activations=False)
+    if options.sampled < options.samples:
+        yield _reading(plan)
+
+
+def _reading(plan: Plan) -> Phase:
     """Return the phase in which the calibration text is read.
 
     Only the text's size is read, and the tokenizer, which tells whether the text can be
