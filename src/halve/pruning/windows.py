@@ -49,17 +49,16 @@ def calibration_windows(plan: Plan, trust_remote_code: bool) -> CalibrationWindo
     runs_text = options.has_dense or options.held_out or options.trial_held_out
     if not needs and not runs_text:
         return CalibrationWindows()
-    sampled = options.sampled
-    if sampled == options.samples and not plan.adds_bos:  # needs no tokenizer
-        return CalibrationWindows(_sample(plan, sampled, None, trust_remote_code))
+    of_text = options.samples - options.sampled
+    if not of_text and not plan.adds_bos:  # needs no tokenizer
+        return CalibrationWindows(_sample(plan, None, trust_remote_code))
     encode = load_encoder(plan.model, trust_remote_code, plan.adds_bos)
-    if not sampled:
-        windows = _draw(plan, options.samples, encode, trust_remote_code)
-        return CalibrationWindows(windows, encode.bos)
-    windows = _sample(plan, sampled, encode.bos, trust_remote_code)
-    if sampled < options.samples:
-        drawn = _draw(plan, options.samples - sampled, encode, trust_remote_code)
-        windows = _shuffled(torch.cat((drawn, windows)), options.seed)
+    parts: list[Tensor] = []
+    if of_text:
+        parts.append(_draw(plan, of_text, encode, trust_remote_code))
+    if options.sampled:
+        parts.append(_sample(plan, encode.bos, trust_remote_code))
+    windows = parts[0] if len(parts) == 1 else _shuffled(parts, options.seed)
     return CalibrationWindows(windows, encode.bos)
 
 
@@ -76,19 +75,18 @@ def _draw(plan: Plan, samples: int, encode: Encode, trust_remote_code: bool) -> 
     return windows
 
 
-def _sample(
-    plan: Plan, samples: int, bos: int | None, trust_remote_code: bool
-) -> Tensor:
-    """Return windows that the model samples itself, [samples, length]."""
+def _sample(plan: Plan, bos: int | None, trust_remote_code: bool) -> Tensor:
+    """Return the windows that the model samples itself, [samples, length]."""
     options = plan.options
     assert options.seq_len is not None
-    size = (samples, options.seq_len, options.seed)
+    size = (options.sampled, options.seq_len, options.seed)
     windows = sample_windows(plan.model, *size, trust_remote_code, bos=bos)
     malloc_trim()
     return windows
 
 
-def _shuffled(windows: Tensor, seed: int) -> Tensor:
-    """Return windows in random order: the last of them are held out."""
+def _shuffled(parts: list[Tensor], seed: int) -> Tensor:
+    """Return all windows in random order: the last of them are held out."""
+    windows = torch.cat(parts)
     generator = torch.Generator().manual_seed(seed)
     return windows[torch.randperm(len(windows), generator=generator)]
