@@ -281,6 +281,9 @@ def test_gradients_of_linear_are_those_of_torch(mixed, error, with_bias, monkeyp
         results.append([*found, bias.grad] if with_bias else found)
     for expected, found in zip(*results, strict=True):
         assert (found - expected).norm() < error * expected.norm()
+    # The product is one of bfloat16, and not only near one.
+    product = results[1][2]
+    assert torch.equal(product, product.bfloat16().float()) == mixed
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

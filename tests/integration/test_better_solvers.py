@@ -41,7 +41,12 @@ def matrices(record):
 
 
 @pytest.mark.parametrize(
-    ("row", "pattern"), [*((row, "50%") for row in ROWS), (ROWS[0], "2:4")]
+    ("row", "pattern"),
+    [
+        *((row, "50%") for row in ROWS),
+        (ROWS[0], "2:4"),
+        *(pytest.param(row, "2:4", marks=pytest.mark.slow) for row in ROWS[1:]),
+    ],
 )
 def test_refining_never_raises_the_held_out_error_and_keeps_masks(
     row, pattern, pico, text, tmp_path

@@ -152,3 +152,9 @@ def test_models_read_with_and_without_bos_are_not_compared(with_bos, pico, text)
     same = halve.compare(with_bos("llama"), with_bos("llama"), **given)
     assert same.kl_mean == pytest.approx(0, abs=1e-9)
     assert replace(same.model, seconds=0.0) == replace(same.reference, seconds=0.0)
+
+
+def test_windows_that_the_model_samples_begin_with_bos_as_well(with_bos, text):
+    found = windows(with_bos("llama"), text, self_samples=3)
+    assert found.ids.shape == (6, LENGTH)
+    assert (found.ids[:, 0] == BOS).all()

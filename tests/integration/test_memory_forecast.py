@@ -129,12 +129,24 @@ def test_a_tenth_of_a_limit_is_left_free_where_possible(pico, monkeypatch):
     assert plan_memory(plan, least + 2**20, None).activations == 0
 
 
-@pytest.mark.parametrize(("row", "options"), [
-    ("opt", {"solver": "sparsegpt"}),
-    ("llama", {"solver": "auto", "sequential": False}),
-    ("opt", {"solver": "sparsegpt", "refine": True, "epochs": 1}),
-    ("llama", {"solver": "sparsegpt", "allocation": "error"}),
-], ids=str)  # fmt: skip
+DEFERRED: tuple[dict[str, Any], ...] = (
+    {"solver": "sparsegpt"},
+    {"solver": "auto", "sequential": False},
+    {"solver": "sparsegpt", "refine": True, "epochs": 1},
+    {"solver": "sparsegpt", "allocation": "error"},
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        pytest.param(
+            row, options, marks=pytest.mark.slow if (i + j) % 2 else (), id=f"{row}-{i}"
+        )
+        for i, options in enumerate(DEFERRED)
+        for j, row in enumerate(WIDE)
+    ],
+)
 def test_deferred_inputs_change_no_byte(
     row, options, pico, text, tmp_path, monkeypatch
 ):

@@ -41,11 +41,14 @@ def test_the_mix_of_least_divergence_is_taken(pico, options, tmp_path, family):
     assert (record.mix.name, record.mix.bits) == (best.name, best.bits)
 
 
-@pytest.mark.parametrize("chosen", range(0, TRIALS, 2))
+@pytest.mark.parametrize(
+    "chosen",
+    [pytest.param(i, marks=pytest.mark.slow if i % 2 else ()) for i in range(TRIALS)],
+)
 def test_every_matrix_gets_what_the_mix_says(
     pico, options, tmp_path, monkeypatch, chosen
 ):
-    """Every second trial in turn diverges least."""
+    """Each trial in turn diverges least."""
     divergences = iter(float(index != chosen) for index in range(TRIALS))
     monkeypatch.setattr(mixes, "mean_divergence", lambda *_: next(divergences))
     record = halve.prune(pico("llama"), tmp_path / "out", **options)

@@ -9,7 +9,7 @@ from halve.errors import HalveError
 from halve.options import PruneOptions
 from halve.pruning.plan import make_plan
 from halve.pruning.windows import calibration_windows
-from tests.integration.test_resume import digests
+from tests.integration.test_resume import Stopped, digests, stop_at
 
 SIZES: dict[str, Any] = {"samples": 8, "seq_len": 16, "device": "cpu"}
 
@@ -22,7 +22,7 @@ def drawn(model, **options) -> list[tuple[int, ...]]:
     return [tuple(window) for window in ids.tolist()]
 
 
-@pytest.mark.parametrize("row", ["opt", "llama"])  # with and without BOS
+@pytest.mark.parametrize("row", ["opt", "llama"])
 def test_so_many_windows_are_sampled_and_the_others_are_of_the_text(row, pico, text):
     model, of_text = pico(row), {"calibration": str(text)}
     mixed = drawn(model, self_samples=3, **of_text)
@@ -37,6 +37,8 @@ def test_so_many_windows_are_sampled_and_the_others_are_of_the_text(row, pico, t
 def test_a_run_with_both_resumes_and_says_so(pico, text, tmp_path):
     options: dict[str, Any] = SIZES | {"calibration": str(text), "self_samples": 4}
     record = halve.prune(pico("opt"), tmp_path / "out", **options)
+    with pytest.raises(Stopped):
+        halve.prune(pico("opt"), tmp_path / "again", progress=stop_at(8), **options)
     again = halve.prune(pico("opt"), tmp_path / "again", **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "again")
     assert record.identity["self_samples"] == 4

@@ -117,7 +117,8 @@ def verb(pico, text, tmp_path):
 
 
 ROWS = ("prune", UNMERGED_ROW, "pack", "unpack", DECIDED_ROW)
-# With all of these, each operation of each verb fails in every manner.
+# Where the turns of `make test` begin. The slow tests begin elsewhere: together each
+# operation of each verb fails in every manner.
 FIRST = {"prune": "before", UNMERGED_ROW: "half", "pack": "after", "unpack": "before"}
 
 
