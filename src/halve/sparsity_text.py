@@ -4,7 +4,7 @@
 """
 
 import re
-from math import nan
+from math import floor, nan
 
 from halve.errors import PatternError
 
@@ -50,6 +50,18 @@ def parse_expert_fraction(text: str | float) -> float:
         "percentage was expected.",
         "Write it as 75% or 0.75, or omit experts to keep all (--experts).",
     )
+
+
+def parse_part(text: str | float, whole: int) -> int:
+    """Parse a number (32), or a percentage of a whole (25%), which is rounded down.
+
+    Returns:
+        The number; -1 where the text is neither, or negative.
+    """
+    number = _fraction(text)
+    if isinstance(text, str) and text.strip().endswith("%"):
+        number = floor(number * whole + 1e-9) if number >= 0 else -1
+    return max(int(number), -1) if float(number).is_integer() else -1
 
 
 def _fraction(text: str | float) -> float:

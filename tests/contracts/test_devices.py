@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from halve import devices
+from halve.devices import choose_device
 from halve.distributed import Ranks
 from halve.errors import DistributedError, HalveWarning
-from halve.runtime.blockwise_model import choose_device
 
 SECOND_OF_TWO = Ranks(rank=1, size=2, local=1, local_size=2)
 

@@ -1,4 +1,4 @@
-"""Sparsity allocated over the blocks: exact, recorded, resumed, and refused."""
+"""Sparsity allocated over blocks or matrices: exact, recorded, resumed, refused."""
 
 import json
 from typing import Any
@@ -160,6 +160,75 @@ def test_what_cannot_be_allocated_is_refused(changes, match, pico, options, tmp_
     options = changed(options, **changes)
     with pytest.raises(HalveError, match=match):
         halve.prune(pico("llama"), tmp_path / "out", **options)
+
+
+BY_IMPORTANCE: dict[str, dict[str, Any]] = {
+    "auto": {"solver": "auto", "allocation": "auto"},
+    "admm": {"solver": "admm", "allocation": "importance"},
+    "sparsegpt": {"solver": "sparsegpt", "allocation": "importance"},
+    "magnitude": {"solver": "magnitude", "allocation": "importance"},
+    "int4": {"solver": "auto", "allocation": "auto", "quantize": "int4"},
+}
+
+
+@pytest.mark.parametrize("row", BY_IMPORTANCE)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_by_importance_the_whole_model_has_the_sparsity_to_one_weight(
+    row, family, pico, options, tmp_path
+):
+    options = changed(options, **BY_IMPORTANCE[row])
+    if "quantize" in options:
+        options["group_size"] = 32
+    record = halve.prune(pico(family), tmp_path / "out", **options)
+    matrices = [m for block in record.blocks for m in block.matrices]
+    total = Unstructured(0.6371).count(sum(weights_of(record)))
+    zeros = zeros_in(tmp_path / "out", record)
+    assert zeros == total or (row == "int4" and zeros > total)  # some round to zero
+    sparsities = [m.sparsity for m in matrices]
+    assert max(sparsities) - min(sparsities) > 0.02
+    for each in sparsities:
+        assert 0.6371 / 2 - 1e-3 <= each <= (1 + 0.6371) / 2 + 1e-3
+    assert halve.verify(tmp_path / "out").sound
+
+
+def test_rules_come_first_and_the_rest_has_the_sparsity(pico, options, tmp_path):
+    rules: dict[str, Any] = {"rules": ("q_proj=30%",), "skip": (r"layers\.1\.mlp",)}
+    options = changed(options, **BY_IMPORTANCE["auto"], **rules)
+    record = halve.prune(pico("llama"), tmp_path / "out", **options)
+    matrices = [m for block in record.blocks for m in block.matrices]
+    left = {m.tensor: m for m in matrices}
+    for name in list(left):
+        if "q_proj" in name:
+            assert left.pop(name).sparsity == pytest.approx(0.3, abs=1e-3)
+        elif "layers.1.mlp" in name:
+            assert left.pop(name).sparsity == 0
+    sizes = {name: m.rows * m.columns for name, m in left.items()}
+    zeros = sum(round(m.sparsity * sizes[name]) for name, m in left.items())
+    assert zeros == Unstructured(0.6371).count(sum(sizes.values()))
+
+
+def test_a_resumed_run_takes_the_zeros_that_it_decided_on(
+    pico, options, tmp_path, monkeypatch
+):
+    options = changed(options, **BY_IMPORTANCE["auto"])
+    phases = []
+    halve.prune(pico("llama"), tmp_path / "whole", progress=phases.append, **options)
+    first = [step.phase for step in phases].index("collecting") + 1
+    with pytest.raises(Stopped):
+        halve.prune(pico("llama"), tmp_path / "out", progress=stop_at(first), **options)
+    monkeypatch.setattr(
+        "halve.pruning.decisions.zeros_by_saliency", lambda *_: pytest.fail("again")
+    )
+    halve.prune(pico("llama"), tmp_path / "out", **options)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_importance_is_refused_where_it_is_not_measured(pico, options, tmp_path):
+    options = changed(options, allocation="importance")
+    with pytest.raises(HalveError, match="mixture of experts"):
+        halve.prune(pico("mixtral"), tmp_path / "out", **options)
+    with pytest.raises(HalveError, match="importance_samples is 0"):
+        halve.prune(pico("llama"), tmp_path / "out", importance_samples=0, **options)
 
 
 def test_uniform_is_the_default_and_records_no_allocation(pico, options, tmp_path):

@@ -74,6 +74,21 @@ def test_prune_prints_a_table_and_its_progress_on_different_streams(
     assert "left" in err
 
 
+def test_prune_says_how_far_matrices_differ_and_whose_windows_they_saw(
+    run, pico, options, tmp_path
+):
+    target, own = tmp_path / "out", ("--self-samples", "25%")
+    _, out, _ = run("prune", pico("llama"), "-o", target, *options, *own)
+    found = sorted(matrix.sparsity for matrix in halve.inspect(target).matrices)
+    assert f"single matrices: {found[0]:.2%} to {found[-1]:.2%}." in out
+    assert "Calibrated on 8 windows of 32 tokens" in out
+    assert "2 of them sampled from the model." in out
+    alike = tmp_path / "alike"
+    _, out, _ = run("prune", pico("llama"), "-o", alike, *options, "--solver", "wanda")
+    assert "single matrices" not in out
+    assert "sampled" not in out
+
+
 def test_prune_json_is_one_object_and_quiet_is_silent(run, pico, options, tmp_path):
     target = tmp_path / "out"
     code, out, err = run("prune", pico("llama"), "-o", target, "--json", "-q", *options)

@@ -18,12 +18,9 @@ from halve.numerics.precision import matmul_precision
 from halve.pruning import loop, prune_block, run
 from halve.pruning.commit_queue import CommitQueue
 from halve.pruning.observe import collect
-from halve.runtime import blockwise_model, hidden_states, oom_backoff, stream
-from halve.runtime.blockwise_model import (
-    BlockwiseModel,
-    activation_nbytes,
-    batch_tokens_within,
-)
+from halve.runtime import batch_size, hidden_states, oom_backoff, stream
+from halve.runtime.batch_size import activation_nbytes, batch_tokens_within
+from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.hidden_states import SideCopies, pinned_nbytes, place_hidden
 from halve.runtime.read_ahead import ReadAhead
 from halve.runtime.stream import Stream
@@ -157,7 +154,7 @@ def test_copies_beside_hold_two_batches(monkeypatch):
 def test_tuning_takes_as_many_steps_in_large_batches(pico):
     windows = torch.zeros(40, 64, dtype=torch.int64)
     small = Stream.start(opened(pico("llama")), windows, 2**30, held_out=4)
-    large = opened(pico("llama"), batch_tokens=blockwise_model.CUDA_BATCH_TOKENS)
+    large = opened(pico("llama"), batch_tokens=batch_size.CUDA_BATCH_TOKENS)
     stream_of_large = Stream.start(large, windows, 2**30, held_out=4)
     assert list(stream_of_large.steps()) == list(small.steps()) == list(small.batches())
     assert len(list(stream_of_large.batches())) == 2
@@ -486,7 +483,7 @@ WAYS_OF_GPU = (keep_on_host, map_files, read_in_turn, check_at_once, add_by_torc
 @pytest.mark.parametrize("row", ["sparsegpt", "allocated", "auto"])
 def test_every_way_on_a_gpu_ends_in_the_same_bytes(row, prune, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(blockwise_model, "CUDA_BATCH_TOKENS", 512)  # several batches
+        patch.setattr(batch_size, "CUDA_BATCH_TOKENS", 512)  # several batches
         expected = prune(row, "expected", device="cuda")
         for way in WAYS_OF_GPU:
             with monkeypatch.context() as inner:

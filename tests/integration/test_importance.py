@@ -13,7 +13,7 @@ from halve.errors import HalveError, UnsupportedModelError
 from halve.grids import QuantScheme
 from halve.options import PruneOptions
 from halve.patterns import parse_pattern
-from halve.pruning.importance import ImportanceRun, importance_passes
+from halve.pruning.importance import Importance, ImportanceRun, importance_passes
 from halve.pruning.plan import make_plan
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.solvers import ADMM, Quantized, SparseGPT
@@ -28,6 +28,11 @@ WINDOWS = torch.randint(3, 4096, (48, 16), generator=torch.Generator().manual_se
 
 def measured(model: Path, windows: Tensor = WINDOWS) -> dict[str, Tensor]:
     """Return the importance of the rows of a model."""
+    return everything(model, windows).rows
+
+
+def everything(model: Path, windows: Tensor = WINDOWS) -> Importance:
+    """Return all that is measured of a model."""
     blocks = make_plan(model, PruneOptions(solver="magnitude")).layout.blocks
     blockwise = BlockwiseModel.open(model, "cpu")
     run = ImportanceRun(blockwise, blocks, windows, 2**30, None, lambda *_: None)
@@ -99,14 +104,52 @@ def test_it_is_what_an_error_in_a_row_costs_the_predictions(row, pico):
         assert float(torch.corrcoef(logs)[0, 1]) > 0.8, path
 
 
+def cost_of_relative_noise(model: Path, path: str) -> float:
+    """Return the mean KL divergence of multiplying all weights by 1 + 1 % or 1 - 1 %.
+
+    Divided by the square of 1 %: errors of different weights cancel out on average, and
+    what is left is the sum of what each costs alone.
+    """
+    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    generator, costs = torch.Generator().manual_seed(4), []
+    weight = whole.get_submodule(path).weight
+    with torch.no_grad():
+        before, dense = whole(WINDOWS).logits.log_softmax(-1), weight.clone()
+        for _ in range(DRAWS):
+            signs = torch.randint(2, dense.shape, generator=generator) * 2 - 1
+            weight.copy_(dense * (1 + 0.01 * signs))
+            after = whole(WINDOWS).logits.log_softmax(-1)
+            costs.append((before.exp() * (before - after)).sum(-1).mean())
+    return float(torch.stack(costs).mean()) / 0.01**2
+
+
+DRAWS = 8
+
+
+@pytest.mark.parametrize("row", MODULES)
+def test_saliencies_of_all_matrices_are_divergences(row, pico):
+    found = everything(pico(row)).saliency
+    for path in MODULES[row]:
+        size = pico_weights(pico(row), path)
+        expected = cost_of_relative_noise(pico(row), path)
+        assert size * float(found[f"{path}.weight"].exp().mean()) == pytest.approx(
+            expected, rel=0.15
+        ), path
+
+
+def pico_weights(model: Path, path: str) -> int:
+    whole: Any = AutoModelForCausalLM.from_pretrained(model)
+    return whole.get_submodule(path).weight.numel()
+
+
 def test_only_so_many_windows_that_are_not_held_out_are_looked_at(
     pico, text, tmp_path, monkeypatch
 ):
     seen = []
 
-    def note(run: ImportanceRun) -> dict[str, Tensor]:
+    def note(run: ImportanceRun) -> Importance:
         seen.append(len(run.windows))
-        return {}
+        return Importance()
 
     monkeypatch.setattr(ImportanceRun, "measure", note)
     options: dict[str, Any] = OPTIONS | {"calibration": str(text)}

@@ -34,7 +34,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "admm": {"solver": "admm"},
     "auto": {"solver": "auto"},
     "rounded": {"solver": "sparsegpt", "quantize": "int4", "group_size": 32},
-    "refined": {"solver": "auto", "refine": True},
+    "refined": {"solver": "auto", "refine": True, "allocation": "uniform"},
     "allocated": {"solver": "sparsegpt", "allocation": "error", "sparsity": "63%"},
     "experts": {"solver": "auto"},
 }

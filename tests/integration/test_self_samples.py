@@ -30,7 +30,8 @@ def test_so_many_windows_are_sampled_and_the_others_are_of_the_text(row, pico, t
     own_alone = drawn(model, samples=3, calibration="self")
     assert sorted(mixed) == sorted(text_alone + own_alone)
     assert mixed != text_alone + own_alone  # else those held out would be of one kind
-    assert mixed == drawn(model, self_samples=3, **of_text)
+    for same in (3, "3", "40%"):
+        assert mixed == drawn(model, self_samples=same, **of_text)
     assert mixed != drawn(model, self_samples=3, seed=1, **of_text)
 
 
@@ -53,6 +54,10 @@ def test_a_run_with_both_resumes_and_says_so(pico, text, tmp_path):
     [
         ({"self_samples": 8}, "of which some must be of the text"),
         ({"self_samples": -1}, "self_samples is -1"),
+        ({"self_samples": "-5%"}, "self_samples is -5%"),
+        ({"self_samples": "some"}, "self_samples is some"),
+        ({"self_samples": 2.5}, "self_samples is 2.5"),
+        ({"self_samples": "100%"}, "of which some must be of the text"),
         ({"self_samples": 2, "calibration": "self"}, "All windows are sampled"),
     ],
 )

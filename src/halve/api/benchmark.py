@@ -11,6 +11,7 @@ import torch
 
 from halve.api.keywords import takes, with_keywords
 from halve.checkpoint import Checkpoint, resolve_model
+from halve.devices import choose_device
 from halve.errors import HalveError
 from halve.measure import BenchModels, run_bench, write_random_model
 from halve.options import (
@@ -24,7 +25,6 @@ from halve.packing import pack_model, unpack_model
 from halve.patterns import parse_pattern
 from halve.pruning import prune_model
 from halve.records import BenchRecord
-from halve.runtime.blockwise_model import choose_device
 
 
 @takes(BenchOptions)

@@ -5,9 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 from halve.cli.options import Json, Model, Out, Quiet, with_options
 from halve.option import OUTPUT, Option
 from halve.options import PruneOptions, RunOptions
+from halve.sparsity_text import parse_part
 
 if TYPE_CHECKING:
     from halve.records import PruneRecord
+
+# Sparsities that differ by less are alike: they are rounded to whole weights.
+_ALIKE = 0.01
 
 EXAMPLES = """
 **Examples**
@@ -126,6 +130,7 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     columns = ["block", "sparsity", "output error", "mean by token", "time"]
     print_table("", columns, rows)
     print(f"{percent(record.sparsity)} of the prunable weights are zero in {out}.")
+    _print_spread(record)
     _print_experts(record)
     _print_windows(record)
     if record.bits is not None:
@@ -151,6 +156,15 @@ def _print_record(record: "PruneRecord", out: str) -> None:
     )
 
 
+def _print_spread(record: "PruneRecord") -> None:
+    """Print by how much the sparsities of matrices differ, if they do."""
+    from halve.cli.console import percent
+
+    low, high = record.sparsity_range
+    if high - low > _ALIKE:
+        print(f"Sparsity of single matrices: {percent(low)} to {percent(high)}.")
+
+
 def _print_experts(record: "PruneRecord") -> None:
     """Print how many experts were kept, and by which score."""
     from collections import Counter
@@ -171,7 +185,7 @@ def _print_windows(record: "PruneRecord") -> None:
     if used["calibration_sha256"] is None:
         return
     bos = "" if used["bos_id"] is None else ", each after BOS"
-    own = used["self_samples"]
+    own = parse_part(used["self_samples"], used["samples"])
     sampled = f", {own} of them sampled from the model" if own else ""
     print(
         f"Calibrated on {used['samples']} windows of {used['seq_len']} tokens of "

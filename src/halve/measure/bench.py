@@ -7,6 +7,7 @@ import torch
 
 from halve._compat.triton import has_triton
 from halve.checkpoint import Checkpoint, TensorInfo
+from halve.devices import choose_device
 from halve.errors import HalveError
 from halve.measure.footprint import footprint
 from halve.measure.gpu_speed import copy_bandwidth
@@ -23,7 +24,6 @@ from halve.measure.speed import (
 from halve.models import load_config, longest_sequence
 from halve.options import BenchOptions
 from halve.records import BenchRecord
-from halve.runtime.blockwise_model import choose_device
 from halve.runtime.cpu.kernels import TORCH as NO_KERNEL
 from halve.runtime.cpu.kernels import kernels
 from halve.system import cpu_name

@@ -8,7 +8,7 @@ from halve.option import check_choice, documented
 from halve.options.prune_fields import PruneFields
 from halve.options.rules import Rules, parse_rules
 from halve.options.shared import check_device
-from halve.sparsity_text import parse_expert_fraction, parse_sparsity
+from halve.sparsity_text import parse_expert_fraction, parse_part, parse_sparsity
 
 if TYPE_CHECKING:
     from halve.grids import QuantScheme
@@ -108,12 +108,14 @@ class PruneOptions(PruneFields):
     @property
     def sampled(self) -> int:
         """Number of calibration windows that the model samples itself."""
-        return self.samples if self.calibration == "self" else self.self_samples
+        if self.calibration == "self":
+            return self.samples
+        return parse_part(self.self_samples, self.samples)
 
     @property
     def row_samples(self) -> int:
         """Number of windows on which the importance of rows is measured."""
-        if not self._weighs_rows:
+        if not self._weighs_rows and self.allocation != "importance":
             return 0
         if self.importance_samples is None:
             return max(_ROW_TOKENS // (self.seq_len or _ROW_TOKENS), 1)
@@ -126,6 +128,21 @@ class PruneOptions(PruneFields):
         parsed = [parse_sparsity(text, allow_dense=True) for text in texts]
         competing = any(not isinstance(each, tuple) and each > 0 for each in parsed)
         return self.solver in _TUNED and (competing or self.target_bits is not None)
+
+    @property
+    def allocates_by_importance(self) -> bool:
+        """Whether each matrix gets the sparsity that its weights' saliency asks for."""
+        if self.allocation != "auto":
+            return self.allocation == "importance"
+        return self.row_samples > 0 and self._is_distributed
+
+    @property
+    def _is_distributed(self) -> bool:
+        """Whether there is an unstructured sparsity to distribute."""
+        if self.target_bits is not None:
+            return False
+        parsed = parse_sparsity(self.sparsity, allow_dense=True)
+        return not isinstance(parsed, tuple) and parsed > 0
 
     @property
     def has_dense(self) -> bool:
@@ -165,14 +182,14 @@ class PruneOptions(PruneFields):
         self._check_choices()
         _ = self.expert_fraction
         allow_dense = self.quantize is not None or self.experts is not None
-        parsed = parse_sparsity(self.sparsity, allow_dense)
+        parse_sparsity(self.sparsity, allow_dense)
         for name in ("samples", "block_size", "group_size", "seq_len", "epochs"):
             self._check_positive(name)
         self._check_damping()
         self._check_ridge()
         self._check_gram_options()
         self._check_target_bits()
-        self._check_allocation(parsed)
+        self._check_allocation()
         self._check_rules()
         self._check_importance()
         self._check_self_samples()
@@ -182,13 +199,14 @@ class PruneOptions(PruneFields):
         self._check_packed_groups()
 
     def _check_self_samples(self) -> None:
-        if self.self_samples and self.calibration == "self":
+        number = parse_part(self.self_samples, self.samples)
+        if number and self.calibration == "self":
             raise HalveError(
                 "All windows are sampled from the model where calibration is self.",
                 "Leave out self_samples (--self-samples), or name a text "
                 "(--calibration).",
             )
-        if not 0 <= self.self_samples < self.samples:
+        if not (0 <= number < self.samples or self.calibration == "self"):
             raise HalveError(
                 f"self_samples is {self.self_samples}, and samples {self.samples}, of "
                 "which some must be of the text.",
@@ -242,12 +260,17 @@ class PruneOptions(PruneFields):
                 "packed to False (omit --pack).",
             )
 
-    def _check_allocation(self, parsed: float | tuple[int, int]) -> None:
-        """Check that there is something to distribute; `parsed` is the sparsity."""
-        by_bits = self.target_bits is not None
-        is_alike = by_bits or parsed == 0 or isinstance(parsed, tuple)
-        if self.allocation == "uniform" or not is_alike:
+    def _check_allocation(self) -> None:
+        """Check that there is something to distribute, and something to do it by."""
+        if self.allocation == "importance" and self.importance_samples == 0:
+            raise HalveError(
+                "importance_samples is 0, and allocation importance.",
+                "Omit importance_samples (--importance-samples), or set allocation to "
+                "uniform (--allocation uniform).",
+            )
+        if self.allocation in {"auto", "uniform"} or self._is_distributed:
             return
+        by_bits = self.target_bits is not None
         target = "target_bits" if by_bits else f"The pattern {self.sparsity}"
         raise HalveError(
             f"{target} prunes all blocks alike, so allocation {self.allocation!r} has "
@@ -258,10 +281,10 @@ class PruneOptions(PruneFields):
 
     def _check_rules(self) -> None:
         rules = self.parsed_rules  # checked whatever else is set
-        uniform = self.allocation == "uniform"
-        if (uniform and self.target_bits is None) or not rules:
+        tries = self.allocation == "error"
+        if (not tries and self.target_bits is None) or not rules:
             return
-        other = "allocation" if not uniform else "target_bits"
+        other = "allocation" if tries else "target_bits"
         raise HalveError(
             f"{other} chooses the sparsity of matrices, and so do rules or skip.",
             f"Omit {other} (--{other.replace('_', '-')}), or the rules (--rule, "
@@ -285,7 +308,7 @@ class PruneOptions(PruneFields):
             )
 
     def _check_importance(self) -> None:
-        if self.importance_samples and not self._weighs_rows:
+        if self.importance_samples and not self.row_samples:
             raise HalveError(
                 f"importance_samples is {self.importance_samples}, but rows are only "
                 "weighed by auto and admm, for unstructured sparsities.",
@@ -307,7 +330,7 @@ class PruneOptions(PruneFields):
             name for name, value in defaults.items() if getattr(self, name) != value
         ]
         rounds = self.quantize is not None or self.target_bits is not None
-        has_trials = self.allocation != "uniform"
+        has_trials = self.allocation == "error"
         if self.solver not in _WITHOUT_GRAM or rounds or has_trials or self.corrects:
             return
         if given:

@@ -74,16 +74,16 @@ class PruneFields(Options):
         ),
     ] = 128
     self_samples: Annotated[
-        int,
+        str | float,
         Option(
-            "How many of the calibration windows the model samples itself; the others "
-            "are of the text.",
+            "How many of the calibration windows (32 or 25%) the model samples itself; "
+            "the others are of the text.",
             CALIBRATION,
-            minimum=0,
             details="On text of other kinds than the calibration text, far less is "
-            "lost, on text of its kind somewhat more. The model must fit into memory.",
+            "lost; on text of its kind about as much with a quarter, and more with a "
+            "half. The model must fit into memory.",
         ),
-    ] = 0
+    ] = "0"
     seq_len: Annotated[
         int | None,
         Option("Length of a window.", CALIBRATION, unit="tokens", unset=LENGTH),
@@ -239,15 +239,20 @@ class PruneFields(Options):
     allocation: Annotated[
         str,
         Option(
-            "How an unstructured sparsity is distributed over the blocks: equally, or "
-            "less for blocks with a larger error.",
+            "How an unstructured sparsity is distributed: equally, by the importance "
+            "of weights to the predictions, or less for blocks with a larger error.",
             TARGET,
             choices=ALLOCATION_CHOICES,
-            details="error tries several allocations on the whole model and takes the "
-            "one that diverges least on held-out windows, uniform included. The whole "
-            "model then has floor(weights * sparsity) zeros, exactly.",
+            details="importance compares the weights of all matrices by what pruning "
+            "each of them would change in the predictions, and gives each matrix a "
+            "sparsity between S / 2 and (1 + S) / 2, S being that of the whole model. "
+            "error tries several allocations to blocks on the whole model and takes "
+            "the one that diverges least on held-out windows, uniform included. With "
+            "both the whole model has floor(weights * sparsity) zeros, exactly. auto "
+            "is importance where rows are weighed (importance_samples), and else "
+            "uniform.",
         ),
-    ] = "uniform"
+    ] = "auto"
     experts: Annotated[
         str | float | None,
         Option(
@@ -306,7 +311,7 @@ class PruneKeywords(RunKeywords, total=False):
     solver: str
     calibration: str
     samples: int
-    self_samples: int
+    self_samples: str | float
     seq_len: int | None
     seed: int
     bos: str

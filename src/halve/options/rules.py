@@ -31,6 +31,10 @@ class Rules:
         """Whether a matrix is left as it is."""
         return any(regex.search(tensor) for regex in self.skipped)
 
+    def speak_of(self, tensor: str) -> bool:
+        """Whether a matrix is left as it is, or a rule asks for its sparsity."""
+        return self.skips(tensor) or self.sparsity(tensor) is not None
+
     def sparsity(self, tensor: str) -> str | None:
         """Return the sparsity that a rule asks for; None where none matches."""
         found = [text for regex, text in self.sparsities if regex.search(tensor)]

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from halve.checkpoint import resolve_model
+from halve.devices import choose_device
 from halve.options import PruneOptions, RunOptions
 from halve.pruning.memory.duration import estimate_seconds
 from halve.pruning.memory.forecast import Forecast, forecast_host
 from halve.pruning.memory.gpu import GpuForecast, forecast_gpu
 from halve.pruning.memory.limit import plan_memory
 from halve.pruning.plan import Plan, make_plan
-from halve.runtime.blockwise_model import choose_device
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,15 @@ al., 2025, which averages it over groups of rows).
 
 The dense model runs on a few windows, and its hidden states between blocks are kept;
 then gradients pass through the blocks from the last to the first, one block in memory.
+Their squares, and those of the inputs, also say how much each weight is worth, and so
+how the sparsity should be distributed over the matrices (`saliency`).
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +29,8 @@ from torch import Tensor, nn
 from halve.calibration_stats import ColumnNorms
 from halve.errors import NumericalError, UnsupportedModelError
 from halve.layout import PlannedBlock, PlannedMatrix
-from halve.pruning.observe.block_state import flat
+from halve.pruning.observe.block_state import flat, weight_path
+from halve.pruning.saliency import log_saliency, saliency_nbytes
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.hidden_states import place_hidden
 from halve.runtime.prediction_gradient import prediction_gradient
@@ -47,7 +51,11 @@ def importance_nbytes(narrow: int, batch: int) -> dict[str, int]:
         narrow: Weights of the block in 16 bits, whose float32 copies autograd keeps.
         batch: Bytes of activations of one batch in a forward pass.
     """
-    return {"float32 copies": 4 * narrow, "activations": _FORWARD_PASSES * batch}
+    return {
+        "float32 copies": 4 * narrow,
+        "activations": _FORWARD_PASSES * batch,
+        "saliency": saliency_nbytes(),
+    }
 
 
 def importance_passes(samples: int, windows: int) -> float:
@@ -56,8 +64,27 @@ def importance_passes(samples: int, windows: int) -> float:
 
 
 @dataclass(frozen=True)
+class Importance:
+    """What matters to a model's predictions. Both are empty where nothing is known.
+
+    Attributes:
+        rows: Name of a matrix -> importance of its rows, [rows], float32, with a mean
+            of 1.
+        saliency: Name of a matrix -> quantiles of the logarithms of its weights'
+            saliencies (`log_saliency`).
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    saliency: dict[str, Tensor] = field(default_factory=dict)
+
+    def __or__(self, other: "Importance") -> "Importance":
+        """Return the union of two that know of different matrices."""
+        return Importance(self.rows | other.rows, self.saliency | other.saliency)
+
+
+@dataclass(frozen=True)
 class ImportanceRun:
-    """Where the importance of rows is measured.
+    """Where the importance of rows, and of weights, is measured.
 
     Attributes:
         model: The dense model.
@@ -75,12 +102,8 @@ class ImportanceRun:
     folder: Path | None
     report: Callable[[int, str], None]
 
-    def measure(self) -> dict[str, Tensor]:
-        """Measure the importance of the rows of all matrices.
-
-        Returns:
-            Name of a matrix -> importance of its rows, [rows], float32, with a mean
-            of 1.
+    def measure(self) -> Importance:
+        """Measure what matters in all matrices.
 
         Raises:
             NumericalError: Gradients are not finite.
@@ -92,7 +115,7 @@ class ImportanceRun:
         """
         stream = Stream.start(self.model, self.windows, self.budget, self.folder)
         backward = _Backward(stream, self._run_dense(stream))
-        found: dict[str, Tensor] = {}
+        found = Importance()
         for planned in reversed(self.blocks):
             self.report(planned.index, "weighing rows")
             found |= backward.through(planned)
@@ -125,37 +148,89 @@ class _Backward:
         self.entering = entering
         self.gradient = prediction_gradient(stream)
 
-    def through(self, planned: PlannedBlock) -> dict[str, Tensor]:
-        """Carry the gradient through a block; return the importance of its rows."""
+    def through(self, planned: PlannedBlock) -> Importance:
+        """Carry the gradient through a block; return what matters in it."""
         device = self.stream.model.device
-        sums = {
-            m.name: ColumnNorms(m.matrix.shape[0], device) for m in planned.matrices
-        }
+        sums = {m.name: _Squares.zeros(m, device) for m in planned.matrices}
         self.stream.hidden = self.entering.pop()
         with self.stream.model.block(planned.index) as block:
             for part in self.stream.batches():
                 self._through_batch(block, planned, part, sums)
-        return {name: _finished(name, squares) for name, squares in sums.items()}
+            found = Importance()
+            for matrix in planned.matrices:
+                found |= sums[matrix.name].importance(matrix, block)
+        return found
 
     def _through_batch(
         self,
         block: nn.Module,
         planned: PlannedBlock,
         part: slice,
-        sums: dict[str, ColumnNorms],
+        sums: "dict[str, _Squares]",
     ) -> None:
         """Replace a batch's gradient, and add the squares of those of its matrices."""
         hidden = self.stream.hidden[part].detach().requires_grad_()
-        with _leaves(block, planned.matrices) as leaves, torch.enable_grad():
+        with _leaves(block, planned.matrices, sums) as leaves, torch.enable_grad():
             outputs = self.stream.run(block, planned.index, part, hidden)
             with _differentiating(planned.name):
                 outputs.backward(self.gradient[part].to(outputs.device))
         for name, own in leaves.items():
             for leaf in own:
                 if leaf.grad is not None:  # else the outputs do not depend on it
-                    sums[name].add(flat(leaf.grad))
+                    sums[name].gradients.add(flat(leaf.grad))
         assert hidden.grad is not None, "blocks add to what enters them"
         self.gradient[part] = hidden.grad
+
+
+@dataclass
+class _Squares:
+    """Sums of squares over the tokens of one matrix.
+
+    Attributes:
+        gradients: Of log p(y), by the matrix's outputs.
+        inputs: Of its inputs.
+        tokens: Number of tokens.
+    """
+
+    gradients: ColumnNorms
+    inputs: ColumnNorms
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, planned: PlannedMatrix, device: torch.device) -> "_Squares":
+        """Start the sums of a matrix."""
+        rows, columns = planned.matrix.shape
+        return cls(ColumnNorms(rows, device), ColumnNorms(columns, device))
+
+    def add_inputs(self, inputs: Tensor) -> None:
+        """Add inputs, [..., columns]."""
+        tokens = flat(inputs.detach()).float()
+        self.inputs.add(tokens)
+        self.tokens += len(tokens)
+
+    def importance(self, planned: PlannedMatrix, block: nn.Module) -> Importance:
+        """Return what matters in the matrix."""
+        self.gradients.finish()
+        self.inputs.finish()
+        self._check(planned.name)
+        rows = _finished(self.gradients.squares)
+        tokens = max(self.tokens, 1)
+        stored = block.get_parameter(weight_path(planned)).data
+        saliency = log_saliency(
+            planned.matrix.as_rows(stored),
+            rows * self.gradients.squares.mean() / tokens,
+            self.inputs.squares / tokens,
+        )
+        return Importance({planned.name: rows}, {planned.name: saliency})
+
+    def _check(self, name: str) -> None:
+        if not (self.gradients.is_finite() and self.inputs.is_finite()):
+            raise NumericalError(
+                f"The gradients at the outputs of {name}, or its inputs, are not "
+                "finite.",
+                "Check the checkpoint and the calibration text, or set "
+                "importance_samples to 0 (--importance-samples).",
+            )
 
 
 @contextmanager
@@ -174,9 +249,11 @@ def _differentiating(block: str) -> Iterator[None]:
 
 @contextmanager
 def _leaves(
-    block: nn.Module, matrices: tuple[PlannedMatrix, ...]
+    block: nn.Module, matrices: tuple[PlannedMatrix, ...], sums: dict[str, _Squares]
 ) -> Iterator[dict[str, list[Tensor]]]:
     """Add zeros to the outputs of matrices, whose gradients are those of the outputs.
+
+    The inputs are added to the sums.
 
     Yields:
         Name of a matrix -> the zeros of each of its calls.
@@ -185,7 +262,8 @@ def _leaves(
     handles = []
 
     def watch(planned: PlannedMatrix) -> None:
-        def add_leaf(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        def add_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ANN401
+            sums[planned.name].add_inputs(args[0])
             leaf = torch.zeros_like(output, requires_grad=True)
             leaves[planned.name].append(leaf)
             return output + leaf
@@ -202,16 +280,9 @@ def _leaves(
             handle.remove()
 
 
-def _finished(name: str, squares: ColumnNorms) -> Tensor:
+def _finished(squares: Tensor) -> Tensor:
     """Return the importance of rows, given the sums of squares of their gradients."""
-    squares.finish()
-    if not squares.is_finite():
-        raise NumericalError(
-            f"The gradients at the outputs of {name} are not finite.",
-            "Check the checkpoint and the calibration text, or set importance_samples "
-            "to 0 (--importance-samples).",
-        )
-    found, mean = squares.squares, squares.squares.mean()
+    mean = squares.mean()
     if not mean:
-        return torch.ones_like(found)
-    return (found / mean + _FLOOR) / (1 + _FLOOR)
+        return torch.ones_like(squares)
+    return (squares / mean + _FLOOR) / (1 + _FLOOR)

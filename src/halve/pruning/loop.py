@@ -14,11 +14,17 @@ from torch import Tensor
 from halve.checkpoint import Workspace, parse_note
 from halve.layout import PlannedBlock
 from halve.numerics.precision import FULL_PRECISION, matmul_precision
-from halve.pruning.allocate.exact_counts import check_total
+from halve.pruning.allocate.exact_counts import check_total, total_zeros
 from halve.pruning.block_options import BlockOptions
 from halve.pruning.commit_queue import CommitQueue
-from halve.pruning.decisions import Decisions, decide, drop_experts, own_candidates
-from halve.pruning.importance import ImportanceRun
+from halve.pruning.decisions import (
+    Decisions,
+    allocate,
+    decide,
+    drop_experts,
+    own_candidates,
+)
+from halve.pruning.importance import Importance, ImportanceRun
 from halve.pruning.observe.block_state import BlockState, Streams
 from halve.pruning.prune_block import install, prune_block
 from halve.pruning.run import (
@@ -65,36 +71,39 @@ def _prune_what_is_left(
     with reading_ahead(run) as ahead:
         decisions = decide(ahead, windows)
         importance = _importance(ahead, windows)
+        decisions = replace(decisions, zeros=allocate(ahead, importance.saliency))
         streams = None if windows is None else start_streams(ahead, windows)
         if run.output.workspace is not None:
             write_outside_blocks(run.plan, run.model, run.output.workspace)
-        _prune_all(ahead, streams, own_candidates(ahead, decisions), importance)
+        _prune_all(ahead, streams, own_candidates(ahead, decisions), importance.rows)
     if run.output.workspace is None:
         return (), decisions
     records = _records(run, run.output.workspace)
     if decisions.allocation is not None:
-        check_total(run.plan, records)
+        check_total(run.plan, total_zeros(run.plan), records)
+    if decisions.zeros is not None:
+        check_total(run.plan, sum(decisions.zeros.zeros.values()), records)
     return records, decisions
 
 
-def _importance(run: Run, windows: Tensor | None) -> dict[str, Tensor]:
-    """Return the importance of rows, unless they do not compete or nothing is left.
+def _importance(run: Run, windows: Tensor | None) -> Importance:
+    """Return what matters, unless nothing depends on it or nothing is left to prune.
 
-    All ranks measure it, and take the result of rank 0, since processors differ in last
+    All ranks measure it, and take the rows of rank 0, since processors differ in last
     bits.
     """
     options, layout = run.plan.options, run.plan.layout
     samples = options.row_samples
     is_done = all(block.shard in run.output.done for block in layout.blocks)
     if windows is None or not samples or layout.has_experts or is_done:
-        return {}
+        return Importance()
     # The last windows are held out: nothing is fitted to them.
     fitted = windows[: min(samples, len(windows) - options.held_out)]
     report, folder = run.progress.report, run.output.folder
     importance = ImportanceRun(
         run.model, layout.blocks, fitted, run.budget, folder, report
     ).measure()
-    for rows in importance.values():
+    for rows in importance.rows.values():
         run.output.ranks.broadcast_(rows)
     return importance
 

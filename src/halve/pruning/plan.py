@@ -13,6 +13,7 @@ from halve.checkpoint import (
     find_side_files,
     has_no_weights,
 )
+from halve.devices import choose_device
 from halve.errors import HalveError, PatternError
 from halve.formats import would_shrink
 from halve.layout import (
@@ -29,7 +30,6 @@ from halve.numerics.precision import FULL_PRECISION
 from halve.options import PruneOptions
 from halve.patterns import Pattern, parse_pattern
 from halve.pruning.rules import matrix_names
-from halve.runtime.blockwise_model import choose_device
 from halve.runtime.fewer_experts import select_experts
 
 
@@ -150,6 +150,7 @@ def make_plan(
         dropping = DroppedExperts(fewer.total, fewer.kept, layout, fewer.changes)
         layout = make_layout(selection.keep({}), fewer.meta_model)
     options.parsed_rules.check_matches(matrix_names(layout))
+    _check_allocation(layout, options)
     _check_pattern(layout.blocks, options)
     if options.packed:
         _check_packing(layout, options)
@@ -221,6 +222,16 @@ def _check_pattern(blocks: tuple[PlannedBlock, ...], options: PruneOptions) -> N
                 "weights.",
                 "Choose a higher sparsity, such as 50%.",
             )
+
+
+def _check_allocation(layout: Layout, options: PruneOptions) -> None:
+    """Raise HalveError if importance is asked for where it is not measured."""
+    if options.allocation == "importance" and layout.has_experts:
+        raise HalveError(
+            "The importance of weights is not measured in a mixture of experts, each "
+            "of which sees other tokens.",
+            "Set allocation to uniform or error (--allocation).",
+        )
 
 
 def _check_head(layout: Layout, options: PruneOptions) -> None:

@@ -20,6 +20,7 @@ from halve.checkpoint import (
     read_record,
     resolve_model,
 )
+from halve.devices import choose_device
 from halve.distributed import SINGLE_PROCESS, Ranks
 from halve.errors import DistributedError, HalveError, HalveWarning
 from halve.formats import quantization_config
@@ -42,7 +43,7 @@ from halve.records import (
     now,
     versions,
 )
-from halve.runtime.blockwise_model import BlockwiseModel, choose_device
+from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.machine import this_machine
 from halve.runtime.oom_backoff import with_smaller_batches
 from halve.system import peak_memory

@@ -46,7 +46,8 @@ def calibration_windows(plan: Plan, trust_remote_code: bool) -> CalibrationWindo
     """Return the calibration windows of a run."""
     options = plan.options
     needs = combined_needs(candidates(options, plan.layout.dtype))
-    runs_text = options.has_dense or options.held_out or options.trial_held_out
+    tries = options.held_out or options.trial_held_out
+    runs_text = options.has_dense or tries or options.row_samples
     if not needs and not runs_text:
         return CalibrationWindows()
     of_text = options.samples - options.sampled

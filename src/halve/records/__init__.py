@@ -23,6 +23,7 @@ from halve.records.prune import (
     PairRecord,
     PruneRecord,
     TrialRecord,
+    ZerosRecord,
 )
 from halve.records.recover import RecoverRecord, StateRecord
 from halve.records.samples import (
@@ -71,6 +72,7 @@ __all__ = [
     "TasksRecord",
     "TrialRecord",
     "Verification",
+    "ZerosRecord",
     "now",
     "parse_record",
     "recorded_grids",

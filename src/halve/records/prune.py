@@ -95,6 +95,17 @@ class AllocationRecord:
 
 
 @dataclass(frozen=True)
+class ZerosRecord:
+    """How the sparsity was distributed over the matrices by importance.
+
+    Attributes:
+        zeros: Name of a matrix -> number of weights to prune in it.
+    """
+
+    zeros: dict[str, int]
+
+
+@dataclass(frozen=True)
 class PairRecord:
     """What some matrices were pruned and quantized to.
 
@@ -302,6 +313,12 @@ class PruneRecord(HalveJson):
     def sparsity(self) -> float:
         """Fraction of zeros over all prunable matrices."""
         return self._mean(lambda matrix: matrix.sparsity)
+
+    @property
+    def sparsity_range(self) -> tuple[float, float]:
+        """The lowest and the highest sparsity of a matrix."""
+        sparsities = [matrix.sparsity for matrix in self.all_matrices]
+        return min(sparsities), max(sparsities)
 
     @property
     def bits(self) -> float | None:

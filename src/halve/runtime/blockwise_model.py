@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from halve._compat.torch import buffer_slots, parameter_slots
 from halve.calibration import spill_weight
 from halve.checkpoint import Checkpoint
-from halve.devices import auto_device
-from halve.errors import (
-    HalveError,
-    NumericalError,
-    UnsupportedModelError,
-)
+from halve.devices import choose_device
+from halve.errors import NumericalError, UnsupportedModelError
 from halve.models import (
     ExpertLayers,
     MetaModel,
@@ -35,64 +31,20 @@ from halve.models import (
 from halve.numerics.finite import is_finite
 from halve.numerics.matmul import HALF_DTYPES
 from halve.numerics.precision import FULL_PRECISION
+from halve.runtime.batch_size import (
+    BATCH_TOKENS,
+    activation_nbytes,
+    batch_tokens_within,
+    windows_per_batch,
+)
 from halve.runtime.memory_left import gpu_nbytes
 from halve.runtime.read_ahead import ReadAhead
 
-_DEVICES = ("cpu", "cuda")
-# Tokens in a batch: enough to keep the cores busy, few enough for the widest
-# activations. On CUDA more, which occupy all multiprocessors, and for which the weights
-# are read and the sums written less often.
-BATCH_TOKENS, CUDA_BATCH_TOKENS = 1024, 16384
 # What the code of a model raises where its config contradicts its weights.
 _MODEL_ERRORS = (
     *(RuntimeError, ValueError, TypeError, LookupError, ArithmeticError),
     AttributeError,
 )
-# Activations of a batch may take one in so many parts of a GPU's memory.
-_ACTIVATION_PARTS = 4
-
-
-def max_batch_tokens(device: torch.device) -> int:
-    """Return the tokens in a batch where the memory of the device does not limit it."""
-    return CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
-
-
-def batch_tokens_within(memory: int, token_nbytes: int) -> int:
-    """Return the tokens in a batch on a GPU.
-
-    Args:
-        memory: Bytes of memory that the GPU has.
-        token_nbytes: Bytes of the activations of one token.
-
-    Returns:
-        The largest of 16384, 8192, 4096, 2048 and 1024 whose activations take a quarter
-        of the memory or less; 1024 if none does.
-    """
-    tokens = CUDA_BATCH_TOKENS
-    while tokens > BATCH_TOKENS and tokens * token_nbytes > memory // _ACTIVATION_PARTS:
-        tokens //= 2
-    return tokens
-
-
-def activation_nbytes(tokens: int, width: int, inner: int) -> int:
-    """Return the bytes of activations while a batch runs through a block.
-
-    Eight tensors are counted that are as wide as hidden states, such as the stream
-    before and after the block, the output of a norm, queries, keys, values and the
-    output of the attention; and three of the inner width: the inner activations of the
-    feed-forward network before and after its function, or attention scores.
-
-    Args:
-        tokens: Tokens in the batch.
-        width: Width of hidden states.
-        inner: Numbers for each token in the widest activation within the block.
-    """
-    return 4 * tokens * (8 * width + 3 * inner)
-
-
-def windows_per_batch(length: int, batch_tokens: int = BATCH_TOKENS) -> int:
-    """Return how many windows of a length run through a model at once."""
-    return max(batch_tokens // length, 1)
 
 
 def loaded_dtype(stored: torch.dtype, widen: bool) -> torch.dtype:
@@ -106,31 +58,6 @@ def loaded_dtype(stored: torch.dtype, widen: bool) -> torch.dtype:
     if not stored.is_floating_point or (stored in HALF_DTYPES and not widen):
         return stored
     return torch.float32
-
-
-def choose_device(name: str) -> torch.device:
-    """Return a device by name; see `halve.devices` for `auto`.
-
-    Raises:
-        HalveError: The device is unknown or cannot be used on this machine.
-    """
-    if name == "auto":
-        return torch.device(auto_device())
-    if name.partition(":")[0] not in _DEVICES:
-        raise HalveError(
-            f"{name!r} is not a device that Halve supports.",
-            f"Use --device auto, {' or '.join(_DEVICES)}.",
-        )
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise HalveError(
-            f"The device {name!r} cannot be used on this machine "
-            f"({str(error).splitlines()[0][:120]}).",
-            "Use --device auto or --device cpu.",
-        ) from error
-    return device
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from halve.models import run_tail
 from halve.numerics.matmul import FastMatmul
-from halve.runtime.blockwise_model import max_batch_tokens
+from halve.runtime.batch_size import max_batch_tokens
 from halve.runtime.stream import Stream
 
 # Logits in one batch: 256 MiB of float32.

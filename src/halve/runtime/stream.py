@@ -16,12 +16,8 @@ from halve.models import CapturedCalls, capture_calls, sample_axis
 from halve.numerics.finite import finite_flag, is_finite
 from halve.numerics.matmul import FastMatmul
 from halve.numerics.precision import matmul_precision
-from halve.runtime.blockwise_model import (
-    BATCH_TOKENS,
-    BlockwiseModel,
-    activation_nbytes,
-    windows_per_batch,
-)
+from halve.runtime.batch_size import BATCH_TOKENS, activation_nbytes, windows_per_batch
+from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.experts_in_turn import experts_in_turn
 from halve.runtime.hidden_states import SideCopies, copies_beside, place_hidden
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from halve.calibration import default_activation_memory
 from halve.calibration_stats import CrossGram, GramMatrix
+from halve.devices import choose_device
 from halve.layout import PlannedBlock, PlannedMatrix
 from halve.pruning.importance import importance_passes
 from halve.pruning.memory.phases import Phase, all_phases, host_phases
@@ -26,7 +27,6 @@ from halve.pruning.observe.routing import kept_columns
 from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import candidates
 from halve.pruning.tune.block_reconstruction import tuning_passes
-from halve.runtime.blockwise_model import choose_device
 from halve.runtime.stream import Stream
 from halve.system import resident_memory
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from halve.calibration_stats import max_tile
+from halve.devices import choose_device
 from halve.errors import HalveWarning
 from halve.pruning.memory.phases import FILES, Phase, all_phases
 from halve.pruning.memory.workload import Workload
 from halve.pruning.plan import Plan
 from halve.pruning.select.candidates import candidates
-from halve.runtime.blockwise_model import batch_tokens_within, choose_device
+from halve.runtime.batch_size import batch_tokens_within
 from halve.runtime.stream import Stream
 
 # What the context of CUDA and its libraries take: an estimate, not measured yet.

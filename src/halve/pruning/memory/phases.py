@@ -37,9 +37,7 @@ from halve.pruning.observe.input_groups import (
 from halve.pruning.observe.routing import rows_nbytes
 from halve.pruning.plan import Plan
 from halve.pruning.tune.block_reconstruction import tuning_nbytes
-from halve.runtime.blockwise_model import (
-    loaded_dtype,
-)
+from halve.runtime.blockwise_model import loaded_dtype
 from halve.runtime.prediction_gradient import GRADIENT_COPIES, GRADIENT_TOKENS
 from halve.runtime.stream import Stream
 

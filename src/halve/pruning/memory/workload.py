@@ -10,7 +10,7 @@ from halve.pruning.observe.activation_cache import ActivationCache, is_wide
 from halve.pruning.observe.input_groups import RoutedGroup, expected_groups
 from halve.pruning.observe.routing import kept_columns
 from halve.pruning.plan import Plan
-from halve.runtime.blockwise_model import BATCH_TOKENS, windows_per_batch
+from halve.runtime.batch_size import BATCH_TOKENS, windows_per_batch
 from halve.runtime.stream import Stream
 from halve.solvers import Needs, Solver
 from halve.solvers.hessian import all_needs
@@ -65,7 +65,8 @@ class Workload:
     def runs_text(self) -> bool:
         """Whether windows run through the model at all."""
         options = self.plan.options
-        return options.has_dense or options.held_out > 0 or bool(self.needs)
+        others = options.has_dense or options.held_out > 0 or options.row_samples > 0
+        return others or bool(self.needs)
 
     @property
     def batch_tokens(self) -> int:
