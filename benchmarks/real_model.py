@@ -40,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import halve
 from halve.calibration import cut_segments, load_corpus, load_encoder
+from halve.options import preset_options
 
 PATTERNS = ("50%", "60%", "2:4", "30%")
 # Name -> options of halve.prune. All are compared with the first.
@@ -47,11 +48,12 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"solver": "sparsegpt"},
     "auto": {"solver": "auto"},
     "auto --refine": {"solver": "auto", "refine": True},
+    "preset best": preset_options("best"),
     "admm": {"solver": "admm"},
     "wanda": {"solver": "wanda"},
     "magnitude": {"solver": "magnitude"},
 }
-CLAIMED = ("auto", "auto --refine")
+CLAIMED = ("auto", "auto --refine", "preset best")
 LENGTH = 512
 DOMAINS = ("in domain", "out of domain")
 # Standard errors by which a solver may diverge more than sparsegpt.
