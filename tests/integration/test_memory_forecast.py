@@ -82,6 +82,15 @@ def test_an_impossible_limit_is_refused_with_the_largest_use(pico, text, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_where_sampling_takes_most_the_limit_says_how_to_do_without(pico):
+    sizes = {"samples": 2, "seq_len": 8, "solver": "wanda"}
+    deep = pico("llama", num_hidden_layers=24)
+    plan = make_plan(deep, PruneOptions(**SIZES | sizes, calibration="self"))
+    assert forecast_module.forecast_host(plan, 0).largest.name == "sampling windows"
+    with pytest.raises(HalveError, match=r"sampling windows.*--self-samples 0"):
+        plan_memory(plan, 2**10, None)
+
+
 def test_a_limit_moves_hidden_states_and_changes_no_byte(
     pico, text, tmp_path, monkeypatch
 ):

@@ -7,11 +7,21 @@ from halve.distributed import Ranks
 from halve.errors import HalveError
 from halve.pruning.memory.forecast import Forecast, forecast_host
 from halve.pruning.memory.gpu import check_gpu
+from halve.pruning.memory.text import SAMPLING
 from halve.pruning.plan import Plan
 
 # A tenth of a limit is left free where possible: runs have taken up to a tenth more
 # than predicted (docs/log.md).
 _MARGIN = 10
+
+_LESS_MEMORY = (
+    "Raise --memory, or choose a --solver that needs less: sparsegpt does, and wanda "
+    "needs hardly any."
+)
+_FROM_TEXT = (
+    "Raise --memory, or let the model sample no windows (--self-samples 0, and another "
+    "--calibration than self)."
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,5 @@ def _too_little(forecast: Forecast, memory: int) -> HalveError:
     return HalveError(
         f"The run needs at least {forecast.peak / 2**30:.2f} GiB of memory, but the "
         f"limit is {memory / 2**30:.2f} GiB; while {phase.name}, {uses}.",
-        "Raise --memory, or choose a --solver that needs less: sparsegpt does, and "
-        "wanda needs hardly any.",
+        _FROM_TEXT if phase.name == SAMPLING else _LESS_MEMORY,
     )

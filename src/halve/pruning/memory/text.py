@@ -19,6 +19,10 @@ _TOKENS = 1.5
 _WHOLE = 165
 
 
+# The phase in which the whole model is in memory.
+SAMPLING = "sampling windows"
+
+
 def text_phases(plan: Plan) -> Iterator[Phase]:
     """Yield the phases in which windows are sampled and the calibration text is read.
 
@@ -27,7 +31,7 @@ def text_phases(plan: Plan) -> Iterator[Phase]:
     options = plan.options
     if options.sampled:
         parts = {"the whole model": plan.layout.output_bytes}
-        yield Phase("sampling windows", parts, has_activations=False)
+        yield Phase(SAMPLING, parts, has_activations=False)
     if options.sampled < options.samples:
         yield _reading(plan)
 
