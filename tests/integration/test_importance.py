@@ -39,14 +39,14 @@ def everything(model: Path, windows: Tensor = WINDOWS) -> Importance:
     return run.measure()
 
 
-# Each row takes a forward pass; every third one tells.
-EVERY = 3
+# Each row takes a forward pass; every sixth one tells.
+EVERY = 6
 
 
 def divergences(model: Path, path: str) -> Tensor:
     """Return the mean KL divergence that the same noise in rows of a module costs.
 
-    Noise of every third row, one at a time and independent for each token, is added to
+    Noise of every sixth row, one at a time and independent for each token, is added to
     the outputs of the module, in a forward pass of the whole model by transformers.
     """
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
