@@ -4,7 +4,7 @@
 """
 
 import re
-from math import floor, nan
+from math import floor, inf, nan
 
 from halve.errors import PatternError
 
@@ -60,8 +60,8 @@ def parse_part(text: str | float, whole: int) -> int:
     """
     number = _fraction(text)
     if isinstance(text, str) and text.strip().endswith("%"):
-        number = floor(number * whole + 1e-9) if number >= 0 else -1
-    return max(int(number), -1) if float(number).is_integer() else -1
+        return floor(number * whole + 1e-9) if 0 <= number < inf else -1
+    return int(number) if number >= 0 and number.is_integer() else -1
 
 
 def _fraction(text: str | float) -> float:

@@ -109,8 +109,13 @@ def test_a_pruned_family_loads_in_transformers(row, pico, text, tmp_path):
     assert {n: t.dtype for n, t in before.items()} == {
         n: t.dtype for n, t in after.items()
     }
+    zeros = {name: int((after[name] == 0).sum()) for name in pruned}
     weights = sum(after[name].numel() for name in pruned)
-    assert sum(int((after[name] == 0).sum()) for name in pruned) == weights // 2
+    assert sum(zeros.values()) == weights // 2
+    for matrix in record.all_matrices:
+        elements = matrix.rows * matrix.columns
+        assert zeros[matrix.tensor] == round(matrix.sparsity * elements)
+        assert elements // 4 <= zeros[matrix.tensor] <= 1 + 3 * elements // 4
     for name in after.keys() - pruned:
         assert torch.equal(after[name], before[name]), name
     info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]  # pyright: ignore[reportIndexIssue]

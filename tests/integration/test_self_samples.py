@@ -36,8 +36,9 @@ def test_so_many_windows_are_sampled_and_the_others_are_of_the_text(row, pico, t
 
 
 def test_a_run_with_both_resumes_and_says_so(pico, text, tmp_path):
-    options: dict[str, Any] = SIZES | {"calibration": str(text), "self_samples": 4}
+    options: dict[str, Any] = SIZES | {"calibration": str(text), "self_samples": "50%"}
     record = halve.prune(pico("opt"), tmp_path / "out", **options)
+    options["self_samples"] = 4  # the same run, in other words
     with pytest.raises(Stopped):
         halve.prune(pico("opt"), tmp_path / "again", progress=stop_at(8), **options)
     again = halve.prune(pico("opt"), tmp_path / "again", **options)
@@ -55,10 +56,12 @@ def test_a_run_with_both_resumes_and_says_so(pico, text, tmp_path):
         ({"self_samples": 8}, "of which some must be of the text"),
         ({"self_samples": -1}, "self_samples is -1"),
         ({"self_samples": "-5%"}, "self_samples is -5%"),
+        ({"self_samples": "inf%"}, "self_samples is inf%"),
         ({"self_samples": "some"}, "self_samples is some"),
         ({"self_samples": 2.5}, "self_samples is 2.5"),
         ({"self_samples": "100%"}, "of which some must be of the text"),
         ({"self_samples": 2, "calibration": "self"}, "All windows are sampled"),
+        ({"self_samples": "25%", "calibration": "self"}, "--self-samples 0"),
     ],
 )
 def test_what_leaves_no_text_is_refused(options, message):

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 from halve.cli.options import Json, Model, Out, Quiet, with_options
 from halve.option import OUTPUT, Option
 from halve.options import PruneOptions, RunOptions
-from halve.sparsity_text import parse_part
 
 if TYPE_CHECKING:
     from halve.records import PruneRecord
@@ -185,7 +184,7 @@ def _print_windows(record: "PruneRecord") -> None:
     if used["calibration_sha256"] is None:
         return
     bos = "" if used["bos_id"] is None else ", each after BOS"
-    own = parse_part(used["self_samples"], used["samples"])
+    own = used["self_samples"]
     sampled = f", {own} of them sampled from the model" if own else ""
     print(
         f"Calibrated on {used['samples']} windows of {used['seq_len']} tokens of "

@@ -150,6 +150,12 @@ class PruneOptions(PruneFields):
         return self.corrects or self.refine
 
     @property
+    def uses_text(self) -> bool:
+        """Whether calibration windows run through the model, whatever solvers read."""
+        tries = self.held_out > 0 or self.trial_held_out > 0
+        return self.has_dense or tries or self.row_samples > 0
+
+    @property
     def activation_parts(self) -> int:
         """Number of equal parts into which the memory for activations is divided.
 
@@ -203,10 +209,10 @@ class PruneOptions(PruneFields):
         if number and self.calibration == "self":
             raise HalveError(
                 "All windows are sampled from the model where calibration is self.",
-                "Leave out self_samples (--self-samples), or name a text "
+                "Set self_samples to 0 (--self-samples 0), or name a text "
                 "(--calibration).",
             )
-        if not (0 <= number < self.samples or self.calibration == "self"):
+        if not 0 <= number < self.samples:
             raise HalveError(
                 f"self_samples is {self.self_samples}, and samples {self.samples}, of "
                 "which some must be of the text.",

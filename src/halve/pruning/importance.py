@@ -134,54 +134,6 @@ class ImportanceRun:
         return entering
 
 
-class _Backward:
-    """Gradients on their way from the predictions to the first block.
-
-    Attributes:
-        stream: Where the dense model's blocks run.
-        entering: Hidden states that enter each block that is left.
-        gradient: Of log p(y) by what leaves the last of those, samples first.
-    """
-
-    def __init__(self, stream: Stream, entering: list[Tensor]) -> None:
-        self.stream = stream
-        self.entering = entering
-        self.gradient = prediction_gradient(stream)
-
-    def through(self, planned: PlannedBlock) -> Importance:
-        """Carry the gradient through a block; return what matters in it."""
-        device = self.stream.model.device
-        sums = {m.name: _Squares.zeros(m, device) for m in planned.matrices}
-        self.stream.hidden = self.entering.pop()
-        with self.stream.model.block(planned.index) as block:
-            for part in self.stream.batches():
-                self._through_batch(block, planned, part, sums)
-            found = Importance()
-            for matrix in planned.matrices:
-                found |= sums[matrix.name].importance(matrix, block)
-        return found
-
-    def _through_batch(
-        self,
-        block: nn.Module,
-        planned: PlannedBlock,
-        part: slice,
-        sums: "dict[str, _Squares]",
-    ) -> None:
-        """Replace a batch's gradient, and add the squares of those of its matrices."""
-        hidden = self.stream.hidden[part].detach().requires_grad_()
-        with _leaves(block, planned.matrices, sums) as leaves, torch.enable_grad():
-            outputs = self.stream.run(block, planned.index, part, hidden)
-            with _differentiating(planned.name):
-                outputs.backward(self.gradient[part].to(outputs.device))
-        for name, own in leaves.items():
-            for leaf in own:
-                if leaf.grad is not None:  # else the outputs do not depend on it
-                    sums[name].gradients.add(flat(leaf.grad))
-        assert hidden.grad is not None, "blocks add to what enters them"
-        self.gradient[part] = hidden.grad
-
-
 @dataclass
 class _Squares:
     """Sums of squares over the tokens of one matrix.
@@ -215,10 +167,12 @@ class _Squares:
         self._check(planned.name)
         rows = _finished(self.gradients.squares)
         tokens = max(self.tokens, 1)
+        # Rows have a mean of 1: times the mean of F they are F, with its floor.
+        factor = self.gradients.squares.mean() / tokens
         stored = block.get_parameter(weight_path(planned)).data
         saliency = log_saliency(
             planned.matrix.as_rows(stored),
-            rows * self.gradients.squares.mean() / tokens,
+            rows * factor,
             self.inputs.squares / tokens,
         )
         return Importance({planned.name: rows}, {planned.name: saliency})
@@ -231,6 +185,54 @@ class _Squares:
                 "Check the checkpoint and the calibration text, or set "
                 "importance_samples to 0 (--importance-samples).",
             )
+
+
+class _Backward:
+    """Gradients on their way from the predictions to the first block.
+
+    Attributes:
+        stream: Where the dense model's blocks run.
+        entering: Hidden states that enter each block that is left.
+        gradient: Of log p(y) by what leaves the last of those, samples first.
+    """
+
+    def __init__(self, stream: Stream, entering: list[Tensor]) -> None:
+        self.stream = stream
+        self.entering = entering
+        self.gradient = prediction_gradient(stream)
+
+    def through(self, planned: PlannedBlock) -> Importance:
+        """Carry the gradient through a block; return what matters in it."""
+        device = self.stream.model.device
+        sums = {m.name: _Squares.zeros(m, device) for m in planned.matrices}
+        self.stream.hidden = self.entering.pop()
+        with self.stream.model.block(planned.index) as block:
+            for part in self.stream.batches():
+                self._through_batch(block, planned, part, sums)
+            found = Importance()
+            for matrix in planned.matrices:
+                found |= sums[matrix.name].importance(matrix, block)
+        return found
+
+    def _through_batch(
+        self,
+        block: nn.Module,
+        planned: PlannedBlock,
+        part: slice,
+        sums: dict[str, _Squares],
+    ) -> None:
+        """Replace a batch's gradient, and add the squares of those of its matrices."""
+        hidden = self.stream.hidden[part].detach().requires_grad_()
+        with _leaves(block, planned.matrices, sums) as leaves, torch.enable_grad():
+            outputs = self.stream.run(block, planned.index, part, hidden)
+            with _differentiating(planned.name):
+                outputs.backward(self.gradient[part].to(outputs.device))
+        for name, own in leaves.items():
+            for leaf in own:
+                if leaf.grad is not None:  # else the outputs do not depend on it
+                    sums[name].gradients.add(flat(leaf.grad))
+        assert hidden.grad is not None, "blocks add to what enters them"
+        self.gradient[part] = hidden.grad
 
 
 @contextmanager

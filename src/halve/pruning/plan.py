@@ -31,6 +31,7 @@ from halve.options import PruneOptions
 from halve.patterns import Pattern, parse_pattern
 from halve.pruning.rules import matrix_names
 from halve.runtime.fewer_experts import select_experts
+from halve.sparsity_text import parse_part
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Plan:
         pattern = str(parse_pattern(self.options.sparsity, allow_dense=True))
         options = asdict(self.options) | {
             "sparsity": pattern,
+            "self_samples": parse_part(self.options.self_samples, self.options.samples),
             "rules": list(self.options.rules),
             "skip": list(self.options.skip),
         }

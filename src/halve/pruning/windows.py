@@ -46,9 +46,7 @@ def calibration_windows(plan: Plan, trust_remote_code: bool) -> CalibrationWindo
     """Return the calibration windows of a run."""
     options = plan.options
     needs = combined_needs(candidates(options, plan.layout.dtype))
-    tries = options.held_out or options.trial_held_out
-    runs_text = options.has_dense or tries or options.row_samples
-    if not needs and not runs_text:
+    if not needs and not options.uses_text:
         return CalibrationWindows()
     of_text = options.samples - options.sampled
     if not of_text and not plan.adds_bos:  # needs no tokenizer

@@ -10,7 +10,6 @@ from halve.quantities import duration, size
 from halve.records import MachineRecord, PruneRecord, RecoverRecord
 from halve.reporting.facts import Facts, dense_name
 from halve.reporting.numbers import count, counted, moment, percent, significant
-from halve.sparsity_text import parse_part
 
 # Decided by `auto` where they were not given.
 _RESOLVED = {"device": "cpu"}
@@ -85,7 +84,7 @@ def _of_pruning(record: PruneRecord) -> Iterator[tuple[str, str]]:
         yield "Its kind", f"{model.model_type}, {count(model.parameters)} parameters"
     if identity.get("calibration_sha256") is not None:
         windows, length = int(identity["samples"]), int(identity["seq_len"])
-        own = parse_part(identity.get("self_samples", 0), windows)
+        own = int(identity.get("self_samples", 0))
         sampled = f", {own} windows sampled from the model" if own else ""
         yield (
             "Calibration text",

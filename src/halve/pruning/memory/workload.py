@@ -64,9 +64,7 @@ class Workload:
     @property
     def runs_text(self) -> bool:
         """Whether windows run through the model at all."""
-        options = self.plan.options
-        others = options.has_dense or options.held_out > 0 or options.row_samples > 0
-        return others or bool(self.needs)
+        return self.plan.options.uses_text or bool(self.needs)
 
     @property
     def batch_tokens(self) -> int:
