@@ -6,7 +6,7 @@ import pytest
 
 import halve
 from halve.errors import HalveError
-from halve.options import PruneOptions
+from halve.options import PruneOptions, preset_options
 from halve.pruning.plan import make_plan
 from halve.pruning.windows import calibration_windows
 from tests.integration.test_resume import Stopped, digests, stop_at
@@ -67,3 +67,8 @@ def test_a_run_with_both_resumes_and_says_so(pico, text, tmp_path):
 def test_what_leaves_no_text_is_refused(options, message):
     with pytest.raises(HalveError, match=message):
         PruneOptions(**SIZES | {"calibration": "stdlib"} | options).check()
+
+
+def test_the_best_preset_refines_and_samples_a_quarter():
+    options = PruneOptions(**preset_options("best"))
+    assert (options.refine, options.sampled, options.samples) == (True, 32, 128)
