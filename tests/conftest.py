@@ -25,6 +25,10 @@ PYTHON = ROOT / "tests/data/python.txt.xz"
 ENOUGH = 80_000
 
 torch.set_num_threads(1)  # pytest-xdist uses the other cores
+# Waiting for the disk took a fifth of the suite's time, and no output of a test has to
+# survive a power failure: `test_write_failures` simulates one from the calls of
+# `disk.sync`, and `test_other_systems` sees that these reach the operating system.
+os.fsync = lambda descriptor: None
 
 
 @pytest.fixture(scope="session")

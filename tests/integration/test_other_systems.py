@@ -129,6 +129,15 @@ class TestLocksWithoutFlock:
             assert not work_folder.foreign_names(tmp_path)
 
 
+def test_files_and_folders_are_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number)))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        disk.sync(path)
+        assert synced[-1].st_ino == path.stat().st_ino
+
+
 class TestDiskOfWindows:
     """Its branches, on Linux."""
 
