@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halve.calibration.data_sets import (
-    DataSetName,
     column_of_file,
     loading_error,
     read_data_set,
 )
 from halve.calibration.documents import Render
-from halve.calibration.text_files import READERS, read_file, text_nbytes
-from halve.errors import CalibrationError, SourceError
+from halve.calibration.text_files import read_file, text_nbytes
+from halve.errors import CalibrationError
+from halve.text_name import DataSetName, parse_text_name
 
 Part = Literal["calibration", "evaluation"]
 
@@ -109,14 +109,14 @@ def corpus_nbytes(name: str, part: Part) -> int:
         return sum(path.stat().st_size for path in _sources(part))
     if name in _NAMED:
         return 0
-    parsed, path, _ = _parse(name)
+    parsed, path, _ = parse_text_name(name)
     return text_nbytes(path, column_of_file(parsed)) if path.is_file() else 0
 
 
 def _load(name: str, part: Part, render: Render | None) -> Corpus:
     if name in _NAMED:
         return _NAMED[name](part)
-    parsed, path, is_file = _parse(name)
+    parsed, path, is_file = parse_text_name(name)
     if is_file:
         documents = read_file(path, column_of_file(parsed) or None, render)
         if path.suffix == ".txt":
@@ -124,20 +124,6 @@ def _load(name: str, part: Part, render: Render | None) -> Corpus:
         return Corpus(name, documents, "\n\n", by_document=True)
     documents = read_data_set(parsed, _SPLITS[part], render)
     return Corpus(name, documents, "\n\n", by_document=part == "calibration")
-
-
-def _parse(name: str) -> tuple[DataSetName, Path, bool]:
-    """Return the parts of a name, the path that it may be, and whether it is a file."""
-    try:
-        parsed = DataSetName.parse(name)
-        path = Path(parsed.place).expanduser()
-        is_file = path.suffix in READERS or (path.exists() and not path.is_dir())
-    # The name is too long, ~user unknown, or it holds a null byte.
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SourceError(
-            f"{name[:200]!r} is not the name of a text.", "Use a file or a data set."
-        ) from error
-    return parsed, path, is_file
 
 
 def _c4(part: Part) -> Corpus:

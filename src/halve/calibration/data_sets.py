@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from halve.calibration.documents import Render, read_documents
 from halve.errors import CalibrationError, SourceError
+from halve.text_name import DataSetName
 from halve.untrusted import truncated
 
 # Documents to read of a data set of unknown size: enough to draw windows from.
@@ -17,40 +17,6 @@ _MAX_DOCUMENTS = 20_000
 _SAVED = ("state.json", "dataset_dict.json")
 # The split of a saved `Dataset`, which has no name of its own.
 _ONLY = "train"
-
-
-@dataclass(frozen=True)
-class DataSetName:
-    """What to read: `PLACE:CONFIG:SPLIT:COLUMN`, of which all but the place may miss.
-
-    Attributes:
-        place: Name on the Hub, folder or file.
-        config: Name of a configuration; empty for the only one.
-        split: Name of a split; empty for `train`, or `test` where text is evaluated.
-        column: Name of a column; empty for the first that Halve knows.
-    """
-
-    place: str
-    config: str = ""
-    split: str = ""
-    column: str = ""
-
-    @classmethod
-    def parse(cls, name: str) -> "DataSetName":
-        """Parse a name; one of an existing file or folder may contain colons.
-
-        Raises:
-            SourceError: It has more than four parts.
-        """
-        if Path(name).expanduser().exists():
-            return cls(name)
-        place, *parts = name.split(":")
-        if len(parts) > 3:  # noqa: PLR2004  (configuration, split, column)
-            raise SourceError(
-                f"{truncated(name)} has too many parts.",
-                "Write it as DATA:CONFIG:SPLIT:COLUMN; parts may be empty.",
-            )
-        return cls(place, *parts)
 
 
 def read_data_set(

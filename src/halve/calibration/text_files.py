@@ -11,7 +11,8 @@ from typing import Any
 
 from halve.calibration.documents import Render, choose_column, read_documents
 from halve.calibration.parquet_limits import check_pages, column_paths
-from halve.errors import CalibrationError, HalveError, SourceError
+from halve.errors import CalibrationError, HalveError
+from halve.text_name import SUFFIXES
 
 # Bytes of a text file; calibration needs some megabytes.
 _MAX_BYTES = 2**30
@@ -40,11 +41,8 @@ def read_file(path: Path, column: str | None, render: Render | None) -> tuple[st
         render: Renders conversations; None to refuse them.
 
     Raises:
-        SourceError: There is no such file.
         CalibrationError: It cannot be read; the message names the line or row.
     """
-    if not path.is_file():
-        raise SourceError(f"There is no file {path}.", "Check the path of the text.")
     reader = READERS.get(path.suffix)
     if reader is None:
         raise CalibrationError(
@@ -206,8 +204,6 @@ def _text_size(value: object) -> int:
 
 
 _Reader = Callable[[Path, str | None, Render | None], tuple[str, ...]]
-READERS: dict[str, _Reader] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+READERS: dict[str, _Reader] = dict(
+    zip(SUFFIXES, (_read_txt, _read_jsonl, _read_parquet), strict=True)
+)

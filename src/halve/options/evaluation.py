@@ -14,6 +14,7 @@ from halve.options.shared import (
     TrustRemoteCode,
     check_device,
 )
+from halve.text_name import parse_text_name
 
 if TYPE_CHECKING:
     from halve.records import Progress
@@ -69,6 +70,7 @@ class EvalOptions(Options):
         check_device(self.device)
         check_ranges(self)
         check_choice(self, "bos")
+        parse_text_name(self.data)
 
 
 class EvalKeywords(TypedDict, total=False):

@@ -9,6 +9,7 @@ from halve.options.prune_fields import PruneFields
 from halve.options.rules import Rules, parse_rules
 from halve.options.shared import check_device
 from halve.sparsity_text import parse_expert_fraction, parse_part, parse_sparsity
+from halve.text_name import parse_text_name
 
 if TYPE_CHECKING:
     from halve.grids import QuantScheme
@@ -52,6 +53,13 @@ class PruneOptions(PruneFields):
         return [(pattern, grid if pattern.sparsity else grid.without_zero())]
 
     @property
+    def _grid(self) -> "QuantScheme | None":
+        """The grid that is tried first; None, without torch, where there is none."""
+        if self.quantize is None and self.target_bits is None:
+            return None
+        return self.pairs[0][1]
+
+    @property
     def expert_fraction(self) -> float | None:
         """Fraction of experts to keep, in (0, 1); None where all are kept."""
         return None if self.experts is None else parse_expert_fraction(self.experts)
@@ -83,7 +91,7 @@ class PruneOptions(PruneFields):
         """Name of the grid of embedding and head; None where they are left alone."""
         if self.quantize_head != "auto":
             return None if self.quantize_head == "none" else self.quantize_head
-        grid = self.pairs[0][1]
+        grid = self._grid
         if grid is None or not self.packed:
             return None
         bits = grid.bits if self.target_bits is None else self.target_bits
@@ -186,6 +194,7 @@ class PruneOptions(PruneFields):
         """
         check_device(self.device)
         self._check_choices()
+        parse_text_name(self.calibration)
         _ = self.expert_fraction
         allow_dense = self.quantize is not None or self.experts is not None
         parse_sparsity(self.sparsity, allow_dense)
@@ -200,7 +209,7 @@ class PruneOptions(PruneFields):
         self._check_importance()
         self._check_self_samples()
         self._check_held_out()
-        _ = self.pairs  # there may be no grid of that many bits
+        _ = self._grid  # there may be none of that many bits
         self._check_grid_options()
         self._check_packed_groups()
 
@@ -249,7 +258,7 @@ class PruneOptions(PruneFields):
     def _check_grid_options(self) -> None:
         chosen = (self.group_size, self.symmetric)
         default = (PruneOptions.group_size, PruneOptions.symmetric)
-        unused = self.pairs[0][1] is None and self.head_grid is None
+        unused = self._grid is None and self.head_grid is None
         if unused and chosen != default:
             raise HalveError(
                 "group_size or symmetric was given, but nothing is quantized.",
@@ -258,7 +267,7 @@ class PruneOptions(PruneFields):
             )
 
     def _check_packed_groups(self) -> None:
-        quantized = self.pairs[0][1] is not None or self.head_grid is not None
+        quantized = self._grid is not None or self.head_grid is not None
         if self.packed and quantized and self.group_size % _GROUP_MULTIPLE:
             raise HalveError(
                 f"Groups of {self.group_size} weights cannot be packed.",

@@ -22,6 +22,7 @@ from halve.options.shared import (
     TrustRemoteCode,
     check_device,
 )
+from halve.text_name import parse_text_name
 
 if TYPE_CHECKING:
     from halve.records import Progress
@@ -122,6 +123,7 @@ class RecoverOptions(Options):
         check_device(self.device)
         check_ranges(self)
         check_choice(self, "bos")
+        parse_text_name(self.calibration)
         if self.seq_len is not None and self.seq_len < _SHORTEST:
             raise HalveError(
                 f"seq_len is {self.seq_len}, which leaves no token to predict.",

@@ -15,6 +15,7 @@ from halve.option import (
     documented,
 )
 from halve.options.shared import Device, TrustRemoteCode, check_device
+from halve.text_name import parse_text_name
 
 
 @documented
@@ -124,6 +125,8 @@ class ReportOptions(Options):
         """Raise HalveError on the first option that is invalid."""
         check_device(self.device)
         check_ranges(self)
+        if self.measure:
+            parse_text_name(self.data)
         if self.dense_tasks is not None and self.tasks is None:
             raise HalveError(
                 "dense_tasks holds results of the dense model, but there are none of "
