@@ -4,12 +4,16 @@ import shutil
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import halve
+from halve.models import cache_width
 from halve.pruning.memory.text import text_phases
-from tests.tables import BUNDLED
+from halve.runtime import generation as generation_module
+from halve.runtime.generation import windows_at_once
+from tests.tables import BUNDLED, FAMILIES, MIXTURES, family_config
 
 SIZES: dict[str, Any] = {"samples": 4, "seq_len": 32}
 
@@ -73,11 +77,56 @@ def test_the_whole_model_is_counted_where_it_samples_windows(pico, text):
     def phases(**options) -> dict[str, Any]:
         return halve.plan(pico("opt"), **SIZES, **options).forecast.by_name()
 
-    model = {"the whole model": halve.inspect(pico("opt")).bytes}
+    # Keys and values in two blocks, 64 wide, of one and of all windows, in float32.
+    window = 2 * 2 * 64 * 32 * 4
+    model = {
+        "the whole model": halve.inspect(pico("opt")).bytes,
+        "keys and values": window,
+    }
     both = phases(calibration=str(text), self_samples=1)
     assert both["sampling windows"] == model
     assert "reading text" in both
     alone = phases(calibration="self")
-    assert alone["sampling windows"] == model
+    assert alone["sampling windows"] == model | {"keys and values": 4 * window}
     assert "reading text" not in alone
     assert "sampling windows" not in phases(calibration=str(text))
+
+
+# Whose caches are as long as the text, of all heads, and not of a state.
+WHOLE_CACHES = sorted(
+    {*FAMILIES, *MIXTURES}
+    - {"mistral", "gemma2", "gemma3", "gpt_oss", "gemma4"}  # sliding windows
+    - {"qwen3_next", "nemotron_h", "jamba", "lfm2_moe"}  # recurrences
+    - {"falcon"}  # all heads share their keys
+    - {"gpt_neox"}  # its config here has an entry of Llama's, which it ignores
+)
+
+
+@pytest.mark.parametrize("row", WHOLE_CACHES)
+def test_a_cache_is_as_wide_as_its_config_says(row):
+    config = family_config(row)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        cache = model(torch.full((1, 20), 7), use_cache=True).past_key_values
+    kept = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert kept == 20 * cache_width(config)
+
+
+def test_fewer_windows_are_sampled_together_where_they_keep_much():
+    assert windows_at_once(2**20) == 32
+    assert windows_at_once(2**28) == 8
+    assert windows_at_once(2**40) == 1
+
+
+def test_a_cache_that_exceeds_the_limit_is_sampled_in_parts(pico, monkeypatch):
+    sampled: list[int] = []
+
+    def sample(model, batch, length):
+        sampled.append(len(batch))
+        return batch.repeat(1, length)
+
+    monkeypatch.setattr(generation_module, "_sample", sample)
+    monkeypatch.setattr(generation_module, "_CACHE_NBYTES", 3 * 2 * 2 * 64 * 16 * 4)
+    windows = generation_module.sample_windows(pico("opt"), 7, 16, seed=0)
+    assert windows.shape == (7, 16)
+    assert sampled == [3, 3, 1]

@@ -4,6 +4,7 @@ No forward code of a model is written here: blocks, names and calls are found in
 model itself.
 """
 
+from halve.models.cache_width import cache_width
 from halve.models.capture import (
     BlockCall,
     CapturedCalls,
@@ -49,6 +50,7 @@ __all__ = [
     "StoredTensor",
     "TensorMap",
     "build_meta_model",
+    "cache_width",
     "capture_calls",
     "expected_tensors",
     "experts_in",

@@ -24,6 +24,7 @@ from halve.layout import (
 from halve.models import (
     MetaModel,
     build_meta_model,
+    cache_width,
     expected_tensors,
 )
 from halve.numerics.precision import FULL_PRECISION
@@ -44,6 +45,7 @@ class Plan:
         layout: The matrices of every block, and the shard of every tensor.
         width: Size of the hidden states.
         vocabulary: Size of the model's vocabulary.
+        cache_width: See `halve.models.cache_width`.
         scored_heads: See `MetaModel.scored_heads`.
         adds_bos: Whether windows begin with the tokenizer's BOS token, if it puts that
             in front of a text by itself.
@@ -57,6 +59,7 @@ class Plan:
     layout: Layout
     width: int
     vocabulary: int
+    cache_width: int
     scored_heads: int
     adds_bos: bool
     model_type: str
@@ -163,6 +166,7 @@ def make_plan(
         layout=layout,
         width=meta_model.width,
         vocabulary=meta_model.vocabulary,
+        cache_width=cache_width(meta_model.config),
         scored_heads=meta_model.scored_heads,
         adds_bos=options.bos == "auto" and not meta_model.is_of_the_papers,
         model_type=meta_model.config.model_type,

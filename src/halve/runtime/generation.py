@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from halve.checkpoint import resolve_model
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
-from halve.models import longest_sequence
+from halve.models import cache_width, longest_sequence
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.cpu.quantized_linear import set_activations
 from halve.runtime.cpu.quantized_operators import activation_mode
@@ -17,6 +17,9 @@ from halve.untrusted import truncated
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAX_TOKEN_ID = 2**31
+# Windows that are sampled together: as many as this, if their keys and values take no
+# more bytes than that. Neither depends on the machine, so that windows do not.
+_SAMPLED_TOGETHER, _CACHE_NBYTES = 32, 2**31
 
 
 def load(
@@ -133,6 +136,14 @@ def check_context(model: Any, prompt: int, generated: int) -> None:  # noqa: ANN
         )
 
 
+def windows_at_once(window_nbytes: int) -> int:
+    """Return how many windows are sampled together, given a window's keys and values.
+
+    32, or as many as take two gigabytes; one if a single window takes more.
+    """
+    return max(min(_SAMPLED_TOGETHER, _CACHE_NBYTES // max(window_nbytes, 1)), 1)
+
+
 @torch.no_grad()
 def sample_windows(
     folder: Path,
@@ -153,7 +164,7 @@ def sample_windows(
     generator of the process is seeded or advanced.
 
     Cost:
-        Memory for the whole model.
+        Memory for the whole model, and for keys and values (`windows_at_once`).
 
     Returns:
         [samples, length], int64; the same seed gives the same windows.
@@ -168,7 +179,8 @@ def sample_windows(
     with torch.random.fork_rng(devices=[]):
         # Unlike `torch.manual_seed`, which seeds the generators of all GPUs as well.
         torch.default_generator.manual_seed(seed)
-        for batch in first.split(32):
+        window = length * cache_width(model.config) * model.dtype.itemsize
+        for batch in first.split(windows_at_once(window)):
             parts.append(_sample(model, batch, length))
     return torch.cat(parts)
 

@@ -8,6 +8,7 @@ from halve.calibration import corpus_nbytes, load_encoder
 from halve.errors import SourceError
 from halve.pruning.memory.phases import Phase
 from halve.pruning.plan import Plan
+from halve.runtime.generation import windows_at_once
 
 # Bytes in memory for a byte of text: all characters of a part take two each where one
 # of them, such as a typographic quotation mark, needs two.
@@ -24,16 +25,25 @@ SAMPLING = "sampling windows"
 
 
 def text_phases(plan: Plan) -> Iterator[Phase]:
-    """Yield the phases in which windows are sampled and the calibration text is read.
-
-    The cache of keys and values while windows are sampled is not counted.
-    """
+    """Yield the phases in which windows are sampled, and the text is read."""
     options = plan.options
     if options.sampled:
-        parts = {"the whole model": plan.layout.output_bytes}
-        yield Phase(SAMPLING, parts, has_activations=False)
+        yield _sampling(plan)
     if options.sampled < options.samples:
         yield _reading(plan)
+
+
+def _sampling(plan: Plan) -> Phase:
+    """Return the phase in which the model, with all its experts, samples windows."""
+    options, layout = plan.options, plan.input_layout
+    assert options.seq_len is not None
+    window = options.seq_len * plan.cache_width * layout.dtype.itemsize
+    together = min(options.sampled, windows_at_once(window))
+    parts = {
+        "the whole model": layout.output_bytes,
+        "keys and values": together * window,
+    }
+    return Phase(SAMPLING, parts, has_activations=False)
 
 
 def _reading(plan: Plan) -> Phase:
