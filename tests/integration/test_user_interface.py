@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 import halve
-from halve.cli import console, progress
+from halve.cli import console, evaluate, progress
 from halve.cli.app import app
 from halve.cli.bench import Output
 from halve.cli.bench import _print as print_bench
 from halve.cli.progress import Step, progress_bar, step_of_block
 from halve.completion import Completer
 from halve.errors import HalveError
+from halve.evaluation import REFERENCE
 from halve.options import GenerateOptions
 from halve.records import BenchRecord, FinishedBlock, Progress, SpeedRecord
 from tests.tables import BUNDLED
@@ -75,6 +76,22 @@ def test_the_bar_shows_share_time_and_memory(left):
     for part in ("block 2 of 4: solving", "25%", "left", "peak"):
         assert part in text
     assert ("7.0 s left" in text) == (left is not None)
+
+
+def test_the_bar_is_one_line_of_a_terminal():
+    screen = console.Console(file=Terminal(), force_terminal=True, width=80)
+    reference = Progress(119, 126, REFERENCE)
+    step = evaluate._step(reference, "pruned", "/a/folder/of/Models/" + "x" * 60)
+    for shown in (step, step_of_block(Progress(119, 126, "propagating", 4000.0))):
+        assert len(shown.text) < 45
+        with progress._bar(screen) as bar:
+            task = bar.add_task("starting", total=None, seconds_left=None)
+            progress._update(bar, task, shown)
+            lines = screen.render_lines(bar.get_renderable(), pad=False)
+        assert len(lines) == 1
+        text = "".join(segment.text for segment in lines[0])
+        for part in ("block 120 of 126", "%", "peak", "B"):
+            assert part in text
 
 
 def test_quiet_shows_nothing(terminal):
@@ -177,6 +194,7 @@ MISTAKES = {
 REPORTS = """
 import sys
 from halve.errors import HalveError
+from halve.evaluation import REFERENCE
 from halve.cli.app import app
 for words in {mistakes}:
     try:

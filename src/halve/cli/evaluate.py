@@ -22,6 +22,9 @@ if TYPE_CHECKING:
         TasksRecord,
     )
 
+# Characters of a model's name in a line of progress.
+_LONGEST_NAME = 20
+
 EXAMPLES = """
 **Examples**
 
@@ -140,8 +143,19 @@ def _step(progress: "Progress", model: str, against: str | None) -> "Step":
     name = against if is_reference else model
     done = progress.block + is_reference * progress.blocks
     total = progress.blocks * (1 if against is None else 2)
-    text = f"{name}, block {progress.block + 1} of {progress.blocks}"
-    return Step(text, done / total)
+    return Step(
+        f"{_shown(name)}, block {progress.block + 1} of {progress.blocks}",
+        done / total,
+    )
+
+
+def _shown(model: str | None) -> str:
+    """Return the last part of a model's path or name, for a line of progress."""
+    from pathlib import PurePath
+
+    from halve.untrusted import truncated
+
+    return truncated(PurePath(model or "").name or model, _LONGEST_NAME)
 
 
 def _print_perplexity(record: "PerplexityRecord", model: str) -> None:

@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from halve.cli.console import duration, percent, size
@@ -81,14 +82,16 @@ def _print(step: Step) -> None:
 
 
 def _bar(console: Console) -> Progress:
+    """Return a bar of one line: where that is too narrow, the bar itself is shorter."""
+    line = Column(no_wrap=True)
     return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
+        SpinnerColumn(table_column=line),
+        TextColumn("{task.description}", table_column=line),
         BarColumn(bar_width=20),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeElapsedColumn(),
-        _Left(),
-        _Peak(),
+        TextColumn("{task.percentage:.0f}%", table_column=line),
+        TimeElapsedColumn(table_column=line),
+        _Left(table_column=line),
+        _Peak(table_column=line),
         console=console,
         transient=True,
     )
