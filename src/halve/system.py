@@ -39,6 +39,18 @@ def peak_memory() -> int:
     return _peak_of_linux() or _peak_of_posix() or resident_memory()
 
 
+def own_peak(before: int) -> int:
+    """Return the peak of this process's memory; 0 if it is of before a run.
+
+    A process that has loaded a model, such as a notebook's, may have held more then.
+
+    Args:
+        before: The peak when the run started.
+    """
+    peak = peak_memory()
+    return peak if peak > before else 0
+
+
 def _peak_of_linux() -> int:
     status = Path("/proc/self/status")
     lines = status.read_text("utf-8").splitlines() if status.is_file() else []

@@ -81,8 +81,9 @@ def _print_record(record: "RecoverRecord") -> None:
     )
     if record.unchanged:
         print(f"{len(record.unchanged)} quantized matrices keep their values.")
-    peak = size(record.bytes_peak)
-    print(f"{record.trained:,} parameters trained. Peak memory: {peak}.")
+    print(f"{record.trained:,} parameters trained.")
+    if record.bytes_peak:
+        print(f"Peak memory: {size(record.bytes_peak)}.")
     print(
         f"Finished at {local_time(record.finished)}, after {duration(record.seconds)}."
     )

@@ -46,7 +46,7 @@ from halve.records import (
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.machine import this_machine
 from halve.runtime.oom_backoff import with_smaller_batches
-from halve.system import peak_memory
+from halve.system import own_peak, peak_memory
 
 # Name of the ledger's entry for the batch size, where it is not the default one.
 _BATCH = "batch"
@@ -77,7 +77,7 @@ def prune_model(
         HalveError: See its children. `out` does not exist then. What has been done is
             in `OUT.partial`; the same call resumes from there.
     """
-    started = time.monotonic()
+    started, peak_before = time.monotonic(), peak_memory()
     source = resolve_model(model)
     out = output_path(out, source)
     plan = make_plan(source, options, run_options.trust_remote_code)
@@ -120,7 +120,7 @@ def prune_model(
                 heads=head_records(plan, output.workspace),
                 model=_model_record(model, plan),
                 machine=this_machine(choose_device(ranks.device(plan.options.device))),
-                bytes_peak=peak_memory(),
+                bytes_peak=own_peak(peak_before),
                 bytes_foreseen=foreseen,
             )
             output.workspace.finish(record.to_json())

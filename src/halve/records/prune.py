@@ -286,7 +286,8 @@ class PruneRecord(HalveJson):
         heads: Embedding and output head, where they were quantized.
         model: The dense model; None if that is not known.
         machine: Where the run was completed; None if that is not known.
-        bytes_peak: Peak of resident memory of the process that completed it.
+        bytes_peak: Peak of resident memory of the process that completed it; 0 if that
+            had held more before the run.
         bytes_foreseen: The peak that was predicted before it.
     """
 

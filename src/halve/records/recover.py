@@ -44,7 +44,8 @@ class RecoverRecord(HalveJson):
         source: The fields of the input's `halve.json`; None where it has none.
         seconds: Wall time of the run that completed the output.
         finished: When it did, ISO 8601, UTC.
-        bytes_peak: Peak of that run's memory.
+        bytes_peak: Peak of resident memory of the process that completed it; 0 if that
+            had held more before the run.
         format: Version of the record's layout; see `RECORD_FORMAT`.
         files: Every other file except `halve.json` -> SHA-256.
         heads: Embedding and output head, where the input's record names their grids.

@@ -31,7 +31,7 @@ from halve.recovery.windows import RecoveryWindows, recovery_windows
 from halve.recovery.write import Output, write_shards
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.whole_model import whole_model
-from halve.system import peak_memory
+from halve.system import own_peak, peak_memory
 
 # Options that change no result.
 _NOT_IDENTITY = ("progress", "trust_remote_code", "device")
@@ -77,7 +77,7 @@ def recover_model(
 ) -> RecoverRecord:
     """Recover a pruned model; see `halve.recover` for the contract."""
     options.check()
-    started = time.monotonic()
+    started, peak_before = time.monotonic(), peak_memory()
     source, dense = resolve_model(model), resolve_model(reference)
     out = output_path(out, source)
     output_path(out, dense)
@@ -113,7 +113,7 @@ def recover_model(
             source=job.provenance,
             seconds=time.monotonic() - started,
             finished=now(),
-            bytes_peak=peak_memory(),
+            bytes_peak=own_peak(peak_before),
             files=workspace.add_side_files(source, packed),
             heads=written.heads,
         )
