@@ -94,6 +94,14 @@ def test_the_bar_is_one_line_of_a_terminal():
             assert part in text
 
 
+def test_two_models_of_one_name_are_told_apart():
+    steps = [
+        evaluate._step(Progress(0, 2, phase), "pruned/llama", "dense/llama").text
+        for phase in (REFERENCE, "evaluating")
+    ]
+    assert steps == ["the other, block 1 of 2", "llama, block 1 of 2"]
+
+
 def test_quiet_shows_nothing(terminal):
     streams = terminal()
     with progress_bar(quiet=True) as show:
@@ -194,7 +202,6 @@ MISTAKES = {
 REPORTS = """
 import sys
 from halve.errors import HalveError
-from halve.evaluation import REFERENCE
 from halve.cli.app import app
 for words in {mistakes}:
     try:

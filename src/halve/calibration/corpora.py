@@ -13,11 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from halve.calibration.data_sets import (
-    column_of_file,
-    loading_error,
-    read_data_set,
-)
+from halve.calibration.data_sets import column_of_file, loading_error, read_data_set
 from halve.calibration.documents import Render
 from halve.calibration.text_files import read_file, text_nbytes
 from halve.errors import CalibrationError

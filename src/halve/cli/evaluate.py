@@ -140,22 +140,24 @@ def _step(progress: "Progress", model: str, against: str | None) -> "Step":
     from halve.evaluation import REFERENCE
 
     is_reference = progress.phase == REFERENCE
-    name = against if is_reference else model
+    name = _shown(model)
+    if against is not None and is_reference:
+        name = _shown(against) if _shown(against) != name else "the other"
     done = progress.block + is_reference * progress.blocks
     total = progress.blocks * (1 if against is None else 2)
     return Step(
-        f"{_shown(name)}, block {progress.block + 1} of {progress.blocks}",
+        f"{name}, block {progress.block + 1} of {progress.blocks}",
         done / total,
     )
 
 
-def _shown(model: str | None) -> str:
+def _shown(model: str) -> str:
     """Return the last part of a model's path or name, for a line of progress."""
     from pathlib import PurePath
 
     from halve.untrusted import truncated
 
-    return truncated(PurePath(model or "").name or model, _LONGEST_NAME)
+    return truncated(PurePath(model).name or model, _LONGEST_NAME)
 
 
 def _print_perplexity(record: "PerplexityRecord", model: str) -> None:
