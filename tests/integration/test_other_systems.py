@@ -70,7 +70,7 @@ def test_the_main_job_needs_no_module_of_posix(pico, text, tmp_path):
     )
     found = halve.PruneRecord.from_json((other / "halve.json").read_text())
     assert found.shards == expected.shards
-    assert found.bytes_peak > 0
+    assert found.bytes_peak > 2**26  # of a process that had done nothing before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -71,6 +71,18 @@ def matrices_of(folder: Path) -> set[str]:
     return {matrix.tensor for matrix in halve.inspect(folder).matrices}
 
 
+@pytest.mark.parametrize(("peak", "recorded"), [(7, 7), (5, 0)])
+def test_a_peak_of_before_is_not_recorded(
+    peak, recorded, pruned, text, tmp_path, monkeypatch
+):
+    dense, out = pruned("50%, float32")
+    monkeypatch.setattr("halve.recovery.recover.peak_memory", lambda: 5)
+    monkeypatch.setattr("halve.system.peak_memory", lambda: peak)
+    options: dict[str, Any] = OPTIONS | {"steps": 1, "calibration": str(text)}
+    record = halve.recover(out, dense, tmp_path / "new", **options)
+    assert record.bytes_peak == recorded
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_zeros_stay_and_the_model_is_never_worse(row, pruned, text, tmp_path):
     dense, model = pruned(row)

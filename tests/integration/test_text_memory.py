@@ -92,24 +92,45 @@ def test_the_whole_model_is_counted_where_it_samples_windows(pico, text):
     assert "sampling windows" not in phases(calibration=str(text))
 
 
+def test_a_model_samples_with_all_its_experts(pico, text):
+    options: dict[str, Any] = {"calibration": str(text), "self_samples": 1}
+    whole = halve.inspect(pico("mixtral")).bytes
+    planned = halve.plan(pico("mixtral"), experts="50%", **SIZES, **options)
+    assert planned.forecast.by_name()["sampling windows"]["the whole model"] == whole
+
+
 # Whose caches are as long as the text, of all heads, and not of a state.
+SLIDING = {"mistral", "gemma2", "gemma3", "gpt_oss", "gemma4"}
+SHARED = {"falcon"}  # all heads share their keys
 WHOLE_CACHES = sorted(
     {*FAMILIES, *MIXTURES}
-    - {"mistral", "gemma2", "gemma3", "gpt_oss", "gemma4"}  # sliding windows
+    - SLIDING
+    - SHARED
     - {"qwen3_next", "nemotron_h", "jamba", "lfm2_moe"}  # recurrences
-    - {"falcon"}  # all heads share their keys
     - {"gpt_neox"}  # its config here has an entry of Llama's, which it ignores
 )
 
 
-@pytest.mark.parametrize("row", WHOLE_CACHES)
-def test_a_cache_is_as_wide_as_its_config_says(row):
+def kept(row) -> tuple[int, int]:
+    """Return the numbers in the cache of 20 tokens, and how many are predicted."""
     config = family_config(row)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         cache = model(torch.full((1, 20), 7), use_cache=True).past_key_values
-    kept = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert kept == 20 * cache_width(config)
+    parts = (part for layer in cache.layers for part in (layer.keys, layer.values))
+    return sum(part.numel() for part in parts), 20 * cache_width(config)
+
+
+@pytest.mark.parametrize("row", WHOLE_CACHES)
+def test_a_cache_is_as_wide_as_its_config_says(row):
+    found, predicted = kept(row)
+    assert found == predicted
+
+
+@pytest.mark.parametrize("row", sorted(SLIDING | SHARED))
+def test_a_cache_that_keeps_less_is_counted_as_more(row):
+    found, predicted = kept(row)
+    assert 0 < found < predicted
 
 
 def test_fewer_windows_are_sampled_together_where_they_keep_much():

@@ -99,7 +99,7 @@ def test_two_models_of_one_name_are_told_apart():
         evaluate._step(Progress(0, 2, phase), "pruned/llama", "dense/llama").text
         for phase in (REFERENCE, "evaluating")
     ]
-    assert steps == ["the other, block 1 of 2", "llama, block 1 of 2"]
+    assert steps == [f"{REFERENCE}, block 1 of 2", "llama, block 1 of 2"]
 
 
 def test_quiet_shows_nothing(terminal):
@@ -192,6 +192,11 @@ MISTAKES = {
     "name, of a model to prune": ["prune", "nonesuch", "-o", "out"],
     "text": ["prune", ".", "-o", "out", "--calibration", "nonesuch.txt"],
     "text to evaluate on": ["eval", ".", "--data", "./nonesuch.jsonl"],
+    "text to recover on": [
+        *("recover", ".", "--against", ".", "-o", "out"),
+        *("--calibration", "nonesuch.txt"),
+    ],
+    "text to measure on": ["report", ".", "--measure", "--data", "nonesuch.txt"],
     "output": ["verify", "./nonesuch"],
     "output's name": ["verify", "nonesuch"],
     "reference": ["eval", ".", "--against", "./nonesuch"],

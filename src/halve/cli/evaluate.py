@@ -142,7 +142,7 @@ def _step(progress: "Progress", model: str, against: str | None) -> "Step":
     is_reference = progress.phase == REFERENCE
     name = _shown(model)
     if against is not None and is_reference:
-        name = _shown(against) if _shown(against) != name else "the other"
+        name = _shown(against) if _shown(against) != name else REFERENCE
     done = progress.block + is_reference * progress.blocks
     total = progress.blocks * (1 if against is None else 2)
     return Step(
