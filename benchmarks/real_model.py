@@ -9,7 +9,7 @@ r = (KL_sparsegpt - KL) / KL_sparsegpt. Exits with 1 where auto, with or without
 
     python benchmarks/real_model.py [--text FILE] [--other FILE] [--quick]
         [--solvers sparsegpt auto] [--patterns 50% 2:4] [--samples 64] [--seed 0]
-        [--model FOLDER] [--work FOLDER]
+        [--model FOLDER] [--keep] [--work FOLDER]
 
 With `--text FILE` the first half of a .txt is calibrated on and the second half is in
 domain; by default both are Python's standard library, each other modules of it. Out of
@@ -87,6 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=LENGTH)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--keep", action="store_true", help="keep models in WORK")
     parser.add_argument("--work", type=Path, default=Path("build/real-model"))
     task = parser.parse_args()
     task.samples = task.samples or (16 if task.quick else 64)
@@ -169,7 +170,8 @@ def _row(
     """Prune and judge once; return the row."""
     pattern, name = run
     print(f"{name} at {pattern}", file=sys.stderr, flush=True)
-    out = task.work / "pruned"
+    kept = f"{name} {pattern} {task.samples} {task.seed}"
+    out = task.work / (kept if task.keep else "pruned")
     shutil.rmtree(out, ignore_errors=True)
     record = halve.prune(
         task.model,
@@ -183,7 +185,8 @@ def _row(
     )
     model = _loaded(out)
     judged = {domain: asdict(judges[domain].judge(model)) for domain in DOMAINS}
-    shutil.rmtree(out)
+    if not task.keep:
+        shutil.rmtree(out)
     return {
         "solver": name,
         "pattern": pattern,
