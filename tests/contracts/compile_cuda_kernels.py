@@ -1,13 +1,16 @@
-"""Compile the kernels of packed layers for some GPUs, none of which is needed for that.
+"""Compile the kernels of packed layers for a GPU, which is not needed for that.
 
-Prints a line of JSON for each variant: the instructions of a warp, and the bytes that a
-thread spills to memory. Run as a program, since a process that has imported triton for
-its interpreter cannot compile.
+    python -m tests.contracts.compile_cuda_kernels CAPABILITY
+
+CAPABILITY is that of the GPU, such as 90. Prints a line of JSON for each variant: the
+instructions of a warp, and the bytes that a thread spills to memory. Run as a program,
+since a process that has imported triton for its interpreter cannot compile.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +24,6 @@ from halve.runtime.cuda.bitmask_kernels import unpack_kernel, vectors_kernel
 from halve.runtime.cuda.codes_kernels import codes_rows_kernel, codes_vectors_kernel
 
 _DUMP = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
-CAPABILITIES = (80, 90)
 KINDS = ("bf16", "fp16", "fp32")
 # Columns of two products whose programs differ by `STEPS` steps and nothing else.
 COLUMNS, STEPS, WARPS = (4096, 8192), 4, 4
@@ -118,6 +120,5 @@ def _count(cubin: bytes) -> dict[str, int]:
 
 if __name__ == "__main__":
     for name, variant in variants().items():
-        for capability in CAPABILITIES:
-            found = {"variant": name, "capability": capability}
-            print(json.dumps(found | compiled(variant, capability)))  # noqa: T201
+        found = {"variant": name} | compiled(variant, int(sys.argv[1]))
+        print(json.dumps(found))  # noqa: T201
