@@ -9,6 +9,7 @@ import pytest
 import halve
 from halve.cli import main
 from halve.errors import HalveError
+from halve.records.stored import read_measurements
 from tests.tables import BUNDLED
 
 
@@ -94,6 +95,30 @@ def test_prune_json_is_one_object_and_quiet_is_silent(run, pico, options, tmp_pa
     code, out, err = run("prune", pico("llama"), "-o", target, "--json", "-q", *options)
     assert (code, err) == (0, "")
     assert json.loads(out) == json.loads((target / "halve.json").read_text())
+
+
+def test_prune_evaluates_as_eval_does_and_keeps_the_figures(
+    run, pico, options, text, tmp_path
+):
+    """With --json the figures are part of the object."""
+    target, evaluated = tmp_path / "out", ("--evaluate", text)
+    arguments = ["prune", pico("llama"), "-o", target, *options, *evaluated]
+    code, out, err = run(*arguments)
+    assert code == 0
+    assert "KL divergence: mean" in out
+    assert out.index("prunable weights") < out.index("KL divergence")
+    assert "halve eval" not in out
+    assert "llama" in err
+    [kept] = read_measurements(target)
+    assert kept.reference == str(pico("llama"))
+    found = halve.compare(target, pico("llama"), data=str(text))
+    assert kept.record["kl_mean"] == found.kl_mean
+    # The run has finished, so this measures again, in the place of the first time.
+    _, out, _ = run(*arguments, "--json")
+    printed = json.loads(out)
+    assert printed.pop("evaluation")["kl_mean"] == found.kl_mean
+    assert printed == json.loads((target / "halve.json").read_text())
+    assert len(read_measurements(target)) == 1
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run, pico, tmp_path):

@@ -192,6 +192,9 @@ MISTAKES = {
     "name, of a model to prune": ["prune", "nonesuch", "-o", "out"],
     "text": ["prune", ".", "-o", "out", "--calibration", "nonesuch.txt"],
     "text to evaluate on": ["eval", ".", "--data", "./nonesuch.jsonl"],
+    "text to evaluate the output on": [
+        *("prune", ".", "-o", "out", "--evaluate", "nonesuch.txt"),
+    ],
     "text to recover on": [
         *("recover", ".", "--against", ".", "-o", "out"),
         *("--calibration", "nonesuch.txt"),

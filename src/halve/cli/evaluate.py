@@ -100,13 +100,25 @@ def _measure(
     model: str, against: str | None, options: EvalOptions, quiet: bool
 ) -> "PerplexityRecord | ComparisonRecord":
     """Return the perplexity of a model, or its divergence from another."""
-    from halve.api import compare, perplexity
+    from halve.api import perplexity
+    from halve.cli.progress import progress_bar
+
+    if against is not None:
+        return compare_showing(model, against, options, quiet)
+    with progress_bar(quiet) as show:
+        options = replace(options, progress=lambda p: show(_step(p, model, None)))
+        return perplexity(model, options=options)
+
+
+def compare_showing(
+    model: str, against: str, options: EvalOptions, quiet: bool
+) -> "ComparisonRecord":
+    """Return the divergence of a model from another; show progress unless quiet."""
+    from halve.api import compare
     from halve.cli.progress import progress_bar
 
     with progress_bar(quiet) as show:
         options = replace(options, progress=lambda p: show(_step(p, model, against)))
-        if against is None:
-            return perplexity(model, options=options)
         return compare(model, against, options=options)
 
 
@@ -131,7 +143,7 @@ def _print(
     elif isinstance(record, PerplexityRecord):
         _print_perplexity(record, model)
     else:
-        _print_comparison(record, model, against)
+        print_comparison(record, model, against)
 
 
 def _step(progress: "Progress", model: str, against: str | None) -> "Step":
@@ -181,9 +193,10 @@ def _print_basis(record: "PerplexityRecord") -> None:
     )
 
 
-def _print_comparison(
+def print_comparison(
     record: "ComparisonRecord", model: str, against: str | None
 ) -> None:
+    """Print the perplexity of both models, and how far the first diverges."""
     print(f"{against}: perplexity {_with_error(record.reference)}")
     print(f"{model}: perplexity {_with_error(record.model)}")
     print(

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Annotated
 
+from halve.cli.evaluate import compare_showing, print_comparison
 from halve.cli.options import Json, Model, Out, Quiet, with_options
 from halve.option import OUTPUT, Option
-from halve.options import PruneOptions, RunOptions
+from halve.options import EvalOptions, PruneOptions, RunOptions
 
 if TYPE_CHECKING:
-    from halve.records import PruneRecord
+    from halve.records import ComparisonRecord, PruneRecord
 
 # Sparsities that differ by less are alike: they are rounded to whole weights.
 _ALIKE = 0.01
@@ -18,6 +19,8 @@ EXAMPLES = """
 `halve prune facebook/opt-125m -o opt-125m-half --calibration wikitext2`
 
 `halve prune ./llama -o ./llama-24 --sparsity 2:4 --calibration text.jsonl`
+
+`halve prune ./llama -o ./llama-half --calibration c4 --evaluate wikitext2`
 
 `halve prune ./llama -o ./llama-best --refine --calibration wikitext2`
 
@@ -50,6 +53,15 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
         bool,
         Option("With --dry-run: list matrices and the memory of each phase.", OUTPUT),
     ] = False,
+    evaluate: Annotated[
+        str | None,
+        Option(
+            "Then compare the output with MODEL on this text, as `halve eval --against "
+            "MODEL --keep` does.",
+            OUTPUT,
+            metavar="TEXT",
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -59,6 +71,7 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
     interruption, rerun the same command to resume. Processes started by torchrun divide
     the work among themselves.
     """
+    eval_options = _eval_options(evaluate, options, run_options)
     if dry_run:
         _plan(model, (options, run_options), as_json, verbose)
         return
@@ -67,15 +80,63 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
     record = _prune((model, out, options), run_options, quiet)
     if record is None:
         return
-    if as_json:
-        print(record.to_json(), end="")
-    else:
+    if not as_json:
         _print_record(record, out)
-        print_next(
-            ("eval", out, "--against", model),
-            ("pack", out, "-o", f"{out.rstrip('/')}-packed"),
-            ("report", out),
-        )
+    measured = None
+    if eval_options is not None:
+        measured = _compare(out, model, eval_options, quiet)
+    if as_json:
+        print(_as_json(record, measured), end="")
+        return
+    if measured is not None:
+        print_comparison(measured, out, model)
+    print_next(
+        *([("eval", out, "--against", model)] if measured is None else []),
+        ("pack", out, "-o", f"{out.rstrip('/')}-packed"),
+        ("report", out),
+    )
+
+
+def _eval_options(
+    data: str | None, options: PruneOptions, run_options: RunOptions
+) -> EvalOptions | None:
+    """Return how the output is compared with the model, if it is; check the text."""
+    if data is None:
+        return None
+    eval_options = EvalOptions(
+        data=data,
+        device=options.device,
+        activation_memory=run_options.activation_memory,
+        trust_remote_code=run_options.trust_remote_code,
+    )
+    eval_options.check()
+    return eval_options
+
+
+def _compare(
+    out: str, model: str, options: EvalOptions, quiet: bool
+) -> "ComparisonRecord":
+    """Compare an output with the dense model, and keep the figures with it."""
+    from halve.measure import check_keepable, keep_measurement
+
+    folder = check_keepable(out)
+    measured = compare_showing(out, model, options, quiet)
+    keep_measurement(folder, measured, model)
+    return measured
+
+
+def _as_json(record: "PruneRecord", measured: "ComparisonRecord | None") -> str:
+    """Return the record, with the comparison as `evaluation` if there was one."""
+    if measured is None:
+        return record.to_json()
+    import json
+    from dataclasses import asdict
+
+    from halve.records.codec import to_json
+
+    return (
+        to_json({**json.loads(record.to_json()), "evaluation": asdict(measured)}) + "\n"
+    )
 
 
 def _plan(
