@@ -71,4 +71,4 @@ def test_what_leaves_no_text_is_refused(options, message):
 
 def test_the_best_preset_refines_and_samples_a_quarter():
     options = PruneOptions(**preset_options("best"))
-    assert (options.refine, options.sampled, options.samples) == (True, 32, 128)
+    assert (options.refine, options.sampled, options.samples) == (True, 64, 256)

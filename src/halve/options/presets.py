@@ -9,7 +9,7 @@ from halve.errors import HalveError
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"solver": "sparsegpt"},
     "default": {},
-    "best": {"refine": True, "self_samples": "25%"},
+    "best": {"refine": True, "samples": 256, "self_samples": "25%"},
 }
 
 
