@@ -7,8 +7,10 @@ import sys
 import pytest
 
 import halve
-from halve.cli import main
+from halve.cli import console, main
+from halve.cli import prune as prune_command
 from halve.errors import HalveError
+from halve.options import EvalOptions
 from halve.records.stored import read_measurements
 from tests.tables import BUNDLED
 
@@ -98,16 +100,30 @@ def test_prune_json_is_one_object_and_quiet_is_silent(run, pico, options, tmp_pa
 
 
 def test_prune_evaluates_as_eval_does_and_keeps_the_figures(
-    run, pico, options, text, tmp_path
+    run, pico, options, text, tmp_path, monkeypatch
 ):
     """With --json the figures are part of the object."""
-    target, evaluated = tmp_path / "out", ("--evaluate", text)
+    suggested, used = [], []
+    monkeypatch.setattr(
+        console, "print_next", lambda *commands: suggested.extend(commands)
+    )
+    compare = prune_command.compare_showing
+
+    def watched(*arguments):
+        used.append(arguments[2])
+        return compare(*arguments)
+
+    monkeypatch.setattr(prune_command, "compare_showing", watched)
+    target = tmp_path / "out"
+    evaluated = ("--evaluate", text, "--activation-memory", "64MiB", "--device", "cpu")
     arguments = ["prune", pico("llama"), "-o", target, *options, *evaluated]
     code, out, err = run(*arguments)
     assert code == 0
     assert "KL divergence: mean" in out
     assert out.index("prunable weights") < out.index("KL divergence")
-    assert "halve eval" not in out
+    assert [command[0] for command in suggested] == ["pack", "report"]
+    resources = {"activation_memory": 64 * 2**20, "device": "cpu"}
+    assert used == [EvalOptions(data=str(text), **resources)]
     assert "llama" in err
     [kept] = read_measurements(target)
     assert kept.reference == str(pico("llama"))
