@@ -137,6 +137,19 @@ def test_prune_evaluates_as_eval_does_and_keeps_the_figures(
     assert len(read_measurements(target)) == 1
 
 
+def test_a_text_too_short_to_evaluate_on_is_refused_before_pruning(
+    run, pico, options, tmp_path
+):
+    short = tmp_path / "short.txt"
+    short.write_text("Too few words.")
+    target = tmp_path / "out"
+    pruned = ("prune", pico("llama"), "-o", target, *options)
+    code, out, err = run(*pruned, "--evaluate", short)
+    assert (code, out) == (1, "")
+    assert "too few for one segment" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(run, pico, tmp_path):
     target = tmp_path / "out"
     code, out, _ = run("prune", pico("llama"), "-o", target, "--dry-run")

@@ -75,6 +75,8 @@ def command(  # noqa: PLR0913, PLR0917  (typer calls it by keyword)
     if dry_run:
         _plan(model, (options, run_options), as_json, verbose)
         return
+    if eval_options is not None:
+        _check_text(model, eval_options)
     from halve.cli.console import print_next
 
     record = _prune((model, out, options), run_options, quiet)
@@ -111,6 +113,13 @@ def _eval_options(
     )
     eval_options.check()
     return eval_options
+
+
+def _check_text(model: str, options: EvalOptions) -> None:
+    """Raise before hours of pruning what the comparison would raise after them."""
+    from halve.evaluation import check_text
+
+    check_text(model, options)
 
 
 def _compare(

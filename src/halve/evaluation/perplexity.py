@@ -59,6 +59,16 @@ def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
     return _record(losses, segments, options, started)
 
 
+def check_text(model: str | Path, options: EvalOptions) -> None:
+    """Raise what `evaluate` would raise for the text; read one segment and no weights.
+
+    Raises:
+        HalveError: The text, the model or its tokenizer cannot be read.
+        CalibrationError: The text has no complete segment.
+    """
+    _segments(_open(model, options), replace(options, segments=1))
+
+
 def compare(
     model: str | Path, reference: str | Path, options: EvalOptions
 ) -> ComparisonRecord:
