@@ -1,6 +1,7 @@
 """Laws of recovery, over families, dtypes, patterns, and dense and packed inputs."""
 
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import halve
 from halve.calibration import Corpus
 from halve.checkpoint import Checkpoint
 from halve.errors import HalveError, NumericalError
+from halve.recovery import student
 from halve.recovery.divergence import divergence_and_gradient
 from halve.recovery.windows import split_text
 from tests.conftest import PYTHON
@@ -128,6 +130,32 @@ def test_what_is_stopped_resumes_to_the_same_bytes(pruned, text, tmp_path):
         halve.recover(model, dense, out, progress=steps.append, **options)
         assert len(steps) == OPTIONS["steps"] - count + 1
         assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("row", ["50%, float32", "experts"])
+def test_blocks_run_again_where_memory_is_short_to_the_same_bytes(
+    row, pruned, text, tmp_path, monkeypatch
+):
+    """In each of 4 steps 2 blocks run forward and backward; judging runs none again."""
+    again: list[int] = []
+    monkeypatch.setattr(student, "checkpoint", counted(student.checkpoint, again))
+    dense, model = pruned(row)
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text)}
+    for free, calls in ((2**40, 0), (0, 8)):
+        monkeypatch.setattr(student, "available_memory", lambda free=free: free)
+        halve.recover(model, dense, tmp_path / str(free), **options)
+        assert len(again) == calls
+    assert digests(tmp_path / "0") == digests(tmp_path / str(2**40))
+
+
+def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """Return the function, which also notes each call."""
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(len(calls))
+        return function(*arguments, **keywords)
+
+    return run
 
 
 def test_steps_are_decided_once_by_the_time(pruned, text, tmp_path):

@@ -1,8 +1,9 @@
 """The loop of recovery: steps of AdamW, judged on held-out windows.
 
-Nothing grows with the number of steps. Windows go through both models a few at a time,
-and blocks are run again in the backward pass, so that of the activations only the
-inputs of blocks, one block's, and the logits are in memory.
+Nothing grows with the number of steps. Windows go through both models a few at a time.
+Where the activations of all blocks would not fit into memory, blocks are run again in
+the backward pass, so that only their inputs, one block's activations, and the logits
+are in memory.
 """
 
 import math

@@ -127,7 +127,9 @@ def _train(
     """Train; return where it ended, the number of steps, and that of parameters."""
     with (
         whole_model(job.dense),
-        load_student(job.model, job.layout, job.unchanged) as student,
+        load_student(
+            job.model, job.layout, job.unchanged, windows.training.shape[1]
+        ) as student,
     ):
         distillation = Distillation(student, job.dense, windows, job.options, workspace)
         run, steps = distill(distillation)

@@ -6,7 +6,7 @@ that are used in several places as well.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from halve.numerics.matmul import FastMatmul
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.keep_zeros import set_zeros
 from halve.runtime.whole_model import whole_model
+from halve.system import available_memory
+
+# Bytes of each trained parameter beside its value: gradient and Adam's two moments.
+_TRAINING_NBYTES = 12
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def _rounded(values: Tensor, dtype: torch.dtype, zeros: Tensor | None) -> Tensor
 
 @contextmanager
 def load_student(
-    model: BlockwiseModel, layout: Layout, unchanged: set[str]
+    model: BlockwiseModel, layout: Layout, unchanged: set[str], length: int
 ) -> Iterator[Student]:
     """Load a model to be trained, for the duration of the context.
 
@@ -103,8 +107,9 @@ def load_student(
         model: The pruned model.
         layout: Its matrices.
         unchanged: Names of the matrices that are not trained.
+        length: Number of tokens in a window.
     """
-    with whole_model(model) as network, _recomputing_blocks(model):
+    with whole_model(model) as network, ExitStack() as changes:
         matrices = {
             f"{block.name}.{planned.matrix.path}.weight": planned.name
             for block in layout.blocks
@@ -123,7 +128,10 @@ def load_student(
                 zeros[name] = parameter.data == 0
             # Own memory: transformers' tensors may be views of the file's.
             parameter.data = parameter.data.to(torch.float32, copy=True)
-        yield Student(model, parameters, dtypes, zeros)
+        student = Student(model, parameters, dtypes, zeros)
+        if not _activations_fit(student, length):
+            changes.enter_context(_recomputing_blocks(model))
+        yield student
 
 
 def _trainable(model: BlockwiseModel) -> dict[str, torch.dtype]:
@@ -147,6 +155,22 @@ def _vectors_outside(model: BlockwiseModel) -> dict[str, torch.dtype]:
         if outside and len(info.shape) == 1 and info.dtype.is_floating_point:
             found[name] = info.dtype
     return found
+
+
+def _activations_fit(student: Student, length: int) -> bool:
+    """Whether the activations of all blocks can be kept for the backward pass.
+
+    Running blocks again takes an eighth of a step, and changes no bit of the result. On
+    a GPU batches fill the memory, so blocks are run again there.
+
+    Args:
+        student: The model, before any gradient or moment of it is in memory.
+        length: Number of tokens in a window.
+    """
+    model = student.model
+    kept = model.depth * model.batch_nbytes(model.batch(length) * length)
+    free = available_memory() - _TRAINING_NBYTES * student.count
+    return model.device.type == "cpu" and kept <= free // 4
 
 
 @contextmanager
