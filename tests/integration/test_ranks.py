@@ -22,6 +22,7 @@ from halve.options import PruneOptions, RunOptions
 from halve.patterns import Unstructured
 from halve.pruning import prune_model
 from halve.records import PruneRecord
+from halve.records.stored import read_measurements
 from tests.integration.test_resume import Stopped, digests, stop_at
 
 RANKS = 2
@@ -191,12 +192,12 @@ def test_what_fails_on_one_rank_ends_all_with_its_message(pico, text, tmp_path):
     assert "halve" not in _tracebacks(ended.stderr)
 
 
-def test_two_machines_prune_once_and_print_once(pico, text, tmp_path):
+def test_two_machines_prune_once_and_evaluate_and_print_once(pico, text, tmp_path):
     """One torchrun per machine; this machine plays both."""
     out = tmp_path / "out"
     sizes: dict[str, Any] = {"samples": 50, "seq_len": 64}  # several batches
     model = pico("llama")
-    arguments = [*command(model, out, text, **sizes), "--json"]
+    arguments = [*command(model, out, text, **sizes), "--json", "--evaluate", text]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     address = ["--master-addr", "127.0.0.1", "--master-port", port]
@@ -207,7 +208,11 @@ def test_two_machines_prune_once_and_print_once(pico, text, tmp_path):
     printing, silent = (wait_for(node) for node in nodes)
     assert silent.returncode == printing.returncode == 0, printing.stderr
     assert not silent.stdout
-    assert json.loads(printing.stdout) == json.loads((out / "halve.json").read_text())
+    printed = json.loads(printing.stdout)
+    [kept] = read_measurements(out)
+    assert printed.pop("evaluation") == kept.record
+    assert printed == json.loads((out / "halve.json").read_text())
+    (out / "measurements.json").unlink()
     _prune_alone(model, tmp_path / "alone", text, **sizes)
     assert digests(out) == digests(tmp_path / "alone")
 
