@@ -60,6 +60,20 @@ def test_windows_of_documents_lie_within_one():
     assert (windows[:, 0] >= 1000).all()  # the first document is too short
 
 
+def test_a_document_that_is_drawn_often_is_encoded_once():
+    class Counting(Words):
+        encoded = 0
+
+        def stream(self, parts):
+            self.encoded += 1
+            return super().stream(parts)
+
+    counting = Counting()
+    windows = draw_windows(DOCUMENTS, counting, samples=40, length=10, seed=0)
+    assert counting.encoded == 3
+    assert torch.equal(windows, draw_windows(DOCUMENTS, encode, 40, 10, 0))
+
+
 def test_windows_of_a_text_lie_anywhere_in_it():
     text = Corpus("text", (numbers(0, 300), numbers(300, 300)), " ")
     windows = draw_windows(text, encode, samples=10, length=50, seed=0)

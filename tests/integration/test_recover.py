@@ -173,6 +173,16 @@ def test_steps_are_decided_once_by_the_time(pruned, text, tmp_path):
     assert f'{{"count": {record.steps}}}' in ledger
 
 
+def test_timing_steps_leaves_no_trace(pruned, text, tmp_path):
+    dense, model = pruned("50%, float32")
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "steps": None}
+    timed = halve.recover(model, dense, tmp_path / "a", minutes=0.004, **options)
+    options["steps"] = timed.steps
+    counted = halve.recover(model, dense, tmp_path / "b", **options)
+    assert counted.states == timed.states
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
 def test_what_is_not_improved_comes_out_as_it_was(pruned, text, tmp_path):
     dense, model = pruned("2:4, bfloat16")
     options: dict[str, Any] = OPTIONS | {

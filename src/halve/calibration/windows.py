@@ -136,9 +136,16 @@ def _draw_documents(
     """Draw windows inside documents; None if too many documents are too short."""
     drawn: list[Tensor] = []
     short = 0
+    # Windows are views, so what they were drawn from is in memory; reading recovery's
+    # thousands from a few documents takes minutes without it.
+    encoded: dict[int, Tensor] = {}
     while len(drawn) < samples:
-        tokens = _tokens(encode, corpus.parts_of(rng.choice(corpus.documents)))
+        number = rng.choice(range(len(corpus.documents)))
+        tokens = encoded.get(number)
+        if tokens is None:
+            tokens = _tokens(encode, corpus.parts_of(corpus.documents[number]))
         if len(tokens) > length:
+            encoded[number] = tokens
             drawn.append(_window(tokens, length, rng))
             continue
         short += 1

@@ -33,6 +33,8 @@ _JUDGED = 16
 # Logits of one model that are in memory at once: 256 MiB of float32, or one window's.
 _MAX_LOGITS = 2**26
 _STEPS = "steps"
+# Steps that are timed where a time was given.
+_TIMED = 4
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,23 @@ def _decide_steps(job: Distillation) -> int:
     if options.minutes is None:
         return options.steps or DEFAULT_STEPS
     if _STEPS not in job.workspace.decisions:
-        _accumulate(job, 0)  # the first is slower than those that follow
-        started = time.monotonic()
-        _accumulate(job, 0)
-        step = time.monotonic() - started
-        started = time.monotonic()
-        _held_out_divergence(job)
-        judging = _JUDGED * (time.monotonic() - started)
-        _clear_gradients(job.student)
-        steps = max(int((60 * options.minutes - judging) / step), 1)
-        job.workspace.decide(_STEPS, {"count": steps})
+        judging = _JUDGED * _seconds(lambda: _held_out_divergence(job))
+        steps = int((60 * options.minutes - judging) / _step_seconds(job))
+        job.workspace.decide(_STEPS, {"count": max(steps, 1)})
     return job.workspace.decisions[_STEPS]["count"]
+
+
+def _step_seconds(job: Distillation) -> float:
+    """Return how long a step takes; its parameters stay as they are."""
+    optimizer = make_optimizer(job.student, 0.0)
+    _step(job, optimizer, 0)  # the first is slower than those that follow
+    return _seconds(lambda: [_step(job, optimizer, 0) for _ in range(_TIMED)]) / _TIMED
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    started = time.monotonic()
+    action()
+    return time.monotonic() - started
 
 
 def _step(job: Distillation, optimizer: torch.optim.Optimizer, step: int) -> None:
