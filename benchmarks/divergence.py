@@ -5,13 +5,17 @@ differ in nothing but their weights.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from halve.calibration import Segments, cut_segments, load_corpus, load_encoder
+from halve.runtime.blockwise_model import BlockwiseModel
 
 
 @dataclass(frozen=True)
@@ -32,37 +36,57 @@ class Divergence:
     agreement: float
 
 
+def evaluation_segments(model: Path, text: str, length: int, limit: int) -> Segments:
+    """Cut a text as `halve eval` does, with BOS where the model expects it.
+
+    Args:
+        model: Folder of a model, whose tokenizer is used.
+        text: The text, named as for `halve eval`.
+        length: Tokens of a segment.
+        limit: Segments at most.
+    """
+    of_the_papers = BlockwiseModel.open(model, "cpu").meta_model.is_of_the_papers
+    encode = load_encoder(model, adds_bos=not of_the_papers)
+    return cut_segments(load_corpus(text, "evaluation"), encode, length, limit)
+
+
 class Judge:
     """Compares models with a dense one, whose hidden states it computes only once."""
 
-    def __init__(self, dense: Any, segments: Tensor) -> None:
+    def __init__(self, dense: Any, segments: Segments) -> None:
         """Run the dense model.
 
         Args:
             dense: A causal model of transformers, whose head is one linear layer.
-            segments: Token ids, [segments, length].
+            segments: The text.
         """
         self._segments = segments
         self._head = dense.get_output_embeddings()
         # Hidden states before the head: a hundredth of the size of the logits.
-        self._hidden = [_hidden(dense, segment) for segment in segments]
+        self._hidden = list(self._states(dense))
         self.dense = self._compared(self._head, self._hidden)
 
     def judge(self, model: Any) -> Divergence:
         """Compare a model with the dense one."""
-        states = (_hidden(model, segment) for segment in self._segments)
-        return self._compared(model.get_output_embeddings(), states)
+        return self._compared(model.get_output_embeddings(), self._states(model))
+
+    def _states(self, model: Any) -> Iterator[Tensor]:
+        """Yield what predicts targets, the head's inputs, [length - 1, width] each."""
+        for ids in self._segments.ids:
+            with torch.inference_mode():
+                states = model.base_model(ids[None], use_cache=False)[0]
+            yield self._segments.predictions(states)[0]
 
     @torch.inference_mode()
     def _compared(self, head: Any, states: Iterable[Tensor]) -> Divergence:
         """Compare a model, given by its head and the inputs of it, a segment each."""
         rows = []
-        for segment, reference, hidden in zip(
-            self._segments, self._hidden, states, strict=True
+        for targets, reference, hidden in zip(
+            self._segments.targets, self._hidden, states, strict=True
         ):
             log_p = self._head(reference).log_softmax(-1)
             log_q = head(hidden).log_softmax(-1)
-            rows.append(_compare(log_p, log_q, segment[1:]))
+            rows.append(_compare(log_p, log_q, targets))
         kl, loss, agreement = torch.tensor(rows, dtype=torch.float64).T
         return Divergence(
             kl=float(kl.mean()),
@@ -70,12 +94,6 @@ class Judge:
             perplexity=math.exp(loss.mean()),
             agreement=float(agreement.mean()),
         )
-
-
-@torch.inference_mode()
-def _hidden(model: Any, segment: Tensor) -> Tensor:
-    """Return the inputs of the head, [length - 1, width]: the last predicts nothing."""
-    return model.base_model(segment[None], use_cache=False)[0][0, :-1]
 
 
 def _compare(

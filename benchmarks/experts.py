@@ -37,14 +37,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from divergence import Divergence, Judge
+from divergence import Divergence, Judge, evaluation_segments
 from machine import describe_machine
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import halve
-from halve.calibration import cut_segments, load_corpus, load_encoder
 from halve.pruning.observe import expert_statistics
 from halve.pruning.observe.expert_outputs import ExpertSums
 from halve.pruning.observe.expert_statistics import Weighting
@@ -145,10 +144,9 @@ class Bench:
     def judge(self) -> Judge:
         """Compares models with the dense one on the first segments of the text."""
         task = self.task
-        encode, length = load_encoder(task.model), _length(task.model)
-        corpus = load_corpus(task.data, "evaluation")
-        segments = cut_segments(corpus, encode, length, task.segments)
-        return Judge(_loaded(task.model), segments.ids)
+        length = _length(task.model)
+        segments = evaluation_segments(task.model, task.data, length, task.segments)
+        return Judge(_loaded(task.model), segments)
 
     def row(self, run: Run) -> None:
         """Print a row: means over the draws of the calibration windows."""

@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 from decode_speed import Decoder
-from divergence import Divergence, Judge
+from divergence import Divergence, Judge, evaluation_segments
 from ggml import PACKAGE, LlamaCpp, bits_per_weight, build_llama_cpp
 from machine import describe_machine
 from smollm2 import fetch_real_model
@@ -50,7 +50,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import halve
-from halve.calibration import cut_segments, draw_windows, load_corpus, load_encoder
+from halve.calibration import draw_windows, load_corpus, load_encoder
 from halve.measure import write_random_model
 from halve.patterns import parse_pattern
 from halve.runtime.cpu.quantized_operators import ACTIVATIONS
@@ -157,7 +157,8 @@ def quality(task: argparse.Namespace, rival: LlamaCpp) -> Iterator[dict]:
     task.model = task.model or fetch_real_model(task.work / "smollm2-135m")
     task.calibration, task.evaluation = split_text(task)
     dense = load_float32(task.model)
-    judge = Judge(dense, evaluation_segments(task))
+    sizes = task.seq_len, task.segments
+    judge = Judge(dense, evaluation_segments(task.model, task.evaluation, *sizes))
     print_row("", "dense", 16, judge.dense)
     yield from rival_rows(task, rival, judge, dense)
     yield from halve_rows(task, judge)
@@ -186,13 +187,6 @@ def calibration_windows(task: argparse.Namespace) -> Tensor:
     corpus = load_corpus(task.calibration, "calibration")
     encode = load_encoder(task.model)
     return draw_windows(corpus, encode, task.samples, task.seq_len, task.seed)
-
-
-def evaluation_segments(task: argparse.Namespace) -> Tensor:
-    """Return the tokens on which all models are compared, [segments, length]."""
-    corpus = load_corpus(task.evaluation, "evaluation")
-    encode = load_encoder(task.model)
-    return cut_segments(corpus, encode, task.seq_len, task.segments).ids
 
 
 def rival_rows(

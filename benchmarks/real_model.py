@@ -33,14 +33,13 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from divergence import Divergence, Judge
+from divergence import Divergence, Judge, evaluation_segments
 from machine import describe_machine
 from smollm2 import fetch_real_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import halve
-from halve.calibration import cut_segments, load_corpus, load_encoder
 from halve.options import preset_options
 
 PATTERNS = ("50%", "60%", "2:4", "30%")
@@ -158,10 +157,8 @@ def _halves(text: Path, folder: Path) -> tuple[str, str]:
 
 def _judge(task: argparse.Namespace, text: str) -> Judge:
     """Return a judge on the first segments of a text."""
-    encode = load_encoder(task.model)
-    corpus = load_corpus(text, "evaluation")
-    segments = cut_segments(corpus, encode, task.seq_len, task.segments)
-    return Judge(_loaded(task.model), segments.ids)
+    segments = evaluation_segments(task.model, text, task.seq_len, task.segments)
+    return Judge(_loaded(task.model), segments)
 
 
 def _loaded(folder: Path) -> Any:

