@@ -136,8 +136,8 @@ def _draw_documents(
     """Draw windows inside documents; None if too many documents are too short."""
     drawn: list[Tensor] = []
     short = 0
-    # Windows are views, so what they were drawn from is in memory; reading recovery's
-    # thousands from a few documents takes minutes without it.
+    # Recovery draws thousands of windows, often from few documents. Keeping the tokens
+    # takes no more memory: windows are views of them until they are stacked.
     encoded: dict[int, Tensor] = {}
     while len(drawn) < samples:
         number = rng.choice(range(len(corpus.documents)))
