@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halve.calibration import Segments, cut_segments, load_corpus, load_encoder
+from halve.calibration import Segments
+from halve.evaluation import evaluation_segments
+from halve.options import EvalOptions
 from halve.runtime.blockwise_model import BlockwiseModel
 
 
@@ -36,7 +38,7 @@ class Divergence:
     agreement: float
 
 
-def evaluation_segments(model: Path, text: str, length: int, limit: int) -> Segments:
+def cut_text(model: Path, text: str, length: int, limit: int) -> Segments:
     """Cut a text as `halve eval` does, with BOS where the model expects it.
 
     Args:
@@ -45,9 +47,8 @@ def evaluation_segments(model: Path, text: str, length: int, limit: int) -> Segm
         length: Tokens of a segment.
         limit: Segments at most.
     """
-    of_the_papers = BlockwiseModel.open(model, "cpu").meta_model.is_of_the_papers
-    encode = load_encoder(model, adds_bos=not of_the_papers)
-    return cut_segments(load_corpus(text, "evaluation"), encode, length, limit)
+    options = EvalOptions(data=text, seq_len=length, segments=limit)
+    return evaluation_segments(BlockwiseModel.open(model, "cpu"), options)
 
 
 class Judge:

@@ -37,7 +37,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from divergence import Divergence, Judge, evaluation_segments
+from divergence import Divergence, Judge, cut_text
 from machine import describe_machine
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -145,7 +145,7 @@ class Bench:
         """Compares models with the dense one on the first segments of the text."""
         task = self.task
         length = _length(task.model)
-        segments = evaluation_segments(task.model, task.data, length, task.segments)
+        segments = cut_text(task.model, task.data, length, task.segments)
         return Judge(_loaded(task.model), segments)
 
     def row(self, run: Run) -> None:

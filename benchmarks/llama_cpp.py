@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 from decode_speed import Decoder
-from divergence import Divergence, Judge, evaluation_segments
+from divergence import Divergence, Judge, cut_text
 from ggml import PACKAGE, LlamaCpp, bits_per_weight, build_llama_cpp
 from machine import describe_machine
 from smollm2 import fetch_real_model
@@ -158,7 +158,7 @@ def quality(task: argparse.Namespace, rival: LlamaCpp) -> Iterator[dict]:
     task.calibration, task.evaluation = split_text(task)
     dense = load_float32(task.model)
     sizes = task.seq_len, task.segments
-    judge = Judge(dense, evaluation_segments(task.model, task.evaluation, *sizes))
+    judge = Judge(dense, cut_text(task.model, task.evaluation, *sizes))
     print_row("", "dense", 16, judge.dense)
     yield from rival_rows(task, rival, judge, dense)
     yield from halve_rows(task, judge)

@@ -33,7 +33,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from divergence import Divergence, Judge, evaluation_segments
+from divergence import Divergence, Judge, cut_text
 from machine import describe_machine
 from smollm2 import fetch_real_model
 from transformers import AutoModelForCausalLM
@@ -157,7 +157,7 @@ def _halves(text: Path, folder: Path) -> tuple[str, str]:
 
 def _judge(task: argparse.Namespace, text: str) -> Judge:
     """Return a judge on the first segments of a text."""
-    segments = evaluation_segments(task.model, text, task.seq_len, task.segments)
+    segments = cut_text(task.model, text, task.seq_len, task.segments)
     return Judge(_loaded(task.model), segments)
 
 

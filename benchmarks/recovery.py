@@ -4,8 +4,8 @@ Prunes a model, by default the bundled one, with sparsegpt, auto and auto --refi
 every sparsity, recovers the last two against the dense model, and evaluates all of them
 on held-out text. r is as in docs/solvers.md, (P_sparsegpt - P) / (P_sparsegpt -
 P_dense) for perplexities P; the last columns are the KL divergence from the dense model
-before and after, and CPU minutes of pruning and recovery, all threads together. Exits
-with 1 if r after recovery is less than `GOALS` says.
+before and after, and the minutes that pruning and recovery took, reading and encoding
+text included. Exits with 1 if r after recovery is less than `GOALS` says.
 
     python benchmarks/recovery.py [MODEL] [--patterns 50% 2:4 70%]
         [--solvers auto "auto --refine"] [--samples 128] [--steps N] [--minutes M]
@@ -65,22 +65,22 @@ def arguments() -> argparse.Namespace:
 
 
 def prune(task: argparse.Namespace, name: str, pattern: str) -> tuple[Path, float]:
-    """Return the model that a solver prunes, and CPU minutes."""
+    """Return the model that a solver prunes, and the minutes it took."""
     out = task.work / f"{name.replace(' --', '-')}-{pattern}"
-    started = time.process_time()
+    started = time.monotonic()
     text: Any = {
         "calibration": task.text,
         "seq_len": task.seq_len,
         "samples": task.samples,
     }
     halve.prune(task.model, out, sparsity=pattern, **text, **SOLVERS[name])
-    return out, (time.process_time() - started) / 60
+    return out, (time.monotonic() - started) / 60
 
 
 def recover(task: argparse.Namespace, model: Path) -> tuple[Path, float]:
-    """Return the recovered model, and CPU minutes."""
+    """Return the recovered model, and the minutes it took."""
     out = model.with_name(f"{model.name}-recovered")
-    started = time.process_time()
+    started = time.monotonic()
     given = {"steps": task.steps, "minutes": task.minutes, "learning_rate": task.lr}
     options: Any = {name: value for name, value in given.items() if value is not None}
     text: Any = {
@@ -89,7 +89,7 @@ def recover(task: argparse.Namespace, model: Path) -> tuple[Path, float]:
         "samples": task.windows,
     }
     halve.recover(model, task.model, out, **text, **options)
-    return out, (time.process_time() - started) / 60
+    return out, (time.monotonic() - started) / 60
 
 
 def judge(task: argparse.Namespace, model: Path) -> tuple[float, float, float]:
@@ -113,7 +113,7 @@ def row(task: argparse.Namespace, name: str, pattern: str, lost: float) -> float
     print(
         f"  {name:14} P {before:8.3f} -> {after:8.3f}  r {r_before:6.3f} -> {r:6.3f}  "
         f"KL {kl_before:.5f} -> {kl_after:.5f} ({1 - kl_after / kl_before:.1%} less)  "
-        f"CPU min {pruning:.1f} + {recovering:.1f}",
+        f"minutes {pruning:.1f} + {recovering:.1f}",
         flush=True,
     )
     return r

@@ -30,6 +30,8 @@ TESTS = (
     "tests/contracts",
     "tests/integration/test_families.py",
     "tests/integration/test_packing.py",
+    "tests/integration/test_packing_stopped.py",
+    "tests/integration/test_pack_commands.py",
     "tests/integration/test_command_line.py",
 )
 BOUND = re.compile(r"^([\w.-]+)\s*(?:\[[^]]*\])?[^;]*?>=\s*([\w.]+)")

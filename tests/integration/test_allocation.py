@@ -12,7 +12,7 @@ from halve.errors import HalveError, TargetMissedError
 from halve.patterns import Unstructured
 from halve.pruning.allocate.search import AllocationSearch
 from halve.records import PruneRecord
-from tests.integration.test_resume import Stopped, digests, stop_at
+from tests.interruptions import Stopped, digests, stop_at
 
 
 @pytest.fixture

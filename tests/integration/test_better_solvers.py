@@ -20,7 +20,7 @@ from halve.pruning.plan import make_plan
 from halve.pruning.tune.block_reconstruction import _Tuning
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream
-from tests.integration.test_resume import digests
+from tests.interruptions import digests
 
 OPTIONS: dict[str, Any] = {"samples": 16, "seq_len": 64, "device": "cpu"}
 ROWS = ("opt", "gpt2", "llama", "gptj", "falcon")

@@ -17,7 +17,7 @@ from halve.pruning.observe.expert_outputs import ExpertSums
 from halve.pruning.plan import make_plan
 from halve.pruning.select.experts import SALIENCIES, keep_best, mean_norm, reap
 from halve.pruning.windows import calibration_windows
-from tests.integration.test_resume import Stopped, digests, stop_at
+from tests.interruptions import Stopped, digests, stop_at
 from tests.tables import MIXTURES, save_pico
 
 SIZES: dict[str, Any] = {"samples": 3, "seq_len": 16, "device": "cpu"}

@@ -24,7 +24,7 @@ from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.hidden_states import SideCopies, pinned_nbytes, place_hidden
 from halve.runtime.read_ahead import ReadAhead
 from halve.runtime.stream import Stream
-from tests.integration.test_resume import STOPPED, digests
+from tests.interruptions import STOPPED, digests
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Many small batches, of which some are held out.

@@ -19,7 +19,7 @@ from halve.runtime.blockwise_model import BlockwiseModel
 from halve.solvers import ADMM, Quantized, SparseGPT
 from tests.contracts.problems import correlated
 from tests.integration.test_better_solvers import tensors
-from tests.integration.test_resume import Stopped, digests, stop_at
+from tests.interruptions import Stopped, digests, stop_at
 from tests.tables import PATTERNS
 
 OPTIONS: dict[str, Any] = {"samples": 8, "seq_len": 32, "device": "cpu"}

@@ -12,8 +12,8 @@ import pytest
 import halve
 from halve.checkpoint import disk, work_folder
 from halve.errors import OutputError
-from tests.integration.test_resume import Stopped, digests, stop_at
 from tests.integration.test_write_failures import after, before, fail_at, watch
+from tests.interruptions import Stopped, digests, stop_at
 
 PLAIN: dict[str, Any] = {"solver": "magnitude", "device": "cpu"}
 

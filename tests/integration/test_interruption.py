@@ -10,7 +10,7 @@ import pytest
 import halve
 from halve.checkpoint import Workspace
 from halve.cli import main
-from tests.integration.test_resume import digests
+from tests.interruptions import digests
 from tests.separate_process import start_halve
 from tests.tables import BUNDLED
 

@@ -11,7 +11,7 @@ import halve
 from halve.errors import HalveError, HalveWarning
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream
-from tests.integration.test_resume import STOPPED, Stopped, digests, stop_at
+from tests.interruptions import STOPPED, Stopped, digests, stop_at
 
 OPTIONS = {"samples": 8, "seq_len": 32, "device": "cpu"}
 ROWS = ("magnitude", "sparsegpt", "refined", "allocated, packed")

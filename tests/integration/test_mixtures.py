@@ -27,7 +27,7 @@ from halve.pruning.windows import calibration_windows
 from halve.runtime import blockwise_model as model_module
 from halve.runtime import experts_in_turn as turn_module
 from halve.runtime.blockwise_model import BlockwiseModel
-from tests.integration.test_resume import Stopped, digests, stop_at
+from tests.interruptions import Stopped, digests, stop_at
 from tests.tables import MIXTURES
 
 # Tokens of the block's mean for each column: of an expert's inputs, and inside it.

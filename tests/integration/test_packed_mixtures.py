@@ -18,8 +18,8 @@ from halve.runtime.cpu.kernels import kernels
 from halve.runtime.cpu.operations import Product, multiply_all
 from halve.runtime.cpu.packed_experts import PackedExperts, packed_experts
 from halve.runtime.cpu.packed_linear import PackedLinear
-from tests.integration.test_resume import digests
 from tests.integration.test_sparse_models import load, some_ids
+from tests.interruptions import digests
 from tests.tables import MIXTURES
 from tests.twins.format_reader import read_checkpoint
 

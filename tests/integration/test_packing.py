@@ -4,8 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,38 +11,15 @@ from safetensors.torch import load_file, save_file
 
 import halve
 from halve.checkpoint import Checkpoint
-from halve.cli import main
 from halve.errors import HalveError
 from halve.records import PackRecord
-from tests.integration.test_resume import Stopped, _stop_at_rename, digests, stop_at
+from tests.integration.packed_models import CHANGED, change_matrix, prune
+from tests.interruptions import digests
 from tests.tables import files_of_at_most, save_pico
 
 ROWS = ("opt", "gpt2", "bloom", "llama", "falcon", "phi3")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ENTRY = {"quant_method": "halve", "requires_halve": "0.1", "version": 1}
-
-# Magnitude needs no text, and the solver does not matter here.
-prune = partial(halve.prune, solver="magnitude", device="cpu")
-
-
-@pytest.fixture(scope="session")
-def made(pico, tmp_path_factory):
-    """Return a function that returns dense, pruned and packed folders of a family.
-
-    Tests must not write to them.
-    """
-    homes: dict[str, Path] = {}
-
-    def folders(row: str = "llama", sparsity: str = "50%", **options):
-        options = {"dtype": torch.bfloat16} | options
-        key = f"{row}-{sparsity}-{options}"
-        if key not in homes:
-            homes[key] = tmp_path_factory.mktemp(row)
-            prune(pico(row, **options), homes[key] / "pruned", sparsity=sparsity)
-            halve.pack(homes[key] / "pruned", homes[key] / "packed")
-        return pico(row, **options), homes[key] / "pruned", homes[key] / "packed"
-
-    return folders
 
 
 def _tensors(folder):
@@ -197,30 +172,16 @@ def test_a_dense_model_is_not_unpacked(made, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def _edited(source, folder, change):
-    """Copy a model of safetensors, one tensor changed; return the folder."""
-    shutil.copytree(source, folder)
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        if DENSE in tensors:
-            tensors[DENSE] = change(tensors[DENSE])
-            save_file(tensors, path, {"format": "pt"})
-    return folder
-
-
-DENSE = "model.layers.1.mlp.up_proj.weight"
-
-
 def test_a_matrix_without_zeros_stays_dense(made, tmp_path):
     _, pruned, _ = made()
-    mixed = _edited(pruned, tmp_path / "mixed", torch.ones_like)
+    mixed = change_matrix(pruned, tmp_path / "mixed", torch.ones_like)
     record = halve.pack(mixed, tmp_path / "packed")
-    assert [m.tensor for m in record.matrices if not m.packed] == [DENSE]
+    assert [m.tensor for m in record.matrices if not m.packed] == [CHANGED]
     for matrix in halve.inspect(tmp_path / "packed").matrices:
-        assert matrix.packed == (matrix.tensor != DENSE)
-        assert (matrix.pattern == "dense") == (matrix.tensor == DENSE)
+        assert matrix.packed == (matrix.tensor != CHANGED)
+        assert (matrix.pattern == "dense") == (matrix.tensor == CHANGED)
         assert matrix.packed_bytes is not None
-        if matrix.tensor == DENSE:
+        if matrix.tensor == CHANGED:
             assert matrix.bytes < matrix.packed_bytes
     halve.unpack(tmp_path / "packed", tmp_path / "out")
     assert _same_tensors(tmp_path / "out", mixed)
@@ -247,7 +208,7 @@ def _with_odd_numbers(matrix):
 def test_infinities_and_nans_come_back(made, tmp_path):
     """Packing does not reject weights."""
     _, pruned, _ = made()
-    edited = _edited(pruned, tmp_path / "edited", _with_odd_numbers)
+    edited = change_matrix(pruned, tmp_path / "edited", _with_odd_numbers)
     halve.pack(edited, tmp_path / "packed")
     halve.unpack(tmp_path / "packed", tmp_path / "out")
     assert _same_tensors(tmp_path / "out", edited)
@@ -255,7 +216,7 @@ def test_infinities_and_nans_come_back(made, tmp_path):
 
 def test_inspect_predicts_the_bytes_of_minus_zeros(made, tmp_path):
     _, pruned, _ = made()
-    edited = _edited(pruned, tmp_path / "edited", _with_odd_numbers)
+    edited = change_matrix(pruned, tmp_path / "edited", _with_odd_numbers)
     halve.pack(edited, tmp_path / "packed")
     for matrix in halve.inspect(tmp_path / "packed").matrices:
         assert matrix.packed_bytes == matrix.bytes, matrix.tensor
@@ -268,16 +229,16 @@ def _times_a_mask(matrix):
 
 def test_minus_zeros_are_stored_or_dropped_as_asked(made, tmp_path):
     _, pruned, packed = made()
-    edited = _edited(pruned, tmp_path / "edited", _times_a_mask)
-    size = {m.tensor: m.bytes for m in halve.inspect(packed).matrices}[DENSE]
+    edited = change_matrix(pruned, tmp_path / "edited", _times_a_mask)
+    size = {m.tensor: m.bytes for m in halve.inspect(packed).matrices}[CHANGED]
     for drop in (False, True):
         out, back = tmp_path / f"packed {drop}", tmp_path / f"back {drop}"
         record = halve.pack(edited, out, positive_zeros=drop)
-        (matrix,) = [m for m in record.matrices if m.tensor == DENSE]
+        (matrix,) = [m for m in record.matrices if m.tensor == CHANGED]
         assert (matrix.packed, matrix.stored_bytes == size) == (drop, drop)
         halve.unpack(out, back)
         assert _same_tensors(back, edited) == (not drop)
-        assert torch.equal(_tensors(back)[DENSE], _tensors(edited)[DENSE])
+        assert torch.equal(_tensors(back)[CHANGED], _tensors(edited)[CHANGED])
 
 
 def test_pruning_what_is_packed_gives_a_plain_model(made, tmp_path):
@@ -308,176 +269,6 @@ def test_the_parts_may_be_in_any_file(made, tmp_path):
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     halve.unpack(folder, tmp_path / "out")
     assert _same_tensors(tmp_path / "out", pruned)
-
-
-def test_a_finished_folder_is_not_rewritten(made, tmp_path):
-    _, pruned, _ = made()
-    first = halve.pack(pruned, tmp_path / "out")
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
-    assert halve.pack(pruned, tmp_path / "out") == first
-    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
-    assert after == before
-    with pytest.raises(halve.HalveError, match="verb: pack there"):
-        prune(pruned, tmp_path / "out")
-
-
-# Verb -> what runs it, given the dense, pruned and packed folders and an output.
-VERBS = {
-    "pack": lambda folders, out, **more: halve.pack(folders[1], out, **more),
-    "unpack": lambda folders, out, **more: halve.unpack(folders[2], out, **more),
-    "prune packed": lambda folders, out, **more: prune(
-        folders[0], out, packed=True, **more
-    ),
-}
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_stopped_at_every_step(verb, made, tmp_path):
-    folders, run = made(), VERBS[verb]
-    expected = digests(folders[1] if verb == "unpack" else folders[2])
-    stops = 0
-    for count in range(1, 40):
-        out = tmp_path / f"out-{count}"
-        try:
-            run(folders, out, progress=stop_at(count))
-        except Stopped:
-            stops += 1
-            assert not out.exists()
-            run(folders, out)
-        assert digests(out) == expected
-        if stops < count:
-            break
-    assert 4 < stops < 39
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_stopped_at_every_write(verb, made, tmp_path, monkeypatch):
-    folders, run = made(), VERBS[verb]
-    expected = digests(folders[1] if verb == "unpack" else folders[2])
-    stops = 0
-    for count in range(1, 40):
-        out = tmp_path / f"out-{count}"
-        with monkeypatch.context() as patch:
-            done = _stop_at_rename(patch, count)
-            try:
-                run(folders, out)
-            except Stopped:
-                stops += 1
-                assert not out.exists()
-        if done():
-            break
-        run(folders, out)
-        assert digests(out) == expected
-    assert stops > 8
-
-
-def test_stopped_with_a_solver_that_carries_hidden_states(pico, text, tmp_path):
-    """Resuming reads the packed shards of the blocks that were finished."""
-    options = {"calibration": str(text), "samples": 8, "seq_len": 32, "device": "cpu"}
-    halve.prune(pico("gpt2"), tmp_path / "whole", packed=True, **options)
-    with pytest.raises(Stopped):
-        halve.prune(
-            *(pico("gpt2"), tmp_path / "out"),
-            packed=True,
-            progress=stop_at(6),
-            **options,
-        )
-    ledger = tmp_path / "out.partial" / "ledger.jsonl"
-    assert len(ledger.read_text().splitlines()) > 1
-    halve.prune(pico("gpt2"), tmp_path / "out", packed=True, **options)
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-    halve.prune(pico("gpt2"), tmp_path / "plain", **options)
-    halve.pack(tmp_path / "plain", tmp_path / "packed")
-    assert digests(tmp_path / "packed") == digests(tmp_path / "whole")
-
-
-def test_packed_and_dense_runs_do_not_mix(made, tmp_path):
-    dense, _, _ = made()
-    with pytest.raises(Stopped):
-        prune(dense, tmp_path / "out", packed=True, progress=stop_at(3))
-    with pytest.raises(halve.HalveError, match="packed: True there, False here"):
-        prune(dense, tmp_path / "out")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Return a function that runs a command line and gives (output, errors)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["halve", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert not end.value.code
-        return capsys.readouterr()
-
-    return run
-
-
-def test_pack_prints_how_much_smaller_the_model_is(run, made, tmp_path):
-    _, pruned, packed = made()
-    out, errors = run("pack", pruned, "-o", tmp_path / "out")
-    assert digests(tmp_path / "out") == digests(packed)
-    matrices = halve.inspect(packed).matrices
-    dense = sum(m.rows * m.columns * 2 for m in matrices)
-    percent = 100 * sum(m.bytes for m in matrices) / dense
-    assert "14 of 14 matrices are packed" in out
-    assert f"{percent:.2f}% of" in out
-    assert "packing" in errors
-
-
-def test_pack_names_what_stays_dense(run, made, tmp_path):
-    _, pruned, _ = made()
-    mixed = _edited(pruned, tmp_path / "mixed", torch.ones_like)
-    out, errors = run("pack", mixed, "-o", tmp_path / "out", "--quiet")
-    assert "13 of 14 matrices are packed" in out
-    assert DENSE in out
-    assert errors == ""
-    matrices = json.loads(run("inspect", tmp_path / "out", "--json")[0])["matrices"]
-    stored = {matrix["tensor"]: matrix["storage"] for matrix in matrices}
-    assert stored.pop(DENSE) == "dense"
-    assert set(stored.values()) == {"bitmask"}
-
-
-def test_inspect_prints_whole_names(run, made):
-    _, pruned, _ = made()
-    block, _, name = DENSE.partition(".mlp.")
-    out = run("inspect", pruned, "--all")[0]
-    assert block in out
-    assert f"mlp.{name.removesuffix('.weight')} " in out
-
-
-def test_pack_and_unpack_print_their_records_as_json(run, made, tmp_path):
-    _, pruned, packed = made()
-    words = (("pack", pruned), ("unpack", packed))
-    for number, (verb, folder) in enumerate(words):
-        target = tmp_path / str(number)
-        out, errors = run(verb, folder, "-o", target, "--json", "--quiet")
-        assert errors == ""
-        assert json.loads(out) == json.loads((target / "halve.json").read_text())
-        assert json.loads(out)["kind"] == verb
-
-
-def test_unpack_prints_what_it_did(run, made, tmp_path):
-    _, pruned, packed = made()
-    out, errors = run("unpack", packed, "-o", tmp_path / "out")
-    assert digests(tmp_path / "out") == digests(pruned)
-    assert "14 matrices are dense" in out
-    assert "unpacking" in errors
-
-
-def test_inspect_distinguishes_packed_from_dense(run, made):
-    _, pruned, packed = made()
-    matrices = json.loads(run("inspect", packed, "--json")[0])["matrices"]
-    assert all(matrix["packed"] for matrix in matrices)
-    assert all(matrix["bytes"] == matrix["packed_bytes"] for matrix in matrices)
-    assert run("inspect", packed, "--all")[0].count(" bitmask") == 14
-    assert run("inspect", pruned, "--all")[0].count(" bitmask") == 0
-
-
-@pytest.mark.parametrize("verb", ["pack", "unpack"])
-def test_help_ends_with_examples(verb, run):
-    examples = run(verb, "--help")[0].partition("Examples")[2]
-    assert f"halve {verb} ./" in examples
 
 
 PLAIN = """

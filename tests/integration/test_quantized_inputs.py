@@ -18,7 +18,7 @@ import halve
 from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError, UnsupportedModelError
 from halve.models import StoredTensor, build_meta_model, match_names
-from tests.integration.test_resume import digests
+from tests.interruptions import digests
 from tests.quantized_inputs import (
     FP8,
     WEIGHTS,

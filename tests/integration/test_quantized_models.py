@@ -19,8 +19,8 @@ from halve.runtime.cpu.quantized_linear import (
     QuantizedLinear,
     set_activations,
 )
-from tests.integration.test_resume import digests
 from tests.integration.test_sparse_models import FAMILIES, load, some_ids
+from tests.interruptions import digests
 from tests.twins.format_reader import read_checkpoint
 
 # Name -> options of the run: dense codes, a mask over codes, zero points, midrise.

@@ -23,7 +23,7 @@ from halve.patterns import Unstructured
 from halve.pruning import prune_model
 from halve.records import PruneRecord
 from halve.records.stored import read_measurements
-from tests.integration.test_resume import Stopped, digests, stop_at
+from tests.interruptions import Stopped, digests, stop_at
 
 RANKS = 2
 # Three batches of 16 samples, and two held-out samples.

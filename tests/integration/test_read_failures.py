@@ -18,7 +18,7 @@ import halve
 from halve.checkpoint import Checkpoint
 from halve.checkpoint import safetensors_file as reader
 from halve.errors import CheckpointError, OutputError
-from tests.integration.test_resume import Stopped, digests, stop_at
+from tests.interruptions import Stopped, digests, stop_at
 from tests.tables import save_pico
 
 OPTIONS: dict[str, Any] = {

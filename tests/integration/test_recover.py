@@ -18,7 +18,7 @@ from halve.recovery import student
 from halve.recovery.divergence import divergence_and_gradient
 from halve.recovery.windows import split_text
 from tests.conftest import PYTHON
-from tests.integration.test_resume import Stopped, digests, stop_at
+from tests.interruptions import Stopped, digests, stop_at
 
 OPTIONS: dict[str, Any] = {
     "samples": 6,

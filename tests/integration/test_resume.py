@@ -6,30 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import halve
 from halve.errors import OutputError
+from tests.interruptions import STOPPED, Stopped, digests, stop_at, stop_at_rename
 from tests.tables import BUNDLED
 
 OPTIONS = {"samples": 8, "seq_len": 32, "device": "cpu"}
-
-
-class Stopped(BaseException):
-    """Stands for anything that ends a process; no handler catches it."""
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Return file name -> SHA-256, without the record, which contains times."""
-    return {
-        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.name != "halve.json" and path.is_file()
-    }
 
 
 @pytest.fixture
@@ -37,29 +23,6 @@ def undisturbed(pico, text, tmp_path):
     out = tmp_path / "undisturbed"
     halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
     return digests(out)
-
-
-def stop_at(count: int):
-    """Return a progress callback that raises Stopped at its count-th call."""
-    calls = []
-
-    def progress(step):
-        calls.append(step)
-        if len(calls) == count:
-            raise Stopped
-
-    return progress
-
-
-ALLOCATED = {"sparsity": 0.6371, "solver": "sparsegpt", "allocation": "error"}
-STOPPED: dict[str, dict[str, Any]] = {
-    "magnitude": {"solver": "magnitude"},
-    "sparsegpt": {"solver": "sparsegpt"},
-    "refined": {"solver": "auto", "refine": True, "epochs": 2},
-    "allocated": ALLOCATED,
-    "allocated, packed": ALLOCATED | {"packed": True},
-    "refined, dense targets": {"solver": "magnitude", "refine": True, "epochs": 1},
-}
 
 
 # Each differs from another row in one option only, and takes half a minute.
@@ -94,7 +57,7 @@ def test_stopped_at_every_write(pico, text, tmp_path, monkeypatch, undisturbed):
     for count in range(1, 40):
         out = tmp_path / f"out-{count}"
         with monkeypatch.context() as patch:
-            done = _stop_at_rename(patch, count)
+            done = stop_at_rename(patch, count)
             try:
                 halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
             except Stopped:
@@ -105,23 +68,6 @@ def test_stopped_at_every_write(pico, text, tmp_path, monkeypatch, undisturbed):
         halve.prune(pico("llama"), out, calibration=str(text), **OPTIONS)
         assert digests(out) == undisturbed
     assert stops > 8
-
-
-def _stop_at_rename(patch, count):
-    calls = []
-
-    def stop_or(real):
-        def rename(path, target):
-            calls.append(path)
-            if len(calls) == count:
-                raise Stopped
-            return real(path, target)
-
-        return rename
-
-    patch.setattr(Path, "replace", stop_or(Path.replace))
-    patch.setattr(Path, "rename", stop_or(Path.rename))
-    return lambda: len(calls) < count
 
 
 @pytest.mark.parametrize("cut", [0, 1, 20, 100])

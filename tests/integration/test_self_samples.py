@@ -9,7 +9,7 @@ from halve.errors import HalveError
 from halve.options import PruneOptions, preset_options
 from halve.pruning.plan import make_plan
 from halve.pruning.windows import calibration_windows
-from tests.integration.test_resume import Stopped, digests, stop_at
+from tests.interruptions import Stopped, digests, stop_at
 
 SIZES: dict[str, Any] = {"samples": 8, "seq_len": 16, "device": "cpu"}
 

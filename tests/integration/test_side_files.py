@@ -11,7 +11,7 @@ from halve.checkpoint import find_side_files
 from halve.checkpoint.side_files import select_side_files
 from halve.checkpoint.source import files_to_download
 from halve.errors import CheckpointError
-from tests.integration.test_resume import digests
+from tests.interruptions import digests
 
 # File of a repository -> whether transformers may read it beside the weights.
 FILES = {

@@ -24,7 +24,7 @@ from halve.grids import QuantParams, QuantScheme
 from halve.measure import bench_cases, measure_speed
 from halve.runtime.cpu.layers import LAYERS
 from halve.runtime.cpu.packed_linear import PackedLinear
-from tests.integration.test_resume import digests
+from tests.interruptions import digests
 from tests.tables import files_of_at_most
 
 # Coordinates take two bytes each, so that 75 % zeros make a bfloat16 matrix smaller.

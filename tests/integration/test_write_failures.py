@@ -20,7 +20,7 @@ import pytest
 import halve
 from halve.checkpoint import disk
 from halve.errors import OutputError
-from tests.integration.test_resume import Stopped, digests
+from tests.interruptions import Stopped, digests
 from tests.tables import files_of_at_most
 
 OPERATIONS = [

@@ -47,7 +47,7 @@ def evaluate(model: str | Path, options: EvalOptions) -> PerplexityRecord:
     options.check()
     started = time.perf_counter()
     opened = _open(model, options)
-    segments = _segments(opened, options)
+    segments = evaluation_segments(opened, options)
 
     def measure(opened: BlockwiseModel) -> Tensor:
         batches = all_logits(run_blocks(opened, segments.ids, options, MODEL))
@@ -66,7 +66,7 @@ def check_text(model: str | Path, options: EvalOptions) -> None:
         HalveError: The text, the model or its tokenizer cannot be read.
         CalibrationError: The text has no complete segment.
     """
-    _segments(_open(model, options), replace(options, segments=1))
+    evaluation_segments(_open(model, options), replace(options, segments=1))
 
 
 def compare(
@@ -107,7 +107,7 @@ def open_pair(
         CalibrationError: Their segments differ.
     """
     pair = [_open(name, options) for name in (model, reference)]
-    segments, other = (_segments(opened, options) for opened in pair)
+    segments, other = (evaluation_segments(opened, options) for opened in pair)
     if not torch.equal(segments.ids, other.ids):
         raise CalibrationError(
             f"{model} and {reference} do not split the text into the same tokens.",
@@ -166,7 +166,17 @@ def _open(model: str | Path, options: EvalOptions) -> BlockwiseModel:
     return BlockwiseModel.open(folder, options.device, options.trust_remote_code)
 
 
-def _segments(opened: BlockwiseModel, options: EvalOptions) -> Segments:
+def evaluation_segments(opened: BlockwiseModel, options: EvalOptions) -> Segments:
+    """Read a text, and cut it into the segments on which a model is evaluated.
+
+    Args:
+        opened: The model, whose tokenizer is used; no weights are read.
+        options: Text, length and number of segments, and whether BOS precedes each.
+
+    Raises:
+        CalibrationError: The text has no complete segment, or its tokens are not the
+            model's.
+    """
     default = opened.meta_model.default_length
     length = default if options.seq_len is None else options.seq_len
     opened.meta_model.check_length(length)

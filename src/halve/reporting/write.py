@@ -57,7 +57,10 @@ def _check_card(path: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file, completely or not at all."""
+    """Write a file, completely or not at all.
+
+    `checkpoint.files` does the same, but imports torch, which a report does not need.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
