@@ -16,7 +16,7 @@ from halve.errors import HalveWarning
 from halve.numerics import compensated_sum, matmul
 from halve.numerics.compensated_sum import CompensatedSum, no_reduce
 from halve.numerics.finite import finite_flag, is_finite
-from halve.numerics.matmul import FastMatmul, linear
+from halve.numerics.matmul import FastMatmul, linear, mixed_linear
 from halve.numerics.precision import matmul_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -284,6 +284,28 @@ def test_gradients_of_linear_are_those_of_torch(mixed, error, with_bias, monkeyp
     # The product is one of bfloat16, and not only near one.
     product = results[1][2]
     assert torch.equal(product, product.bfloat16().float()) == mixed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_passes_for_training_round_as_training_does(mixed, dtype, monkeypatch):
+    """Mixed precision without gradients gives what `linear` gives with them."""
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: mixed)
+    inputs, bias = torch.randn(2, 50, 30), torch.randn(40)
+    weight = torch.randn(40, 30).to(dtype)
+    trained = weight.float().clone().requires_grad_()
+    with torch.no_grad():
+        found = mixed_linear(inputs, weight, bias)
+        with FastMatmul(mixed=True):
+            layer = torch.nn.functional.linear(inputs, weight, bias)
+            conv1d = torch.addmm(bias, inputs[0], weight.T)
+    expected = linear(inputs, trained, bias).detach()
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(layer, found)
+    assert (conv1d - found[0]).norm() < 2**-7 * found[0].norm()
+    exact = linear(inputs, weight, bias)
+    assert torch.allclose(found, exact, atol=1e-5) != mixed
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,6 +8,7 @@ both give the same values up to the order of summation.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,6 +123,17 @@ class _Differentiable(torch.autograd.Function):
         )
 
 
+def mixed_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `inputs @ weight.T + bias` without gradients, as precisely as with them.
+
+    For passes whose results only training sees: in bfloat16 where that is fast.
+    """
+    if inputs.device.type != "cpu" or not multiplies_bfloat16():
+        return linear(inputs, weight, bias)
+    outputs = _training_product(inputs, weight.T)
+    return outputs if bias is None else outputs + bias
+
+
 def _training_product(left: Tensor, right: Tensor) -> Tensor:
     """Compute `left @ right` in bfloat16 if that is fast, else in float32."""
     if multiplies_bfloat16():
@@ -129,14 +141,23 @@ def _training_product(left: Tensor, right: Tensor) -> Tensor:
     return onednn_linear(left.contiguous(), right.T.contiguous(), None)
 
 
-def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor:  # noqa: ANN401
+_Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _addmm(
+    multiply: _Linear,
+    bias: Tensor,
+    left: Tensor,
+    right: Tensor,
+    **scales: Any,  # noqa: ANN401
+) -> Tensor:
     """Replace torch.addmm, by which transformers' Conv1D multiplies.
 
     Conv1D computes b + X W with W stored as [columns, rows].
     """
     if scales or bias.dim() != 1:
         return torch.addmm(bias, *_promoted(left, right), **scales)
-    return linear(left, right.T, bias)
+    return multiply(left, right.T, bias)
 
 
 def _keeps_scores(query: Tensor) -> bool:
@@ -170,11 +191,31 @@ def _attention(
     return functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
+def _replacements(multiply: _Linear) -> dict[Callable[..., Any], Callable[..., Any]]:
+    return {
+        _torch_linear: multiply,
+        torch.addmm: partial(_addmm, multiply),
+        functional.scaled_dot_product_attention: _attention,
+    }
+
+
+_FULL, _MIXED = _replacements(linear), _replacements(mixed_linear)
+
+
 class FastMatmul(TorchFunctionMode):
     """Compute the products of any model by the fastest float32 code in this context.
 
     Linear layers are computed by `linear`, and attention by a fused kernel.
     """
+
+    def __init__(self, *, mixed: bool = False) -> None:
+        """Choose the precision.
+
+        Args:
+            mixed: Whether linear layers are computed by `mixed_linear`.
+        """
+        super().__init__()
+        self._replacements = _MIXED if mixed else _FULL
 
     def __torch_function__(
         self,
@@ -184,12 +225,5 @@ class FastMatmul(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         """Replace the functions by which models multiply; call others as usual."""
-        replacement = _REPLACEMENTS.get(func, func)
+        replacement = self._replacements.get(func, func)
         return replacement(*args, **(kwargs or {}))
-
-
-_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    _torch_linear: linear,
-    torch.addmm: _addmm,
-    functional.scaled_dot_product_attention: _attention,
-}

@@ -154,7 +154,7 @@ def _accumulate(job: Distillation, step: int) -> Tensor:
         parameter.requires_grad_(True)
     for ids in _split(job, training[chosen]):
         with torch.no_grad():
-            dense = logits_of(job.dense, ids).float()
+            dense = logits_of(job.dense, ids, mixed=True).float()
         with torch.enable_grad():
             logits = logits_of(job.student.model, ids).float()
         divergence, gradient = divergence_and_gradient(logits.detach(), dense)

@@ -28,7 +28,7 @@ def whole_model(model: BlockwiseModel) -> Iterator[Any]:
         yield model.meta_model.model
 
 
-def logits_of(model: BlockwiseModel, ids: Tensor) -> Tensor:
+def logits_of(model: BlockwiseModel, ids: Tensor, *, mixed: bool = False) -> Tensor:
     """Return the logits of a model that is loaded whole, [windows, length, vocabulary].
 
     They are differentiable if gradients are enabled.
@@ -36,7 +36,8 @@ def logits_of(model: BlockwiseModel, ids: Tensor) -> Tensor:
     Args:
         model: The model.
         ids: Token ids, [windows, length], on any device.
+        mixed: Whether bfloat16 is precise enough, as in `numerics.matmul.mixed_linear`.
     """
-    with FastMatmul(), model.running():
+    with FastMatmul(mixed=mixed), model.running():
         network = model.meta_model.model
         return network(ids.to(model.device), use_cache=False).logits
