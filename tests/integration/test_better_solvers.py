@@ -68,6 +68,7 @@ def test_refining_never_raises_the_held_out_error_and_keeps_masks(
     for matrix in refined.blocks[0].matrices:  # later blocks get other inputs
         pruned = before[matrix.tensor] == 0
         assert torch.equal(after[matrix.tensor] == 0, pruned), matrix.tensor
+        assert not after[matrix.tensor][pruned].signbit().any(), matrix.tensor
     # To the weight, whatever tuning did.
     for matrix, untuned in zip(refined.all_matrices, plain.all_matrices, strict=True):
         assert matrix.sparsity == untuned.sparsity

@@ -95,6 +95,11 @@ def test_every_solver_prunes_every_family(row, variant, pico, text, tmp_path):
         pico(row), tmp_path / "out", sparsity="2:4", calibration=str(text), **options
     )
     assert record.sparsity == 0.5
+    written = _tensors(tmp_path / "out")
+    for matrix in record.all_matrices:
+        weight = written[matrix.tensor]
+        # Packing keeps every bit, so -0.0 takes the space of a nonzero weight.
+        assert not weight[weight == 0].signbit().any(), matrix.tensor
 
 
 @pytest.mark.parametrize("row", FAMILIES)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from halve.distributed import Ranks
 from halve.pruning.observe.block_state import BlockState
 from halve.pruning.observe.output_error import relative_squares
+from halve.runtime.keep_zeros import set_zeros
 
 # Adam's largest learning rate, as a fraction of the root mean square of a parameter.
 _RATE = 0.015
@@ -136,7 +137,7 @@ class _Tuning:
         parameters: The module's parameters.
         first: Values at the start, as they are in the block.
         values: Values that are tuned, float32.
-        masks: True where a weight may differ from zero, for pruned matrices only.
+        zeros: True where a weight stays zero, for pruned matrices only.
         optimizer: Adam, over `parameters`.
         schedule: Learning rate over the steps.
         best: Stored values of the best epoch; empty while none beats the start.
@@ -151,7 +152,7 @@ class _Tuning:
     parameters: dict[str, nn.Parameter]
     first: dict[str, Tensor]
     values: dict[str, Tensor]
-    masks: dict[str, Tensor]
+    zeros: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -168,13 +169,13 @@ class _Tuning:
         parameters = {path: state.block.get_parameter(path) for path in dtypes}
         first = {path: parameter.data for path, parameter in parameters.items()}
         values = {p: value.to(torch.float32, copy=True) for p, value in first.items()}
-        masks = {
+        zeros = {
             # Where nothing was pruned, a weight that was rounded to 0 may change.
-            path: (first[path] != 0) | (not stays_zero)
+            path: (first[path] == 0) & stays_zero
             for path, stays_zero in state.solved.items()
             if path in first
         }
-        optimizer = _adam(parameters, _scales(values, masks.keys()))
+        optimizer = _adam(parameters, _scales(values, zeros.keys()))
         return cls(
             state=state,
             dtypes=dtypes,
@@ -185,7 +186,7 @@ class _Tuning:
             parameters=parameters,
             first=first,
             values=values,
-            masks=masks,
+            zeros=zeros,
             optimizer=optimizer,
             schedule=_schedule(optimizer, options.epochs * steps),
         )
@@ -221,8 +222,9 @@ class _Tuning:
             self._backward_together(batches)
         self._set_parameters(self.values)
         self.optimizer.step()
-        for path, mask in self.masks.items():  # Adam's moments move zeros as well
-            self.values[path].mul_(mask)
+        for path, zeros in self.zeros.items():  # Adam moves zeros as well
+            # Times 0, a weight below zero would be -0.0, which packing stores.
+            set_zeros(self.values[path], zeros)
         self.optimizer.zero_grad()
         self.schedule.step()
 
