@@ -17,6 +17,7 @@ from halve.pruning.observe.block_state import BlockState, Streams
 from halve.pruning.observe.collect import collect
 from halve.pruning.observe.input_groups import stages
 from halve.pruning.plan import make_plan
+from halve.pruning.tune import block_reconstruction
 from halve.pruning.tune.block_reconstruction import _Tuning
 from halve.runtime.blockwise_model import BlockwiseModel
 from halve.runtime.stream import Stream
@@ -315,6 +316,21 @@ def test_invalid_options_are_refused(options, message, pico, text, tmp_path):
     with pytest.raises(halve.HalveError, match=message):
         halve.prune(folder, tmp_path / "out", **chosen)
     assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_are_too_large_leave_no_trace(pico, text, tmp_path, monkeypatch):
+    """A block that they make worse begins again, and ends as if they had not been."""
+    # Several steps an epoch: the first of all does nothing, as the rate rises from 0.
+    options: dict[str, Any] = OPTIONS | {"calibration": str(text), "epochs": 2}
+    options |= {"samples": 64}
+    found = []
+    for number, rates in enumerate(((0.01,), (100.0, 1e20, 0.01))):
+        monkeypatch.setattr(block_reconstruction, "_RATES", rates)
+        out = tmp_path / str(number)
+        record = halve.prune(pico("llama"), out, refine=True, **options)
+        found.append((digests(out), [block.refined for block in record.blocks]))
+    assert found[0] == found[1]
+    assert all(after < before for before, after in found[0][1])
 
 
 def test_tuning_stores_its_best_epoch(pico, text, tmp_path, monkeypatch):
