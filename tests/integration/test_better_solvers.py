@@ -323,6 +323,13 @@ def test_steps_that_are_too_large_leave_no_trace(pico, text, tmp_path, monkeypat
     # Several steps an epoch: the first of all does nothing, as the rate rises from 0.
     options: dict[str, Any] = OPTIONS | {"calibration": str(text), "epochs": 2}
     options |= {"samples": 64}
+    real, epochs = _Tuning.epoch, []
+
+    def epoch(tuning):
+        epochs.append(1)
+        real(tuning)
+
+    monkeypatch.setattr(_Tuning, "epoch", epoch)
     found = []
     for number, rates in enumerate(((0.01,), (100.0, 1e20, 0.01))):
         monkeypatch.setattr(block_reconstruction, "_RATES", rates)
@@ -331,6 +338,9 @@ def test_steps_that_are_too_large_leave_no_trace(pico, text, tmp_path, monkeypat
         found.append((digests(out), [block.refined for block in record.blocks]))
     assert found[0] == found[1]
     assert all(after < before for before, after in found[0][1])
+    blocks = len(found[0][1])
+    # One epoch shows that steps are too large.
+    assert len(epochs) == blocks * 2 + blocks * (1 + 1 + 2)
 
 
 def test_tuning_stores_its_best_epoch(pico, text, tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""Fast float32 products, compensated sums and a check for finite numbers."""
+"""Fast float32 products, compensated sums, learning rates and finite numbers."""

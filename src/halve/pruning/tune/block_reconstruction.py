@@ -16,32 +16,31 @@ precision where the processor has bfloat16 (`numerics.matmul`); errors are measu
 float32.
 
 How large a step a block stands depends on the model: Gemma 3, in which normalizations
-follow the matrices, takes a quarter of what suits Llama. If the first epoch leaves a
-block much worse than it was, it begins again with smaller steps.
+follow the matrices, takes a quarter of what suits Llama. So a block that no epoch makes
+better begins again with smaller steps.
 
 As in EBFT (Guo et al., 2024) and the "transformer matching" of 3BASiL (2025), except
 for the choice of the best epoch on held-out windows.
 """
 
-import math
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from halve.distributed import Ranks
+from halve.numerics.learning_rate import parameter_scales, rate_factor
 from halve.pruning.observe.block_state import BlockState
 from halve.pruning.observe.output_error import relative_squares
 from halve.runtime.keep_zeros import set_zeros
 
-# Adam's largest learning rate, as a fraction of the root mean square of a parameter; a
-# block takes the first whose first epoch does not multiply its held-out error by more
-# than _WORSE. Its steps are the largest: blocks that they suit become up to 16 % worse,
-# others 44 % or more (docs/log.md, "steps of --refine").
-_RATES, _WORSE = (0.015, 0.004, 0.001), 1.25
-# The rate rises over the first tenth of the steps, and ends at a twentieth.
-_WARM_UP, _FINAL_RATE = 0.1, 0.05
+# Adam's largest learning rate, as a fraction of the scale of a parameter; the second is
+# for blocks that the first makes no better.
+_RATES = (0.015, 0.004)
+# Steps are too large where an epoch multiplies the held-out error by this. They are the
+# largest in the first: blocks that they suit become up to 16 % worse before they become
+# better, others 44 % or more (docs/log.md, "steps of --refine").
+_WORSE = 1.25
 _BETAS = (0.9, 0.95)
 # Copies of a block's parameters in float32: the values, their gradients, Adam's two
 # moments, the parameters at the start, and the best ones.
@@ -114,42 +113,16 @@ def refine(
         dtypes and, if the block is quantized, to its quantization grids.
 
     Cost:
-        See `tuning_nbytes` and `tuning_passes`, and an epoch more for each time that
-        the rate is reduced.
+        See `tuning_nbytes` and `tuning_passes`; up to twice as many passes where the
+        first steps are too large.
     """
-    tuning, before, error = _first_epoch(state, dtypes, refining)
-    lowest = before
-    for epoch in range(refining.epochs):
-        if epoch:
-            tuning.epoch()
-            error = tuning.held_out_error()
-        if error < lowest:
-            lowest = error
-            tuning.remember_best()
-    tuning.install_best()
-    return TuneResult(before, lowest)
-
-
-def _first_epoch(
-    state: BlockState,
-    dtypes: dict[str, torch.dtype],
-    refining: TuneOptions,
-    rates: Sequence[float] | None = None,
-) -> "tuple[_Tuning, float, float]":
-    """Take the first epoch at the highest rate that the block stands.
-
-    Returns:
-        What goes on from there, and the held-out errors before and after the epoch.
-    """
-    rate, *smaller = rates or _RATES
-    tuning = _Tuning.start(state, dtypes, refining, rate)
-    before = tuning.held_out_error()
-    tuning.epoch()
-    after = tuning.held_out_error()
-    if after <= _WORSE * before or not smaller:
-        return tuning, before, after
-    tuning.install_best()  # none is better, so the block is what it was before
-    return _first_epoch(state, dtypes, refining, smaller)
+    rate, *smaller = _RATES
+    result = _Tuning.start(state, dtypes, refining, rate).run(refining.epochs)
+    for rate in smaller:
+        if result.after < result.before:
+            break
+        result = _Tuning.start(state, dtypes, refining, rate).run(refining.epochs)
+    return result
 
 
 @dataclass
@@ -210,7 +183,7 @@ class _Tuning:
             for path, stays_zero in state.solved.items()
             if path in first
         }
-        optimizer = _adam(parameters, _scales(values, zeros.keys()), rate)
+        optimizer = _adam(parameters, parameter_scales(values, zeros.keys()), rate)
         return cls(
             state=state,
             dtypes=dtypes,
@@ -230,6 +203,23 @@ class _Tuning:
     def ranks(self) -> Ranks:
         """The processes that tune the block together."""
         return self.state.ranks
+
+    def run(self, epochs: int) -> TuneResult:
+        """Take so many epochs, and put the best parameters into the block.
+
+        Ends early where steps are too large.
+        """
+        before = lowest = self.held_out_error()
+        for _ in range(epochs):
+            self.epoch()
+            error = self.held_out_error()
+            if error < lowest:
+                lowest = error
+                self.remember_best()
+            if not error <= _WORSE * before:  # or it is not a number
+                break
+        self.install_best()
+        return TuneResult(before, lowest)
 
     def epoch(self) -> None:
         """Take one step for every batch that is fitted to, in random order."""
@@ -344,44 +334,10 @@ def _adam(
     return torch.optim.Adam(groups, betas=_BETAS)
 
 
-def _scales(values: dict[str, Tensor], matrices: Collection[str]) -> dict[str, float]:
-    """Return the scale of each parameter's steps: its root mean square.
-
-    A bias may be all zeros and would never move, so vectors get at least the smallest
-    scale of the matrices.
-    """
-    scales = {path: _root_mean_square(value) for path, value in values.items()}
-    smallest = min((scales[path] for path in matrices), default=0.0)
-    return {
-        path: scale if path in matrices else max(scale, smallest)
-        for path, scale in scales.items()
-    }
-
-
-def _root_mean_square(values: Tensor) -> float:
-    """Return the root mean square of the nonzero values; 0 where there are none."""
-    nonzero = values[values != 0]
-    return float(nonzero.square().mean().sqrt()) if len(nonzero) else 0.0
-
-
 def _schedule(
     optimizer: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Return the learning rate's schedule over so many steps."""
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _rate_factor(step / max(steps, 1))
+        optimizer, lambda step: rate_factor((step + 1) / max(steps, 1))
     )
-
-
-def _rate_factor(done: float) -> float:
-    """Return the fraction of the full learning rate: linear warm-up, cosine decay.
-
-    The warm-up is needed because Adam's first steps have full size whatever the
-    gradient: its second moment has seen one gradient only.
-
-    Args:
-        done: Fraction of all steps that have been taken.
-    """
-    warm_up = min(done / _WARM_UP, 1.0)
-    cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2  # from 1 to 0
-    return warm_up * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)
