@@ -30,5 +30,6 @@ def test_scales_are_those_of_weights_that_are_kept():
     assert scales == pytest.approx(expected)
 
 
-def test_without_matrices_a_vector_has_its_own_scale():
-    assert parameter_scales({"norm": torch.tensor([0.0, 0.5])}, ()) == {"norm": 0.5}
+def test_without_matrices_all_vectors_move():
+    values = {"norm": torch.tensor([0.0, 0.5]), "bias": torch.zeros(3)}
+    assert parameter_scales(values, ()) == {"norm": 0.5, "bias": 0.5}

@@ -21,6 +21,10 @@ from tests.interruptions import digests
 CPU = torch.device("cpu")
 
 
+def _options(text: Path) -> dict[str, Any]:
+    return OPTIONS | {"calibration": str(text), "solver": "sparsegpt"}
+
+
 def test_a_set_that_was_read_ahead_is_read_once():
     read, threads = [], []
 
@@ -67,10 +71,7 @@ def test_an_error_of_reading_ahead_is_raised_where_the_block_is_loaded(
 ):
     """The first block is committed by then, and the next run goes on behind it."""
     overlap_files(monkeypatch)
-    options: dict[str, Any] = OPTIONS | {
-        "calibration": str(text),
-        "solver": "sparsegpt",
-    }
+    options = _options(text)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         real = ReadAhead._load
@@ -116,10 +117,7 @@ def test_an_error_of_a_commit_ends_the_run_which_can_be_resumed(
     count, pico, text, tmp_path, monkeypatch
 ):
     overlap_files(monkeypatch)
-    options: dict[str, Any] = OPTIONS | {
-        "calibration": str(text),
-        "solver": "sparsegpt",
-    }
+    options = _options(text)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         fail_commits(patch, count)

@@ -20,14 +20,15 @@ def parameter_scales(
     """Return the root mean square of the nonzero values of each parameter.
 
     A bias may be all zeros and would never move, so vectors have at least the smallest
-    scale of the matrices.
+    scale of the matrices, or of all parameters where no matrix is trained.
 
     Args:
         values: Name of a parameter -> its values.
         matrices: Names of the prunable matrices among them.
     """
     scales = {name: _root_mean_square(value) for name, value in values.items()}
-    smallest = min((scales[name] for name in matrices), default=0.0)
+    positive = [scales[name] for name in matrices or scales if scales[name]]
+    smallest = min(positive, default=0.0)
     return {
         name: scale if name in matrices else max(scale, smallest)
         for name, scale in scales.items()
