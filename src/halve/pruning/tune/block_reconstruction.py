@@ -219,8 +219,8 @@ class _Tuning:
             if not error <= _WORSE * before:  # or it is not a number
                 break
         self.install_best()
-        # torch's optimizers are in reference cycles: Adam's moments would stay in memory
-        # beside those of the next attempt, or block.
+        # torch's optimizers are in reference cycles: Adam's moments would stay in
+        # memory beside those of the next attempt, or block.
         self.optimizer.state.clear()
         return TuneResult(before, lowest)
 
